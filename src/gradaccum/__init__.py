@@ -1,0 +1,54 @@
+"""Train with the batch size you want on the memory you have, with exactly the update the whole batch would have given.
+
+Two names to learn: `Accumulator` for your own loop over micro-batches, `TrainStep` for whole batches in hand.
+"""
+
+from gradaccum.accumulator import Accumulator
+from gradaccum.errors import (
+    BatchError,
+    BatchNormWarning,
+    DiscardedWindowWarning,
+    GradAccumError,
+    GradAccumWarning,
+    LossError,
+    MeanError,
+    MisuseError,
+    MissingExtraError,
+    ParameterError,
+    SkippedUpdateWarning,
+    StateError,
+    UnknownLossError,
+    UnsupportedError,
+    WindowError,
+)
+from gradaccum.losses.criterion import criterion
+from gradaccum.losses.loss import Loss
+from gradaccum.split import split_by_samples
+from gradaccum.train_step import TrainStep
+from gradaccum.types import Update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accumulator",
+    "BatchError",
+    "BatchNormWarning",
+    "DiscardedWindowWarning",
+    "GradAccumError",
+    "GradAccumWarning",
+    "Loss",
+    "LossError",
+    "MeanError",
+    "MissingExtraError",
+    "MisuseError",
+    "ParameterError",
+    "SkippedUpdateWarning",
+    "StateError",
+    "TrainStep",
+    "UnknownLossError",
+    "UnsupportedError",
+    "Update",
+    "WindowError",
+    "criterion",
+    "split_by_samples",
+]

@@ -1,0 +1,379 @@
+"""Your own loop: the loader yields micro-batches, the accumulator makes the updates."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from gradaccum import guards, tree
+from gradaccum.errors import DiscardedWindowWarning, LossError, MisuseError, UnsupportedError, WindowError
+from gradaccum.losses.loss import Weight
+from gradaccum.progress import ProgressBar
+from gradaccum.runners.accumulation import Accumulation, WeightsFunction, add_weights, logger, weights_by_name
+from gradaccum.runners.looking_ahead import END, FAILED, Follower, LookingAhead
+from gradaccum.types import Update
+from gradaccum.window_size import Schedule, WindowSize
+
+Item = TypeVar("Item")
+Tail = Literal["step", "drop", "carry"]
+
+
+class Accumulator:
+    """Makes one exact update from several micro-batches of a loop that stays yours.
+
+    Exactly one of ``batch_size`` and ``micro_batches`` says how long a window is; either may be a function of the update
+    it is for (1, 2, ...), to change it while training.
+
+    Args:
+        model: one module or a sequence of them. Only their parameters get gradients.
+        optimizer: one optimizer or a sequence of them, of the models' parameters.
+        micro_batches: how many of the loader's micro-batches make an update.
+        batch_size: how many samples make an update; the micro-batches must add up to it, but for the last ones.
+        tail: what becomes of an incomplete last window: applied with its true weight ("step"), thrown away ("drop"),
+            or continued by the next pass ("carry").
+        weights: ``weights(micro_batch)`` counts what the means of the loss are taken over: a number for one loss, a dict
+            by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
+        clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
+        scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
+        scaler: ``torch.amp.GradScaler`` for fp16.
+        progress: a bar counted in updates for each pass, which also moves inside a window.
+
+    Raises:
+        ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        WindowError: sizes below 1, both sizes or none, or an unknown tail.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = torch.utils.data.DataLoader(
+        ...     torch.utils.data.TensorDataset(torch.randn(23, 3), torch.randn(23, 1)), batch_size=5
+        ... )
+        >>> accumulator = ga.Accumulator(model, optimizer, batch_size=10)
+        >>> for x, y in accumulator.over(loader):
+        ...     update = accumulator.backward(F.mse_loss(model(x), y))
+        ...     if update:
+        ...         print(update.index, update.samples)
+        1 10
+        2 10
+        3 3
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        micro_batches: Schedule | None = None,
+        batch_size: Schedule | None = None,
+        tail: Tail = "step",
+        weights: WeightsFunction | None = None,
+        clip_norm: float | None = None,
+        scheduler: Any = None,
+        scaler: GradScaler | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._size = WindowSize(micro_batches, batch_size)
+        if tail not in ("step", "drop", "carry"):
+            raise WindowError(
+                f'tail={tail!r}: an incomplete last window can be applied with its true weight (tail="step"), thrown '
+                'away ("drop"), or continued by the next pass ("carry").'
+            )
+        if weights is not None and tail == "carry":
+            raise UnsupportedError(
+                'weights= with tail="carry": the totals of a window must be known before its first backward, and a part '
+                'of it would be in the next pass. Use tail="step" or "drop".'
+            )
+        self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        guards.refuse_closures(self._accumulation.optimizers)
+        self._tail = tail
+        self._weights = weights
+        self._wants_progress = progress
+        self._bar: ProgressBar | None = None
+        self._pass: weakref.ref[LookingAhead[Any]] | None = None
+        self._target = 1
+        self._updates_before_pass = 0
+        # The micro-batch that over() has handed out last: its rows, whether it is the last, and what its means are over.
+        self._samples: int | None = None
+        self._is_last = False
+        self._counted: dict[str, Weight] | None = None
+        self._awaits_backward = False
+
+    @property
+    def updates(self) -> int:
+        """Updates so far, skipped ones too."""
+        return self._accumulation.updates
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that went into updates so far."""
+        return self._accumulation.micro_batches
+
+    @property
+    def samples(self) -> int:
+        """Samples that went into updates so far."""
+        return self._accumulation.samples
+
+    def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
+        """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.
+
+        Leaving the loop early discards a half window, with a warning. To have two accumulators follow one pass, hand
+        the pass of the one to the other: ``discriminator.over(generator.over(loader))``.
+
+        Args:
+            micro_batches: a ``DataLoader`` or any iterable, with a length or without.
+
+        Raises:
+            MisuseError: a window that was begun outside of a pass is still open.
+            WindowError: with ``tail="drop"`` the pass is too short for a single window.
+        """
+        before = self._active_pass()
+        if before is not None:
+            before.close()
+        self._refuse_open_window()
+        follower = Follower(
+            pass_begins=self._pass_begins,
+            micro_batch_begins=self._micro_batch_begins,
+            micro_batch_ends=self._micro_batch_ends,
+            pass_ends=self._pass_ends,
+        )
+        if isinstance(micro_batches, LookingAhead) and not micro_batches.has_begun:
+            shared: LookingAhead[Item] = micro_batches
+            shared.join(follower)
+        else:
+            shared = LookingAhead(micro_batches, follower)
+        self._pass = weakref.ref(shared)
+        self._check_length(_length(shared))
+        return shared
+
+    def backward(self, loss: Any) -> Update | None:
+        """Adds the micro-batch's share to the gradient; makes the update when the window is complete.
+
+        Outside of a pass, windows are counted in ``micro_batches``, the loss must be a `Loss`, and an incomplete last
+        window is closed by `flush`.
+
+        Args:
+            loss: `Loss`; or a 0-d tensor, the mean over the micro-batch's samples; or a dict of these by name.
+
+        Returns:
+            None inside a window; the update when this was its last micro-batch.
+
+        Raises:
+            LossError: not a scalar, no graph, or a mean whose weight is unknown. The window is discarded.
+            MisuseError: called twice for a micro-batch, or its gradients were changed by hand.
+        """
+        accumulation = self._accumulation
+        if not self._awaits_backward:
+            self._begin_outside_of_a_pass()
+        self._awaits_backward = False
+        accumulation.add(loss, samples=self._samples, weights=self._counted)
+        done = accumulation.open_samples if self._size.counts_samples else accumulation.open_micro_batches
+        if self._bar is not None:
+            self._bar.inside(done, self._target)
+        if done == self._target or (self._is_last and self._tail == "step"):
+            return self._close()
+        return None
+
+    def flush(self) -> Update | None:
+        """Applies an incomplete window with its true weight: one that was carried, or begun outside of a pass.
+
+        Returns:
+            The update, or None where nothing had been added.
+        """
+        if self._active_pass() is not None:
+            raise MisuseError(
+                f"flush() was called at {guards.user_line()}, inside a pass, whose windows close by themselves. "
+                "Call it after the loop."
+            )
+        return self._close() if self._accumulation.open_micro_batches else None
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
+        return self._accumulation.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on counting where ``state_dict()`` was taken."""
+        self._accumulation.load_state_dict(state)
+
+    def _pass_begins(self) -> AbstractContextManager[None]:
+        """A pass begins: from now on calls by hand are errors."""
+        self._updates_before_pass = self.updates
+        self._accumulation.look_for_foreign_leaves()
+        return self._accumulation.no_calls_by_hand()
+
+    def _micro_batch_begins(self, micro_batch: Any, peek: Callable[[int], Any]) -> None:
+        """A micro-batch is handed out; opens a window with it if none is open."""
+        samples = tree.rows_or_none(micro_batch)
+        if not self._accumulation.is_open:
+            self._open(micro_batch, samples, peek)
+        if self._size.counts_samples:
+            self._check_fits(samples)
+        self._samples = samples
+        self._is_last = peek(0) is END
+        self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
+        self._awaits_backward = True
+
+    def _micro_batch_ends(self) -> None:
+        """The next micro-batch is asked for: this one must have had its backward."""
+        if self._awaits_backward:
+            self._awaits_backward = False
+            rows = "" if self._samples is None else f" of {self._samples} samples"
+            raise MisuseError(
+                f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would "
+                "silently be made without it. Call accumulator.backward(loss) once for each; for one that is to be "
+                "left out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
+            )
+
+    def _pass_ends(self, completely: bool) -> None:
+        """The pass is over: no half window stays behind in silence."""
+        self._awaits_backward = False
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tail == "carry" and self._accumulation.open_micro_batches:
+            return
+        lost_samples = self._accumulation.open_samples
+        lost = self._accumulation.discard() if self._accumulation.is_open else 0
+        if completely and self._tail == "drop":
+            if lost and self.updates == self._updates_before_pass:
+                raise self._too_short(lost, lost_samples)
+        elif lost:
+            self._tell_lost(lost, lost_samples)
+
+    def __del__(self) -> None:
+        accumulation = getattr(self, "_accumulation", None)
+        if accumulation is not None and accumulation.open_micro_batches:
+            self._tell_lost(accumulation.open_micro_batches, accumulation.open_samples)
+
+    def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
+        target = self._target = self._size.at(self.updates + 1)
+        totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
+        if self._size.counts_samples:
+            share = (samples, target) if samples else (1, 1)
+        else:
+            share = (1, target)
+        sizes = self._expected_sizes(samples)
+        current = self._active_pass()
+        updates = self._updates_in(_length(current), len(sizes)) if current is not None else None
+        if self._wants_progress and self._bar is None and current is not None:
+            self._bar = ProgressBar(total=updates)
+        self._accumulation.tell(sizes, updates_per_epoch=updates)
+        self._accumulation.open(totals=totals, first_share=share)
+
+    def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
+        """The weights of a window's micro-batches, added up before its first backward."""
+        totals = add_weights(weights_by_name(weights(micro_batch)), {})
+        done = (tree.rows_or_none(micro_batch) or 0) if self._size.counts_samples else 1
+        offset = 0
+        while done < self._target and (upcoming := peek(offset)) is not END and upcoming is not FAILED:
+            totals = add_weights(totals, weights_by_name(weights(upcoming)))
+            done += (tree.rows_or_none(upcoming) or 0) if self._size.counts_samples else 1
+            offset += 1
+        return totals
+
+    def _close(self) -> Update:
+        update = self._accumulation.close()
+        if self._bar is not None:
+            self._bar.updated(update)
+        return update
+
+    def _begin_outside_of_a_pass(self) -> None:
+        if self._active_pass() is not None:
+            raise MisuseError(
+                f"backward() was called at {guards.user_line()} a second time for one micro-batch, whose window may have "
+                "been applied already. Add the losses up and call it once; if they are means over different things, "
+                "return them as a dict and give weights=."
+            )
+        if self._size.counts_samples:
+            raise MisuseError(
+                f"backward() was called at {guards.user_line()}, outside of over(), where samples cannot be counted "
+                "towards batch_size. Take the micro-batches from accumulator.over(loader), or pass micro_batches=."
+            )
+        self._samples, self._is_last, self._counted = None, False, None
+        if not self._accumulation.is_open:
+            self._target = self._size.at(self.updates + 1)
+            self._accumulation.tell([None] * self._target)
+            self._accumulation.open(first_share=(1, self._target))
+
+    def _active_pass(self) -> LookingAhead[Any] | None:
+        current = self._pass() if self._pass is not None else None
+        return current if current is not None and current.has_begun and not current.is_over else None
+
+    def _refuse_open_window(self) -> None:
+        lost = self._accumulation.open_micro_batches
+        if lost and self._tail != "carry":
+            raise MisuseError(
+                f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The new "
+                "pass would be mixed with them. Call accumulator.flush() first, which applies them."
+            )
+
+    def _check_fits(self, samples: int | None) -> None:
+        if samples is None:
+            raise LossError(
+                "batch_size= counts samples, and the micro-batch holds no tensor with rows. Pass micro_batches=, and "
+                "return ga.Loss.mean(value, over=n)."
+            )
+        before = self._accumulation.open_samples
+        if before + samples <= self._target:
+            return
+        if before == 0:
+            raise WindowError(
+                f"A micro-batch of {samples} samples is larger than batch_size={self._target}. It cannot be a part of a "
+                "smaller batch. Let the loader yield smaller ones, or cut whole batches with ga.TrainStep."
+            )
+        raise WindowError(
+            f"The micro-batches do not add up to batch_size={self._target}: there were {before} samples, and the next "
+            f"micro-batch has {samples}. The update would be of {before + samples} samples, not {self._target}. Let the "
+            f"loader's batch size divide {self._target}, or pass micro_batches=."
+        )
+
+    def _check_length(self, length: int | None) -> None:
+        if self._tail != "drop" or length is None or self._size.counts_samples or not self._size.is_fixed:
+            return
+        if 0 < length < self._size.at(1):
+            raise self._too_short(length, None)
+
+    def _too_short(self, micro_batches: int, samples: int | None) -> WindowError:
+        rows = "" if samples is None else f", {samples} samples"
+        asked = f"{'batch_size' if self._size.counts_samples else 'micro_batches'}={self._size.at(self.updates + 1)}"
+        return WindowError(
+            f'The pass has {micro_batches} micro-batches{rows}, and with {asked} and tail="drop" no window is ever '
+            'complete: no update would be made. Use tail="step" or "carry", or a smaller window.'
+        )
+
+    def _expected_sizes(self, samples: int | None) -> list[int | None]:
+        if not self._size.counts_samples:
+            return [samples] * self._target
+        if not samples or samples > self._target:
+            return [samples]
+        full, rest = divmod(self._target, samples)
+        return [samples] * full + ([rest] if rest else [])
+
+    def _updates_in(self, length: int | None, per_window: int) -> int | None:
+        if length is None or not self._size.is_fixed:
+            return None
+        return length // per_window if self._tail == "drop" else -(-length // per_window)
+
+    def _tell_lost(self, micro_batches: int, samples: int) -> None:
+        message = (
+            f"{micro_batches} micro-batches ({samples} samples) were accumulated and never applied: their window was "
+            "left before it was complete. Their gradients were discarded."
+        )
+        if sys.exc_info()[0] is None:
+            warnings.warn(message, DiscardedWindowWarning, stacklevel=2)
+        else:  # an error is on its way already, and a warning turned into an error would take its place
+            logger.warning(message)
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,81 @@
+"""Every error and warning of the library.
+
+    GradAccumError
+    ├── LossError (ValueError)           a loss that cannot be accumulated: not a scalar, no graph, totals unknown
+    │   └── MeanError                    a plain mean that was not over samples
+    ├── UnknownLossError (TypeError)     a loss whose mean nothing is known about, or that is not reduced at all
+    ├── BatchError (ValueError)          a batch that cannot be cut: rows disagree, no rows, no tensors
+    ├── WindowError (ValueError)         sizes that make no window: below 1, larger than an epoch, not adding up
+    ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train
+    ├── MisuseError (RuntimeError)       something was called by hand that would break the window
+    ├── StateError (ValueError)          a state that cannot be saved or loaded
+    ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
+    └── MissingExtraError (ImportError)  an optional dependency is needed for what was asked
+
+    GradAccumWarning (UserWarning)
+    ├── BatchNormWarning                 normalisation statistics are the micro-batch's, not the batch's
+    ├── DiscardedWindowWarning           gradients were thrown away with a window that never closed
+    └── SkippedUpdateWarning             a window had nothing to learn from, or its gradient was not finite
+
+A message says three things: what happened, with the numbers; what it would do to the gradient; what to type instead.
+"""
+
+
+class GradAccumError(Exception):
+    """Base of every error this library raises."""
+
+
+class LossError(GradAccumError, ValueError):
+    """A loss that cannot be accumulated as it is."""
+
+
+class MeanError(LossError):
+    """A plain mean that was not taken over samples, so that its weight is unknown."""
+
+
+class UnknownLossError(GradAccumError, TypeError):
+    """A loss of which it is unknown what its mean is taken over."""
+
+
+class BatchError(GradAccumError, ValueError):
+    """A batch that cannot be cut into micro-batches."""
+
+
+class WindowError(GradAccumError, ValueError):
+    """Sizes from which no window of micro-batches can be made."""
+
+
+class ParameterError(GradAccumError, ValueError):
+    """Optimizer and model do not belong together, or nothing is trainable."""
+
+
+class MisuseError(GradAccumError, RuntimeError):
+    """A call by hand that would change the gradient of an open window."""
+
+
+class StateError(GradAccumError, ValueError):
+    """A state that cannot be saved now, or does not fit what it is loaded into."""
+
+
+class UnsupportedError(GradAccumError, NotImplementedError):
+    """A combination that would not be exact, and is refused instead of approximated."""
+
+
+class MissingExtraError(GradAccumError, ImportError):
+    """An optional dependency is needed for what was asked."""
+
+
+class GradAccumWarning(UserWarning):
+    """Base of every warning this library gives."""
+
+
+class BatchNormWarning(GradAccumWarning):
+    """BatchNorm normalises with the statistics of the micro-batch."""
+
+
+class DiscardedWindowWarning(GradAccumWarning):
+    """Accumulated gradients were thrown away because their window never closed."""
+
+
+class SkippedUpdateWarning(GradAccumWarning):
+    """An update was not made: the window weighed nothing, or its gradient was not finite."""

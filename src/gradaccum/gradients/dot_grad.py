@@ -1,0 +1,150 @@
+"""Gradients add up in ``.grad``, as torch's own backward leaves them.
+
+What this adds to torch's accumulation are the two questions that decide whether the sum is right: was anything there
+before the window began, and did anything change it between two micro-batches? The second is answered by one gradient's
+version counter, which every in-place operation moves: clipping by hand, zeroing and unscaling touch all gradients, so
+one of them is enough to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum.errors import MisuseError, UnsupportedError
+
+_MAX_SHOWN = 3
+
+
+class DotGrad:
+    """The ``.grad`` of the models' parameters, over one window after another.
+
+    Args:
+        named_parameters: every parameter of the models, frozen ones too: they may be unfrozen while training.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named_parameters)
+        self.parameters = [parameter for _, parameter in self._named]
+        self._own = {id(parameter) for parameter in self.parameters}
+        self._only_own: list[nn.Parameter] | None = None
+        self._watched: nn.Parameter | None = None
+        self._watched_version = 0
+
+    def check_empty(self) -> None:
+        """That no gradient is left over from something else; gradients of zero are removed.
+
+        Raises:
+            MisuseError: a gradient is there already, which the window would be added to.
+        """
+        left = [(name, parameter) for name, parameter in self._named if parameter.grad is not None]
+        if not left:
+            return
+        nonzero = [name for name, parameter in left if _count_nonzero(parameter.grad)]
+        if nonzero:
+            shown = ", ".join(nonzero[:_MAX_SHOWN]) + (", ..." if len(nonzero) > _MAX_SHOWN else "")
+            raise MisuseError(
+                f"{len(nonzero)} of {len(self._named)} parameters have a .grad before the window's first micro-batch "
+                f"({shown}). The window's gradient would be added to it, and the update would be that of neither. "
+                "Call optimizer.zero_grad() before training starts, and keep other backward() calls out of it."
+            )
+        self.clear()
+
+    def look_for_foreign_leaves(self, roots: Sequence[Tensor]) -> None:
+        """Finds out whether a backward would also reach parameters of other models, and if so leaves these alone.
+
+        In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts.
+        The graph is walked in Python, about a microsecond a node, so this is asked for once a pass, not always.
+        """
+        foreign = False
+        reentrant = False
+        seen: set[Any] = set()
+        nodes: list[Any] = [root.grad_fn for root in roots]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, nn.Parameter) and id(variable) not in self._own:
+                foreign = True
+            reentrant = reentrant or node.name() == "CheckpointFunctionBackward"
+            nodes.extend(parent for parent, _ in node.next_functions)
+        if foreign and reentrant:
+            raise UnsupportedError(
+                "The loss reaches parameters of a model that is not this accumulator's, and a reentrant checkpoint, for "
+                "which torch cannot restrict a backward to some parameters. Their gradients would get what is not "
+                "theirs. Use torch.utils.checkpoint(..., use_reentrant=False)."
+            )
+        self._only_own = self.parameters if foreign else None
+
+    def add(self, roots: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
+        """Runs the backward of one micro-batch, started with ``seeds``.
+
+        Raises:
+            MisuseError: the gradients were changed since the micro-batch before.
+        """
+        self._check_untouched()
+        if self._only_own is None:
+            torch.autograd.backward(roots, seeds)
+        else:
+            torch.autograd.backward(roots, seeds, inputs=[p for p in self._only_own if p.requires_grad])
+        self._watch()
+
+    def filled(self) -> list[nn.Parameter]:
+        """The parameters that got a gradient; sparse gradients are coalesced in passing."""
+        found = [parameter for parameter in self.parameters if parameter.grad is not None]
+        for parameter in found:
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse and not gradient.is_coalesced():
+                parameter.grad = gradient.coalesce()
+        return found
+
+    def clear(self) -> None:
+        """Ends the window: no parameter keeps a gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._watched = None
+
+    def set_aside(self) -> list[Tensor | None]:
+        """Takes the gradients away, to be put back with `put_back`."""
+        aside = [parameter.grad for parameter in self.parameters]
+        self.clear()
+        return aside
+
+    def put_back(self, aside: Sequence[Tensor | None]) -> None:
+        """Adds the gradients that were set aside to those there now, as torch's own backward would have."""
+        for parameter, before in zip(self.parameters, aside, strict=True):
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        self._watched = None
+
+    def _watch(self) -> None:
+        if self._watched is None or self._watched.grad is None:
+            self._watched = next((parameter for parameter in self.parameters if parameter.grad is not None), None)
+        if self._watched is not None and self._watched.grad is not None:
+            self._watched_version = self._watched.grad._version
+
+    def _check_untouched(self) -> None:
+        if self._watched is None:
+            return
+        gradient = self._watched.grad
+        if gradient is not None and gradient._version == self._watched_version:
+            return
+        name = next(name for name, parameter in self._named if parameter is self._watched)
+        what = "cleared" if gradient is None else "changed in place"
+        raise MisuseError(
+            f"The gradient of {name!r} was {what} between two micro-batches of one window, so the sum would no longer "
+            "be the batch's gradient. Inside a window call neither zero_grad() nor clip_grad_norm_() nor backward(): "
+            "pass clip_norm= and return all terms of the loss to accumulator.backward()."
+        )
+
+
+def _count_nonzero(gradient: Tensor | None) -> bool:
+    if gradient is None:
+        return False
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(values.any())

@@ -1,0 +1,214 @@
+"""Watches for what makes a sum of micro-batches something else than the batch.
+
+Checked once: that optimizer and model belong together, that no layer couples samples. Checked while a window is open:
+that nobody steps the optimizer, zeroes its gradients or advances the schedule by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from gradaccum.errors import BatchNormWarning, MisuseError, ParameterError, UnsupportedError
+
+_LIBRARY = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_MAX_SHOWN = 3
+
+
+def as_sequence(one_or_many: Any, kind: type, *, name: str) -> list[Any]:
+    """The argument as a list, whether it was one object or a sequence of them."""
+    many = [one_or_many] if isinstance(one_or_many, kind) else one_or_many
+    if not isinstance(many, (list, tuple)) or not many or not all(isinstance(one, kind) for one in many):
+        raise ParameterError(
+            f"{name} must be a torch {kind.__name__} or a non-empty sequence of them, and is {_described(one_or_many)}."
+        )
+    return list(many)
+
+
+def named_parameters(models: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter of all models once, shared ones under their first name."""
+    if len(models) == 1:
+        return list(models[0].named_parameters())
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for i, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            found.setdefault(id(parameter), (f"{i}.{name}", parameter))
+    return list(found.values())
+
+
+def check_parameters(named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequence[Optimizer]) -> None:
+    """That the optimizers train parameters of the models, each at most once, and at least one.
+
+    Raises:
+        ParameterError: they do not.
+    """
+    own = {id(parameter) for _, parameter in named}
+    owned_by: dict[int, int] = {}
+    trainable = 0
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) not in own:
+                    raise ParameterError(
+                        f"Parameter group {j} of {type(optimizer).__name__} holds a parameter of shape "
+                        f"{tuple(parameter.shape)} that is none of the model's {len(own)}. Its gradient would be neither "
+                        "normalised nor cleared. Pass every model that the optimizer trains: model=[first, second]; a "
+                        "parameter that belongs to a loss goes into an nn.Module of its own."
+                    )
+                if owned_by.setdefault(id(parameter), i) != i:
+                    raise ParameterError(
+                        f"Two of the optimizers hold the same parameter of shape {tuple(parameter.shape)}; it would be "
+                        "updated twice from one gradient. Give each parameter to one optimizer."
+                    )
+                trainable += parameter.requires_grad
+    if not trainable:
+        raise ParameterError(
+            f"There is nothing to train: none of the {len(owned_by)} parameters of the optimizer requires a gradient. "
+            "Every update would leave the model as it is. Call parameter.requires_grad_() on those to train, before "
+            "the optimizer is made."
+        )
+
+
+def refuse_closures(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses optimizers that evaluate the loss several times in one update."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UnsupportedError(
+                "LBFGS evaluates the loss several times for one update, and the batch is gone after the first. With "
+                "the whole batch in hand: def closure(): optimizer.zero_grad(); return "
+                "train_step.backward(batch).value, and optimizer.step(closure)."
+            )
+
+
+def refuse_data_parallel(models: Sequence[nn.Module]) -> None:
+    """Refuses models whose backend averages gradients over ranks by itself, as long as that is not undone here."""
+    for model in models:
+        for module in model.modules():
+            name = type(module).__name__
+            if name in ("DistributedDataParallel", "FullyShardedDataParallel") or name.startswith("FSDP"):
+                raise UnsupportedError(
+                    f"The model is wrapped in {name}, which averages gradients over ranks whatever each rank's weight "
+                    "is, in every micro-batch. With unequal ranks that is not the batch's gradient. This version "
+                    "trains in one process; pass the plain module."
+                )
+
+
+def coupled_batch_norms(models: Sequence[nn.Module]) -> list[str]:
+    """Qualified names of the BatchNorm layers that would normalise with the micro-batch's own statistics."""
+    return [
+        name or type(module).__name__
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+
+
+def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int, stacklevel: int = 4) -> None:
+    """Says which layers make the gradient another than the whole batch's."""
+    shown = ", ".join(names[:_MAX_SHOWN]) + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
+    warnings.warn(
+        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each of "
+        f"the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the whole "
+        f"batch's, and running statistics advance {micro_batches} times an update. Freeze them (module.eval()) when "
+        "fine-tuning, or use GroupNorm or LayerNorm.",
+        BatchNormWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def user_line() -> str:
+    """``file:line`` of the nearest frame that is neither the library's nor torch's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = os.path.abspath(frame.f_code.co_filename)
+        if not filename.startswith((_LIBRARY, _TORCH)) and not filename.startswith(os.path.dirname(functools.__file__) + os.sep + "functools"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+@contextmanager
+def no_calls_by_hand(
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[Any],
+    *,
+    open_micro_batches: Callable[[], int],
+    is_ours: Callable[[], bool],
+) -> Iterator[None]:
+    """Makes calls of ``optimizer.step``, ``zero_grad`` and ``scheduler.step`` errors where they break a window.
+
+    Args:
+        open_micro_batches: how many micro-batches the open window holds; 0 between windows.
+        is_ours: whether the library itself is making the update.
+    """
+
+    def refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if open_micro_batches() and not is_ours():
+            raise MisuseError(
+                f"optimizer.step() was called at {user_line()}, inside a window, after {open_micro_batches()} of its "
+                "micro-batches. It would update with a part of the batch's gradient. Remove the call: "
+                "accumulator.backward() steps when the window is complete."
+            )
+
+    def refuse_zero_grad() -> None:
+        if open_micro_batches() and not is_ours():
+            raise MisuseError(
+                f"optimizer.zero_grad() was called at {user_line()}, inside a window, after {open_micro_batches()} of "
+                "its micro-batches, whose gradients it would throw away. Remove the call: gradients are cleared after "
+                "each update."
+            )
+
+    def refuse_schedule() -> None:
+        if not is_ours():
+            raise MisuseError(
+                f"scheduler.step() was called at {user_line()}, and this scheduler was passed to the accumulator, which "
+                "advances it once for each update. The learning rate would change too fast. Remove the call, or do not "
+                "pass scheduler=."
+            )
+
+    with ExitStack() as held:
+        for optimizer in optimizers:
+            held.callback(optimizer.register_step_pre_hook(refuse_step).remove)
+            held.enter_context(_checked_before(optimizer, "zero_grad", refuse_zero_grad))
+        for scheduler in schedulers:
+            held.enter_context(_checked_before(scheduler, "step", refuse_schedule))
+        yield
+
+
+@contextmanager
+def _checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterator[None]:
+    """Runs ``check`` before each call of a method of one object; leaves the object as it was."""
+    was_own = name in vars(owner)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, checked)
+    try:
+        yield
+    finally:
+        if vars(owner).get(name) is checked:  # somebody may have wrapped it in the meantime: theirs stays
+            if was_own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of " + (", ".join(type(one).__name__ for one in value[:_MAX_SHOWN]) or "nothing")
+    return f"a {type(value).__name__}"

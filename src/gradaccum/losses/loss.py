@@ -1,0 +1,132 @@
+"""A loss that knows what its mean was taken over.
+
+A mean over ``n`` items is the pair *(total, n)*. Micro-batches add up only as pairs:
+
+    loss of the batch = (total_1 + total_2 + ...) / (n_1 + n_2 + ...)
+
+which differs from the mean of the means as soon as the counts do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum.errors import LossError
+
+Weight = float | int | Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """A 0-d loss and what it was averaged over; made by `Loss.mean` or `Loss.sum`.
+
+    Keeping the tensor as the user's code made it (``root``) instead of converting means to sums costs no graph
+    node: the backward is seeded with the weight.
+
+    Attributes:
+        root: 0-d tensor that carries the graph: the mean if ``is_mean``, else the sum.
+        weight: number of items (samples, tokens, sum of class weights): a number or a 0-d tensor; None for a
+            sum that is not to be divided by anything.
+        is_mean: whether ``root`` has already been divided by ``weight``.
+
+    Example:
+        >>> losses = torch.tensor([1.0, 2.0, 6.0])
+        >>> ga.Loss.mean(losses.mean(), over=3).total
+        tensor(9.)
+        >>> ga.Loss.sum(losses.sum(), over=3).value
+        tensor(3.)
+    """
+
+    root: Tensor
+    weight: Weight | None
+    is_mean: bool
+
+    @staticmethod
+    def mean(value: Tensor, over: Weight) -> Loss:
+        """A mean over ``over`` items.
+
+        Args:
+            value: 0-d tensor, a mean.
+            over: how many items it is a mean of: int, float or 0-d tensor, not negative. Where this is 0 the
+                micro-batch adds nothing, even if ``value`` is the NaN of 0 / 0.
+
+        Raises:
+            LossError: ``value`` is not a 0-d floating tensor, or ``over`` is not a count.
+        """
+        return Loss(_checked_root(value, name="Loss.mean"), _checked_weight(over, name="Loss.mean"), is_mean=True)
+
+    @staticmethod
+    def sum(value: Tensor, over: Weight | None = None) -> Loss:
+        """A sum that is still to be divided by ``over``; without ``over`` it stays a sum.
+
+        Args:
+            value: 0-d tensor, a sum.
+            over: the number of items the mean will be taken over (int, float or 0-d tensor, not negative), or None.
+
+        Raises:
+            LossError: ``value`` is not a 0-d floating tensor, or ``over`` is not a count.
+        """
+        weight = None if over is None else _checked_weight(over, name="Loss.sum")
+        return Loss(_checked_root(value, name="Loss.sum"), weight, is_mean=False)
+
+    @property
+    def value(self) -> Tensor:
+        """0-d tensor: the mean, or the sum where there is nothing to divide by."""
+        return self.root if self.is_mean or self.weight is None else self.root / self.weight
+
+    @property
+    def total(self) -> Tensor:
+        """0-d tensor: the sum over the items; zero, not NaN, where there are none."""
+        if not self.is_mean or self.weight is None:
+            return self.root
+        if isinstance(self.weight, Tensor):
+            return torch.where(self.weight == 0, torch.zeros_like(self.root), self.root * self.weight)
+        return self.root * self.weight if self.weight != 0 else torch.zeros_like(self.root)
+
+    def __repr__(self) -> str:
+        made_by = "mean" if self.is_mean else "sum"
+        return f"Loss.{made_by}({self.root!r}, over={self.weight!r})"
+
+
+def _checked_root(value: Any, *, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise LossError(
+            f"ga.{name} needs a 0-d tensor and got {type(value).__name__}. A number has no graph, so it would add "
+            "nothing to the gradient. Pass the loss tensor itself, before .item()."
+        )
+    if value.dim() != 0:
+        raise LossError(
+            f"ga.{name} needs a 0-d tensor and got one of shape {tuple(value.shape)}. A loss for each element has "
+            "no gradient yet. Reduce it: ga.Loss.sum(losses.sum(), over=losses.numel())."
+        )
+    if not value.is_floating_point():
+        raise LossError(
+            f"ga.{name} needs a floating-point tensor and got {value.dtype}, which has no gradient. "
+            "Convert before the loss is computed, not after."
+        )
+    return value
+
+
+def _checked_weight(over: Any, *, name: str) -> Weight:
+    if isinstance(over, Tensor):
+        if over.dim() != 0:
+            raise LossError(
+                f"ga.{name}(over=) is a tensor of shape {tuple(over.shape)}; the count must be one number, or "
+                "each item would get a weight of its own. Sum it first: over=mask.sum()."
+            )
+        return over.detach()
+    if isinstance(over, bool) or not isinstance(over, (int, float)):
+        raise LossError(
+            f"ga.{name}(over=) must be an int, a float or a 0-d tensor, and is {type(over).__name__}. It is what "
+            "the mean is taken over: the number of samples or tokens, or the sum of class weights."
+        )
+    if not 0 <= over < float("inf"):
+        raise LossError(
+            f"ga.{name}(over={over}): a mean is taken over a finite number of items, at least 0. A negative or "
+            "infinite weight would turn the gradient round or erase it."
+        )
+    return over

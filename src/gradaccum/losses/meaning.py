@@ -1,0 +1,201 @@
+"""What was a plain mean taken over? Read off the autograd graph that made it.
+
+A plain 0-d tensor is taken as a mean over samples. Where it was a mean over something else whose count is not
+proportional to the samples (labels that are ignored, class weights, padded tokens) the sum over micro-batches would be
+a mean of means. The last nodes of its graph tell: ``nll_loss`` keeps the sum of the weights it divided by,
+``mse_loss`` and ``mean`` the tensor they averaged, a division its divisor. The counts that are found are compared with
+the numbers of samples: the ratio must be the same for every micro-batch.
+
+Not seen: means made inside of custom autograd functions or compiled losses. ``ga.criterion`` needs no guessing.
+The attributes read here are those that PyTorch documents for graph inspection (``grad_fn._saved_*``, "Autograd
+mechanics").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradaccum.errors import MeanError
+
+_MAX_NODES = 32  # terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time
+_MEAN = 1  # at::Reduction::Mean
+_ROUNDING = 1e-5  # sums of fp32 class weights; a real mismatch is a whole sample's weight
+
+Count = int | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """One mean found in the graph of a loss.
+
+    Attributes:
+        count: what it was divided by: an int, or a 0-d tensor where it depends on the data.
+        what: the same in words.
+        instead: what to type instead of the plain mean.
+    """
+
+    count: Count
+    what: str
+    instead: str
+
+
+class SampleMeans:
+    """Compares what plain means were taken over with the samples of their micro-batches, over one window.
+
+    Every micro-batch of the first window is looked at; later only counts that depend on the data, and these only where
+    they lie on the host: on a device each would be a wait.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[int, list[tuple[float, bool, TakenOver]]]]] = {}
+        self._is_first_window = True
+        self._depends_on_data = True
+
+    def check(self, name: str, loss: Tensor, samples: int) -> None:
+        """Looks at one micro-batch's plain mean.
+
+        Raises:
+            MeanError: it was taken over something that is not proportional to the samples.
+        """
+        if samples == 0 or not (self._is_first_window or self._depends_on_data):
+            return
+        means = means_in(loss)
+        if not self._is_first_window:
+            means = [mean for mean in means if isinstance(mean.count, Tensor)]
+            if any(isinstance(mean.count, Tensor) and mean.count.device.type != "cpu" for mean in means):
+                return
+        counts = [
+            (mean.count.item() if isinstance(mean.count, Tensor) else float(mean.count), isinstance(mean.count, int), mean)
+            for mean in means
+        ]
+        seen = self._seen.setdefault(name, [])
+        seen.append((samples, counts))
+        if len(seen) > 1 and len(counts) == len(seen[0][1]):
+            for i, (count, is_shape, mean) in enumerate(counts):
+                first = seen[0][1][i][0]
+                if not _is_proportional(first, seen[0][0], count, samples, is_shape=is_shape):
+                    raise MeanError(_message(name, mean, [(c[i][0], n) for n, c in seen if len(c) > i]))
+
+    def window_closed(self) -> None:
+        """The next micro-batch belongs to another window."""
+        if any(len(seen) > 1 for seen in self._seen.values()):
+            self._is_first_window = False
+            self._depends_on_data = any(
+                not is_shape for seen in self._seen.values() for _, counts in seen for _, is_shape, _ in counts
+            )
+        self._seen.clear()
+
+
+def means_in(loss: Tensor) -> list[TakenOver]:
+    """The means near the root of the loss's graph, in the order of the graph; empty where none is recognised."""
+    found: list[TakenOver] = []
+    nodes: list[Any] = [loss.grad_fn]
+    for _ in range(_MAX_NODES):
+        if not nodes:
+            break
+        node = nodes.pop()
+        if node is None:
+            continue
+        name = node.name()
+        reader = _READERS.get(name)
+        if reader is not None:
+            try:
+                mean = reader(node)
+            except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
+                mean = None
+            if mean is not None:
+                found.append(mean)
+                continue
+        if name in _TRANSPARENT:
+            nodes.extend(parent for parent, _ in reversed(node.next_functions))
+    return found
+
+
+def _is_proportional(first: float, first_samples: int, count: float, samples: int, *, is_shape: bool) -> bool:
+    if abs(count * first_samples - first * samples) <= _ROUNDING * abs(first * samples):
+        return True
+    # The same count for other numbers of samples is a term that has nothing to do with samples, such as a penalty on
+    # the weights, and exact as it is: unless a fixed batch size was divided by.
+    return count == first and (is_shape or count not in (samples, first_samples))
+
+
+def _message(name: str, mean: TakenOver, seen: list[tuple[float, int]]) -> str:
+    counts = ", ".join(f"{count:g}" for count, _ in seen)
+    samples = ", ".join(str(n) for _, n in seen)
+    total_count, total_samples = sum(count for count, _ in seen), sum(n for _, n in seen)
+    taken = [(n / total_samples) / (count / total_count) for count, n in seen if count]
+    factor = max((max(share, 1 / share) for share in taken), default=float("inf"))
+    term = f"The term {name!r}" if name else "The loss"
+    return (
+        f"{term} is a plain tensor and so is taken as a mean over samples, but it was averaged over {mean.what}: "
+        f"{counts} in micro-batches of {samples} samples. Weighted by samples, one of them would count {factor:.3g} times "
+        f"what it should in the gradient. Return the loss with what it was averaged over: {mean.instead}."
+    )
+
+
+def _nll(node: Any) -> TakenOver | None:
+    if node._saved_reduction != _MEAN:
+        return None
+    weighted = node._saved_weight is not None
+    return TakenOver(
+        node._saved_total_weight,
+        "the sum of class weights" if weighted else "targets that are not ignored",
+        "criterion = ga.criterion(nn.CrossEntropyLoss(...)) and criterion(output, target)",
+    )
+
+
+def _elements(saved: str) -> Callable[[Any], TakenOver | None]:
+    def read(node: Any) -> TakenOver | None:
+        if getattr(node, "_saved_reduction", _MEAN) != _MEAN:
+            return None
+        return TakenOver(getattr(node, saved).numel(), "elements", "ga.Loss.sum(losses.sum(), over=losses.numel())")
+
+    return read
+
+
+def _mean(node: Any) -> TakenOver | None:
+    return TakenOver(int(node._saved_self_sym_numel), "elements", "ga.Loss.sum(losses.sum(), over=losses.numel())")
+
+
+def _quotient(node: Any) -> TakenOver | None:
+    """A sum divided by a count: ``(losses * mask).sum() / mask.sum()``."""
+    divisor = node._saved_other
+    numerator = node.next_functions[0][0]
+    if numerator is None or not numerator.name().startswith("SumBackward") or divisor.requires_grad:
+        return None
+    return TakenOver(divisor.detach(), "the divisor", "ga.Loss.sum(losses.sum(), over=count)") if divisor.dim() == 0 else None
+
+
+_READERS: dict[str, Callable[[Any], TakenOver | None]] = {
+    "NllLossBackward0": _nll,
+    "NllLoss2DBackward0": _nll,
+    "MseLossBackward0": _elements("_saved_self"),
+    "SmoothL1LossBackward0": _elements("_saved_self"),
+    "HuberLossBackward0": _elements("_saved_self"),
+    "BinaryCrossEntropyBackward0": _elements("_saved_self"),
+    "BinaryCrossEntropyWithLogitsBackward0": _elements("_saved_self"),
+    "SoftMarginLossBackward0": _elements("_saved_self"),
+    "MeanBackward0": _mean,
+    "DivBackward0": _quotient,
+}
+
+# What a mean may still pass through on its way to the loss: sums of terms, factors, casts.
+_TRANSPARENT = frozenset(
+    {
+        "AddBackward0",
+        "AliasBackward0",
+        "DivBackward0",
+        "DivBackward1",
+        "MulBackward0",
+        "MulBackward1",
+        "NegBackward0",
+        "SqueezeBackward0",
+        "SubBackward0",
+        "ToCopyBackward0",
+        "ViewBackward0",
+    }
+)

@@ -1,0 +1,85 @@
+"""What people see while training: one line that says what will run, and a bar that counts updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from gradaccum.errors import MissingExtraError
+from gradaccum.types import Update
+
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{remaining}{postfix}]"
+_BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
+
+
+def plan_line(sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None) -> str:
+    """What one update is made of: ``batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch``.
+
+    Args:
+        sizes: rows of each micro-batch of a window; None where they cannot be seen.
+        coupled_layers: how many layers see the micro-batch instead of the batch.
+        updates_per_epoch: None where the length of an epoch is unknown.
+    """
+    count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        batch = count
+    elif min(known) == max(known):
+        batch = f"batch {sum(known)} = {count} x {known[0]}"
+    else:
+        batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
+    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {coupled_layers} BatchNorm layers see the micro-batch"
+    parts = [batch, exact]
+    if updates_per_epoch is not None:
+        parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
+    return " | ".join(parts)
+
+
+class ProgressBar:
+    """A tqdm bar in updates that also moves inside a window.
+
+    Args:
+        total: number of updates; None where unknown.
+        description: stands before the bar.
+
+    Raises:
+        MissingExtraError: tqdm is not installed.
+    """
+
+    def __init__(self, *, total: int | None, description: str = "") -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise MissingExtraError(
+                'progress=True draws with tqdm, which is not installed. pip install "gradaccum[cli]", or leave '
+                "progress out."
+            ) from error
+        logging.getLogger(__name__).debug("progress bar over %s updates", total)
+        self._bar: Any = tqdm(
+            total=total, desc=description or None, bar_format=_BAR if total is not None else _BAR_WITHOUT_END
+        )
+        self._updates = 0
+
+    def inside(self, done: int, expected: int) -> None:
+        """``done`` of ``expected`` micro-batches of the window have run."""
+        self._move(self._updates + min(done / max(expected, done, 1), 0.99))
+
+    def updated(self, update: Update) -> None:
+        """A window closed."""
+        self._updates += 1
+        if self._bar.n + 1 >= (self._bar.total or float("inf")) or self._is_due():
+            # Reading the loss waits for the device, so it is done at the bar's own pace, not for every update.
+            self._bar.set_postfix(loss=f"{float(update.loss):.4g}", refresh=False)
+        self._move(self._updates)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.refresh()
+        self._bar.close()
+
+    def _move(self, position: float) -> None:
+        self._bar.update(position - self._bar.n)
+
+    def _is_due(self) -> bool:
+        return bool(self._bar._time() - self._bar.last_print_t >= self._bar.mininterval)

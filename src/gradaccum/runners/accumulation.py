@@ -1,0 +1,321 @@
+"""One window after another: what both ways of training share.
+
+A window is opened with what is known of it ahead, gets its micro-batches' losses one by one, and is closed into an
+update, or discarded. Who decides about its boundary, the user's loop or the batch in hand, is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from gradaccum import guards
+from gradaccum.errors import LossError, StateError
+from gradaccum.gradients.dot_grad import DotGrad
+from gradaccum.losses.loss import Loss, Weight
+from gradaccum.losses.meaning import SampleMeans
+from gradaccum.losses.normalise import SINGLE, Normaliser, Number, host_number
+from gradaccum.losses.terms import as_terms
+from gradaccum.progress import plan_line
+from gradaccum.types import Update
+from gradaccum.update import Updater
+
+logger = logging.getLogger("gradaccum")
+
+WeightsFunction = Callable[[Any], Mapping[str, Weight] | Weight]
+"""From a batch, or a micro-batch, to what the means of its loss are taken over."""
+
+
+def weights_by_name(weights: Mapping[str, Weight] | Weight) -> dict[str, Weight]:
+    """What a `WeightsFunction` returned, a single loss's count under `SINGLE`."""
+    return dict(weights) if isinstance(weights, Mapping) else {SINGLE: weights}
+
+
+class Accumulation:
+    """Adds up the gradients of a window's micro-batches and makes the update from them.
+
+    Args:
+        model: one module or a sequence of them.
+        optimizer: one optimizer or a sequence of them; their parameters must be the models'.
+        clip_norm: see `Updater`.
+        scheduler: one or a sequence of them, advanced once an update; None for none.
+        scaler: see `Updater`.
+
+    Attributes:
+        updates: windows closed so far, skipped ones too.
+        micro_batches: micro-batches that went into updates so far.
+        samples: rows that went into updates so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        clip_norm: float | None = None,
+        scheduler: Any = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        self.models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
+        self.optimizers: list[Optimizer] = guards.as_sequence(optimizer, Optimizer, name="optimizer")
+        guards.refuse_data_parallel(self.models)
+        self._find_parameters()
+        self._schedulers: list[Any] = (
+            [] if scheduler is None else list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
+        )
+        self._updater = Updater(self.optimizers, clip_norm=clip_norm, schedulers=self._schedulers, scaler=scaler)
+        self._means = SampleMeans()
+        self._normaliser: Normaliser | None = None
+        self._last_total = 0.0
+        self._has_told = False
+        self._sizes: list[int | None] = []
+        self.updates = 0
+        self.micro_batches = 0
+        self.samples = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window has been opened and neither closed nor discarded."""
+        return self._normaliser is not None
+
+    @property
+    def open_micro_batches(self) -> int:
+        """Micro-batches added to the open window so far."""
+        return len(self._sizes)
+
+    @property
+    def open_samples(self) -> int:
+        """Rows added to the open window so far, as far as they could be seen."""
+        return sum(size or 0 for size in self._sizes)
+
+    def device(self) -> torch.device:
+        """Where the first model's first parameter is."""
+        return self._gradients.parameters[0].device
+
+    def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None) -> None:
+        """Logs the plan line, and warns of layers that see the micro-batch; the first time it is called."""
+        if self._has_told:
+            return
+        self._has_told = True
+        coupled = guards.coupled_batch_norms(self.models)
+        if coupled and len(sizes) > 1:
+            guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
+        logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch))
+
+    def no_calls_by_hand(self) -> AbstractContextManager[None]:
+        """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
+        return guards.no_calls_by_hand(
+            self.optimizers,
+            self._schedulers,
+            open_micro_batches=lambda: self.open_micro_batches,
+            is_ours=lambda: self._updater.is_stepping,
+        )
+
+    def open(self, *, totals: Mapping[str, Weight] | None = None, first_share: tuple[int, int] = (1, 1)) -> None:
+        """Starts a window; see `Normaliser` for what may be known of it ahead.
+
+        Raises:
+            MisuseError: a gradient is left over from something else.
+        """
+        if self._num_optimized != self._count_optimized():
+            self._find_parameters()
+        self._gradients.check_empty()
+        self._normaliser = Normaliser(totals=totals, first_share=first_share, at_least=self._last_total)
+        self._started = time.perf_counter()
+
+    def look_for_foreign_leaves(self) -> None:
+        """Has the next backward looked through for parameters of other models."""
+        self._looks_for_foreign = True
+
+    def add(self, loss: Any, *, samples: int | None, weights: Mapping[str, Weight] | None = None) -> None:
+        """Runs the backward of one micro-batch's loss, with its share of the whole.
+
+        Args:
+            loss: `Loss`, 0-d tensor, or a dict of these by name.
+            samples: rows of the micro-batch; None where unknown.
+            weights: what plain tensors of the loss are means over, where the user has said so.
+
+        A loss that is refused, or a backward that fails, discards the window: what it had added up is not known.
+        """
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before anything is added to it"
+        try:
+            terms = as_terms(loss, samples=samples, weights=weights)
+            if samples is not None:
+                for name, plain in (loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),)):
+                    if isinstance(plain, Tensor) and name not in (weights or ()):
+                        self._means.check(name, plain, samples)
+            roots, seeds = normaliser.seeds(terms)
+            if roots:
+                if self._looks_for_foreign:
+                    self._gradients.look_for_foreign_leaves(roots)
+                    self._looks_for_foreign = False
+                scaler = self._updater.loss_scale
+                self._gradients.add(roots, seeds if scaler is None else [scaler.scale(seed) for seed in seeds])
+        except BaseException:
+            before = self.discard()
+            if before:
+                logger.warning("a window was discarded with its first %d micro-batches: the next one raised", before)
+            raise
+        self._sizes.append(samples)
+
+    def close(self) -> Update:
+        """The update from what has been added."""
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before it is closed"
+        normaliser.check_totals()
+        parameters = self._gradients.filled()
+        grad_norm = None
+        if normaliser.is_empty:
+            skipped: bool | Tensor = True
+            logger.warning("update %d was skipped: the weight of its batch is 0, there is nothing to learn from", self.updates + 1)
+        elif not parameters:
+            raise self._no_gradient()
+        else:
+            applied = self._updater.apply(parameters, normaliser.correction)
+            grad_norm, skipped = applied.grad_norm, applied.skipped
+            if skipped is True:
+                logger.warning("update %d was skipped: its gradient is not finite", self.updates + 1)
+        return self._finish(normaliser, grad_norm, skipped)
+
+    def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
+        """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before it is closed"
+        normaliser.check_totals()
+        parameters = self._gradients.filled()
+        if not parameters and not normaliser.is_empty:
+            raise self._no_gradient()
+        self._updater.unscale_into_grad(parameters, normaliser.correction)
+        self._gradients.put_back(aside)
+        means = normaliser.means()
+        weight = normaliser.weight
+        self._reset()
+        if len(means) > 1:
+            return Loss(_sum_of(means), None, is_mean=False)
+        return Loss(_sum_of(means), None if isinstance(weight, dict) else weight, is_mean=weight is not None)
+
+    def discard(self) -> int:
+        """Throws the open window away, and tells how many micro-batches it had."""
+        lost = self.open_micro_batches
+        self._gradients.clear()
+        self._reset()
+        return lost
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters.
+
+        Raises:
+            StateError: a window is open, whose gradients would be lost.
+        """
+        if self.open_micro_batches:
+            raise StateError(
+                f"A window is open, with {self.open_micro_batches} micro-batches ({self.open_samples} samples) added up "
+                "and not applied; a state saved now would lose their gradients. Save right after an update."
+            )
+        return {"updates": self.updates, "micro_batches": self.micro_batches, "samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on counting from a state.
+
+        Raises:
+            StateError: it is not one, or a window is open.
+        """
+        if self.open_micro_batches:
+            raise StateError(
+                f"A window is open, with {self.open_micro_batches} micro-batches added up; loading would mix them into "
+                "the first update of another run. Load before training starts."
+            )
+        names = ("updates", "micro_batches", "samples")
+        missing = [name for name in names if not isinstance(state.get(name), int)]
+        if missing:
+            raise StateError(
+                f"The state has no count of {', '.join(missing)}; it holds {', '.join(state) or 'nothing'}. Load what "
+                "state_dict() of an Accumulator or a TrainStep returned."
+            )
+        self.updates, self.micro_batches, self.samples = (state[name] for name in names)
+
+    def set_aside(self) -> list[Tensor | None]:
+        """Takes gradients that are there away, for `close_into_grad` to put back."""
+        return self._gradients.set_aside()
+
+    def put_back(self, aside: Sequence[Tensor | None]) -> None:
+        """Puts gradients back that were set aside for a window that came to nothing."""
+        self._gradients.put_back(aside)
+
+    def _finish(self, normaliser: Normaliser, grad_norm: Tensor | None, skipped: bool | Tensor) -> Update:
+        sizes = self._sizes
+        known = [size for size in sizes if size is not None]
+        self.updates += 1
+        self.micro_batches += len(sizes)
+        self.samples += sum(known)
+        weight = normaliser.weight
+        self._last_total = weight if isinstance(weight, (int, float)) else 0.0
+        means: dict[str, Tensor] = {}
+
+        def computed() -> dict[str, Tensor]:
+            if not means:
+                means.update(normaliser.means())
+            return means
+
+        later: dict[str, Callable[[], Any]] = {
+            "loss": lambda: _sum_of(computed()),
+            "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
+            "skipped": lambda: bool(skipped),
+        }
+        update = Update(
+            index=self.updates,
+            weight=weight,
+            grad_norm=grad_norm,
+            samples=sum(known) if len(known) == len(sizes) else None,
+            micro_batches=len(sizes),
+            micro_batch_size=max(known) if len(known) == len(sizes) else None,
+            seconds=time.perf_counter() - self._started,
+            _later=later,
+        )
+        self._gradients.clear()
+        self._reset()
+        self._means.window_closed()
+        return update
+
+    def _reset(self) -> None:
+        self._normaliser = None
+        self._sizes = []
+
+    def _no_gradient(self) -> LossError:
+        trainable = sum(parameter.requires_grad for parameter in self._gradients.parameters)
+        self.discard()
+        return LossError(
+            f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update with. "
+            "The loss depends on something that requires a gradient, but on none of the model's parameters: was the "
+            "model's output detached on the way?"
+        )
+
+    def _find_parameters(self) -> None:
+        named = guards.named_parameters(self.models)
+        guards.check_parameters(named, self.optimizers)
+        self._gradients = DotGrad(named)
+        self._num_optimized = self._count_optimized()
+        self._looks_for_foreign = True
+
+    def _count_optimized(self) -> int:
+        return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
+
+
+def _sum_of(means: Mapping[str, Tensor]) -> Tensor:
+    values = list(means.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def add_weights(so_far: Mapping[str, Weight], more: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Counts by name, added up."""
+    names = list(so_far) + [name for name in more if name not in so_far]
+    return {name: host_number(so_far.get(name, 0)) + host_number(more.get(name, 0)) for name in names}

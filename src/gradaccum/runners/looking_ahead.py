@@ -1,0 +1,140 @@
+"""One pass over a stream of micro-batches that knows, one item ahead, which is the last.
+
+A generator would do for one accumulator. Two of them that share a stream (a GAN) cannot each look ahead by
+themselves: the outer would draw the inner one on to the next micro-batch before its backward has run. So a pass is an
+object that several can follow, and that is handed on where it is passed to another ``over()``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+
+END: Any = object()
+"""What `LookingAhead.peek` gives where the stream has no such item."""
+
+FAILED: Any = object()
+"""The same where the stream raised instead of yielding it. The item before it is not the last, then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follower:
+    """What is called in a pass, by whoever counts its micro-batches.
+
+    Attributes:
+        pass_begins: before the first item; what it returns is held until the pass ends.
+        micro_batch_begins: before an item is handed out; gets it, and a function ``peek``: ``peek(0)`` is the item after
+            it, or END.
+        micro_batch_ends: before the item after it is asked for, or the pass ends.
+        pass_ends: at the end; gets whether all items have been handed out, or the loop was left before.
+    """
+
+    pass_begins: Callable[[], AbstractContextManager[None]]
+    micro_batch_begins: Callable[[Any, Callable[[int], Any]], None]
+    micro_batch_ends: Callable[[], None]
+    pass_ends: Callable[[bool], None]
+
+
+class LookingAhead(Generic[Item]):
+    """The items of a stream, for one ``for`` loop.
+
+    Nothing is asked for twice, and nothing further ahead than a follower looks. An error of the stream is raised in
+    the place of the item that failed, after the ones before it have been handed out.
+    """
+
+    def __init__(self, items: Iterable[Item], follower: Follower) -> None:
+        self._items = items
+        self._followers = [follower]
+        self._iterator: Iterator[Item] | None = None
+        self._ahead: deque[Item] = deque()
+        self._is_exhausted = False
+        self._error: BaseException | None = None
+        self._held = ExitStack()
+        self._is_over = False
+
+    def join(self, follower: Follower) -> None:
+        """Has another one follow the same pass, before it begins."""
+        self._followers.append(follower)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an item has been asked for."""
+        return self._iterator is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the pass has ended, completely or not."""
+        return self._is_over
+
+    def __len__(self) -> int:
+        return len(self._items)  # type: ignore[arg-type]
+
+    def __iter__(self) -> LookingAhead[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self._is_over:
+            raise StopIteration
+        try:
+            if self._iterator is None:
+                for follower in self._followers:
+                    self._held.enter_context(follower.pass_begins())
+                self._iterator = iter(self._items)
+            else:
+                for follower in self._followers:
+                    follower.micro_batch_ends()
+            self._fill(1)
+            if not self._ahead:
+                if self._error is not None:
+                    raise self._error
+                self._end(completely=True)
+                raise StopIteration
+            item = self._ahead.popleft()
+            for follower in self._followers:
+                follower.micro_batch_begins(item, self.peek)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._end(completely=False)
+            raise
+        return item
+
+    def peek(self, offset: int) -> Any:
+        """The item ``offset`` places after the current one, or END where there is none."""
+        self._fill(offset + 1)
+        if offset < len(self._ahead):
+            return self._ahead[offset]
+        return END if self._error is None else FAILED
+
+    def close(self) -> None:
+        """Ends the pass where it stands; a loop that is left by ``break`` or an exception does so too."""
+        self._end(completely=False)
+
+    def __del__(self) -> None:
+        if self._iterator is not None:
+            self.close()
+
+    def _fill(self, count: int) -> None:
+        assert self._iterator is not None, "the stream is opened with the first item"
+        while len(self._ahead) < count and not self._is_exhausted:
+            try:
+                self._ahead.append(next(self._iterator))
+            except StopIteration:
+                self._is_exhausted = True
+            except BaseException as error:
+                self._is_exhausted, self._error = True, error
+
+    def _end(self, *, completely: bool) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._ahead.clear()
+        with self._held:
+            for follower in self._followers:
+                follower.pass_ends(completely)
+        self._iterator = iter(())  # lets go of a loader's workers

@@ -1,0 +1,198 @@
+"""The whole batch in hand: cut, run piece by piece, updated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from gradaccum import guards
+from gradaccum.errors import WindowError
+from gradaccum.losses.loss import Loss
+from gradaccum.progress import ProgressBar
+from gradaccum.runners import plain
+from gradaccum.runners.accumulation import Accumulation, WeightsFunction, weights_by_name
+from gradaccum.split import split_by_samples
+from gradaccum.types import Rows, Split, Update
+
+
+class TrainStep:
+    """Trains with whole batches on the memory of one micro-batch.
+
+    The update is the one the whole batch would have given:  g = sum_b w_b * grad l_b / sum_b w_b  over its
+    micro-batches b, where l_b is a mean over w_b items.
+
+    Args:
+        model: one module or a sequence of them, on the device they train on.
+        optimizer: one optimizer or a sequence of them, of the models' parameters.
+        loss_fn: ``loss_fn(model, micro_batch)`` returns a `Loss`, a 0-d tensor (taken as the mean over the
+            micro-batch's samples), or a dict of these. ``model`` is what was passed here; ``micro_batch`` has the
+            batch's own structure, on the model's device.
+        micro_batch_size: the largest number of samples one forward sees, at least 1.
+        split: how a batch is cut; `split_by_samples` by default.
+        weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
+            name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
+            terms are means over different things.
+        clip_norm: largest 2-norm of the batch's gradient, over all models; None to not clip.
+        scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
+        scaler: ``torch.amp.GradScaler`` for fp16.
+        progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
+
+    Raises:
+        ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        WindowError: ``micro_batch_size`` is below 1.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> def loss_fn(model, micro_batch):
+        ...     x, y = micro_batch
+        ...     return F.mse_loss(model(x), y)
+        >>> train_step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=4)
+        >>> update = train_step((torch.randn(13, 3), torch.randn(13, 1)))
+        >>> update.index, update.samples, update.micro_batches, update.micro_batch_size
+        (1, 13, 4, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        micro_batch_size: int,
+        split: Split | None = None,
+        weights: WeightsFunction | None = None,
+        clip_norm: float | None = None,
+        scheduler: Any = None,
+        scaler: GradScaler | None = None,
+        progress: bool | int = False,
+    ) -> None:
+        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+            raise WindowError(
+                f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
+                "least 1. Pass the largest that fits in memory; the gradient does not depend on it."
+            )
+        if not callable(loss_fn):
+            raise WindowError(
+                f"loss_fn is a {type(loss_fn).__name__}, and is called for every micro-batch. Pass a function "
+                "loss_fn(model, micro_batch) that returns the loss."
+            )
+        self._model = model
+        self._loss_fn = loss_fn
+        self._micro_batch_size = micro_batch_size
+        self._split = split_by_samples() if split is None else split
+        self._weights = weights
+        self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        total = progress if not isinstance(progress, bool) else None
+        self._bar = ProgressBar(total=total) if progress is not False else None
+
+    @property
+    def updates(self) -> int:
+        """Updates so far, skipped ones too."""
+        return self._accumulation.updates
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that went into updates so far."""
+        return self._accumulation.micro_batches
+
+    @property
+    def samples(self) -> int:
+        """Samples that went into updates so far."""
+        return self._accumulation.samples
+
+    def __call__(self, batch: Any) -> Update:
+        """One update from one whole batch.
+
+        Args:
+            batch: tensors in any nesting, index 0 the sample, on the host or on the device.
+
+        Returns:
+            The update, also where it was skipped because its gradient was not finite.
+
+        Raises:
+            BatchError: rows disagree, or there are none.
+            LossError: the loss is not a scalar, has no graph, or cannot be normalised.
+            MisuseError: a gradient is left over from something else.
+        """
+        guards.refuse_closures(self._accumulation.optimizers)
+        self._run(batch)
+        update = self._accumulation.close()
+        if self._bar is not None:
+            self._bar.updated(update)
+        return update
+
+    def backward(self, batch: Any) -> Loss:
+        """The whole batch's gradient, added to ``.grad`` as torch's own backward does; no update.
+
+        For closures (L-BFGS), methods of two gradients (SAM), sums of several batches' losses and for looking at
+        gradients. Clipping, scheduler and progress are left out; a loss scale is divided out again.
+
+        Returns:
+            The whole batch's loss, detached: the mean and what it was taken over; for several terms their sum.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> lbfgs = torch.optim.LBFGS(model.parameters())
+            >>> def loss_fn(model, micro_batch):
+            ...     return F.mse_loss(model(micro_batch[0]), micro_batch[1])
+            >>> train_step = ga.TrainStep(model, lbfgs, loss_fn, micro_batch_size=4)
+            >>> batch = torch.randn(13, 3), torch.randn(13, 1)
+            >>> def closure():
+            ...     lbfgs.zero_grad()
+            ...     return train_step.backward(batch).value
+            >>> bool(lbfgs.step(closure) > closure())
+            True
+        """
+        aside = self._accumulation.set_aside()
+        try:
+            self._run(batch)
+            loss = self._accumulation.close_into_grad(aside)
+        except BaseException:
+            self._accumulation.discard()
+            self._accumulation.put_back(aside)
+            raise
+        return loss
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
+        return self._accumulation.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size."""
+        self._accumulation.load_state_dict(state)
+
+    def close(self) -> None:
+        """Ends the progress bar where it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _run(self, batch: Any) -> None:
+        pieces = self._split.plan(batch, self._micro_batch_size)
+        sizes = [_size(piece) for piece in pieces]
+        accumulation = self._accumulation
+        totals = None if self._weights is None else weights_by_name(self._weights(batch))
+        accumulation.tell(sizes)
+        accumulation.open(totals=totals, first_share=(sizes[0], sum(sizes)))
+        try:
+            plain.run(
+                accumulation,
+                lambda micro_batch: self._loss_fn(self._model, micro_batch),
+                batch,
+                pieces,
+                split=self._split,
+                weights=self._weights,
+                device=accumulation.device(),
+                ran=lambda done: self._bar.inside(done, len(sizes)) if self._bar is not None else None,
+            )
+        except BaseException:
+            accumulation.discard()
+            raise
+
+
+def _size(piece: Rows) -> int:
+    return piece.stop - piece.start if isinstance(piece, slice) else len(piece)

@@ -1,0 +1,116 @@
+"""The data that crosses the boundaries between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Rows = slice | Tensor
+"""Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
+
+
+class Split(Protocol):
+    """How a batch is cut into micro-batches."""
+
+    def plan(self, batch: Any, micro_batch_size: int) -> Sequence[Rows]:
+        """The rows of each micro-batch, in the order they run; every row of the batch exactly once."""
+        ...
+
+    def cut(self, batch: Any, rows: Rows) -> Any:
+        """The micro-batch of those rows, in the batch's own structure."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward sees, and where it stands in its window.
+
+    Attributes:
+        data: the user's own structure: a tensor or any nesting of them.
+        samples: number of rows.
+        index: 0 for the first of the window.
+        is_last: whether the window closes with it.
+    """
+
+    data: Any
+    samples: int
+    index: int
+    is_last: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Update:
+    """One optimizer update.
+
+    What has to wait for the device (``loss``, ``losses``, ``skipped`` of a fused optimizer) is computed when it is
+    first read, so that an update that nobody looks at costs no synchronisation.
+
+    Attributes:
+        index: 1 for the first update; skipped ones count.
+        loss: 0-d tensor on the device, detached: the whole batch's loss (the sum of the terms' means where there are
+            several); NaN where the batch weighed nothing.
+        losses: each named term's mean by name, 0-d tensors; empty for a single loss.
+        weight: what the mean was taken over, in all: a number, a 0-d tensor, or one for each named term.
+        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where ``clip_norm`` was not given.
+        skipped: the gradient was not finite, or the batch weighed nothing: parameters and scheduler untouched.
+        samples: rows of the batch; None where the library could not see them.
+        micro_batches: how many the batch was run in.
+        micro_batch_size: rows of the largest one; None where the library could not see them.
+        seconds: wall time from the first micro-batch to the update, data loading included.
+        peak_bytes: largest memory allocated on the device during the update; None where nothing measured it.
+        noise_scale: gradient noise scale in samples; None where nothing measured it.
+    """
+
+    index: int
+    loss: Tensor = field(init=False)
+    losses: dict[str, Tensor] = field(init=False)
+    weight: float | Tensor | Mapping[str, float | Tensor] | None
+    grad_norm: Tensor | None
+    skipped: bool = field(init=False)
+    samples: int | None
+    micro_batches: int
+    micro_batch_size: int | None
+    seconds: float
+    peak_bytes: int | None = None
+    noise_scale: float | None = None
+    _later: dict[str, Callable[[], Any]] = field(repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only while `name` has not been computed: afterwards the instance has it, and Python looks there first.
+        later: dict[str, Callable[[], Any]] = self.__dict__.get("_later", {})
+        if name not in later:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = later.pop(name)()
+        object.__setattr__(self, name, value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything computed: closures over device tensors can neither be pickled nor copied."""
+        for name in list(self._later):
+            getattr(self, name)
+        return dict(self.__dict__)
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers for any logger; waits for the device.
+
+        Named terms and their weights appear as ``"losses/<name>"`` and ``"weight/<name>"``. What is None is left out.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> train_step = ga.TrainStep(
+            ...     model, torch.optim.SGD(model.parameters()), lambda model, x: model(x).mean(), micro_batch_size=2
+            ... )
+            >>> sorted(train_step(torch.ones(4, 2)).as_dict())
+            ['index', 'loss', 'micro_batch_size', 'micro_batches', 'samples', 'seconds', 'skipped', 'weight']
+        """
+        numbers: dict[str, float] = {}
+        for name in self.__dataclass_fields__:
+            value = None if name == "_later" else getattr(self, name)
+            parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            for key, part in parts.items():
+                if part is not None:
+                    numbers[key] = part.item() if isinstance(part, Tensor) else part
+        return numbers
