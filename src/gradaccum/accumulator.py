@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -14,7 +15,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards, tree
-from gradaccum.errors import DiscardedWindowWarning, LossError, MisuseError, UnsupportedError, WindowError
+from gradaccum.errors import (
+    DiscardedWindowWarning,
+    MisuseError,
+    UnsupportedError,
+    WindowError,
+)
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation, WeightsFunction, add_weights, logger, weights_by_name
@@ -29,8 +35,8 @@ Tail = Literal["step", "drop", "carry"]
 class Accumulator:
     """Makes one exact update from several micro-batches of a loop that stays yours.
 
-    Exactly one of ``batch_size`` and ``micro_batches`` says how long a window is; either may be a function of the update
-    it is for (1, 2, ...), to change it while training.
+    Exactly one of ``batch_size`` and ``micro_batches`` says how long a window is; either may be a function of the
+    update it is for (1, 2, ...), to change it while training.
 
     Args:
         model: one module or a sequence of them. Only their parameters get gradients.
@@ -39,8 +45,8 @@ class Accumulator:
         batch_size: how many samples make an update; the micro-batches must add up to it, but for the last ones.
         tail: what becomes of an incomplete last window: applied with its true weight ("step"), thrown away ("drop"),
             or continued by the next pass ("carry").
-        weights: ``weights(micro_batch)`` counts what the means of the loss are taken over: a number for one loss, a dict
-            by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
+        weights: ``weights(micro_batch)`` counts what the means of the loss are taken over: a number for one loss, a
+            dict by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
         scaler: ``torch.amp.GradScaler`` for fp16.
@@ -81,6 +87,7 @@ class Accumulator:
         progress: bool = False,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
+        self._counts_samples = self._size.counts_samples  # asked several times a micro-batch
         if tail not in ("step", "drop", "carry"):
             raise WindowError(
                 f'tail={tail!r}: an incomplete last window can be applied with its true weight (tail="step"), thrown '
@@ -88,8 +95,8 @@ class Accumulator:
             )
         if weights is not None and tail == "carry":
             raise UnsupportedError(
-                'weights= with tail="carry": the totals of a window must be known before its first backward, and a part '
-                'of it would be in the next pass. Use tail="step" or "drop".'
+                'weights= with tail="carry": the totals of a window must be known before its first backward, and a '
+                'part of it would be in the next pass. Use tail="step" or "drop".'
             )
         self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
         guards.refuse_closures(self._accumulation.optimizers)
@@ -100,11 +107,17 @@ class Accumulator:
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
         self._target = 1
         self._updates_before_pass = 0
-        # The micro-batch that over() has handed out last: its rows, whether it is the last, and what its means are over.
+        # The micro-batch that over() has handed out last: its rows, whether it is the last, and what its means are
+        # over.
         self._samples: int | None = None
         self._is_last = False
         self._counted: dict[str, Weight] | None = None
         self._awaits_backward = False
+        # What a pass had read ahead of a bare iterator, and that iterator.
+        self._unused: deque[Any] = deque()
+        self._unused_of: Any = None
+        # Held while a window is open outside of a pass.
+        self._outside = ExitStack()
 
     @property
     def updates(self) -> int:
@@ -148,9 +161,16 @@ class Accumulator:
             shared: LookingAhead[Item] = micro_batches
             shared.join(follower)
         else:
-            shared = LookingAhead(micro_batches, follower)
+            # What an earlier pass had read ahead of the same stream is not to be had from it again.
+            ahead = self._unused if micro_batches is self._unused_of else None
+            shared = LookingAhead(micro_batches, follower, ahead=ahead)
+            self._unused, self._unused_of = deque(), micro_batches
         self._pass = weakref.ref(shared)
-        self._check_length(_length(shared))
+        length = _length(shared)
+        if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
+            target = self._size.at(1)
+            if length < target:
+                raise self._size.too_short(length, target=target)
         return shared
 
     def backward(self, loss: Any) -> Update | None:
@@ -174,7 +194,7 @@ class Accumulator:
             self._begin_outside_of_a_pass()
         self._awaits_backward = False
         accumulation.add(loss, samples=self._samples, weights=self._counted)
-        done = accumulation.open_samples if self._size.counts_samples else accumulation.open_micro_batches
+        done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
         if self._bar is not None:
             self._bar.inside(done, self._target)
         if done == self._target or (self._is_last and self._tail == "step"):
@@ -205,18 +225,19 @@ class Accumulator:
     def _pass_begins(self) -> AbstractContextManager[None]:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
+        self._outside.close()
         self._accumulation.look_for_foreign_leaves()
         return self._accumulation.no_calls_by_hand()
 
-    def _micro_batch_begins(self, micro_batch: Any, peek: Callable[[int], Any]) -> None:
+    def _micro_batch_begins(self, micro_batch: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
         if not self._accumulation.is_open:
             self._open(micro_batch, samples, peek)
-        if self._size.counts_samples:
-            self._check_fits(samples)
+        if self._counts_samples and (samples is None or self._accumulation.open_samples + samples > self._target):
+            raise self._size.does_not_fit(samples, before=self._accumulation.open_samples, target=self._target)
         self._samples = samples
-        self._is_last = peek(0) is END
+        self._is_last = is_last
         self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
         self._awaits_backward = True
 
@@ -231,19 +252,21 @@ class Accumulator:
                 "left out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
             )
 
-    def _pass_ends(self, completely: bool) -> None:
+    def _pass_ends(self, completely: bool, unused: deque[Any]) -> None:
         """The pass is over: no half window stays behind in silence."""
         self._awaits_backward = False
+        self._unused = unused
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
+            self._outside.enter_context(self._accumulation.no_calls_by_hand())
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
         if completely and self._tail == "drop":
             if lost and self.updates == self._updates_before_pass:
-                raise self._too_short(lost, lost_samples)
+                raise self._size.too_short(lost, samples=lost_samples, target=self._target)
         elif lost:
             self._tell_lost(lost, lost_samples)
 
@@ -255,13 +278,17 @@ class Accumulator:
     def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
         target = self._target = self._size.at(self.updates + 1)
         totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
-        if self._size.counts_samples:
+        if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
         else:
             share = (1, target)
-        sizes = self._expected_sizes(samples)
+        sizes = self._size.expected(samples, target=target)
         current = self._active_pass()
-        updates = self._updates_in(_length(current), len(sizes)) if current is not None else None
+        updates = (
+            self._size.updates_in(_length(current), len(sizes), only_complete=self._tail == "drop")
+            if current is not None
+            else None
+        )
         if self._wants_progress and self._bar is None and current is not None:
             self._bar = ProgressBar(total=updates)
         self._accumulation.tell(sizes, updates_per_epoch=updates)
@@ -270,16 +297,17 @@ class Accumulator:
     def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
         """The weights of a window's micro-batches, added up before its first backward."""
         totals = add_weights(weights_by_name(weights(micro_batch)), {})
-        done = (tree.rows_or_none(micro_batch) or 0) if self._size.counts_samples else 1
+        done = (tree.rows_or_none(micro_batch) or 0) if self._counts_samples else 1
         offset = 0
         while done < self._target and (upcoming := peek(offset)) is not END and upcoming is not FAILED:
             totals = add_weights(totals, weights_by_name(weights(upcoming)))
-            done += (tree.rows_or_none(upcoming) or 0) if self._size.counts_samples else 1
+            done += (tree.rows_or_none(upcoming) or 0) if self._counts_samples else 1
             offset += 1
         return totals
 
     def _close(self) -> Update:
         update = self._accumulation.close()
+        self._outside.close()
         if self._bar is not None:
             self._bar.updated(update)
         return update
@@ -287,11 +315,11 @@ class Accumulator:
     def _begin_outside_of_a_pass(self) -> None:
         if self._active_pass() is not None:
             raise MisuseError(
-                f"backward() was called at {guards.user_line()} a second time for one micro-batch, whose window may have "
-                "been applied already. Add the losses up and call it once; if they are means over different things, "
-                "return them as a dict and give weights=."
+                f"backward() was called at {guards.user_line()} a second time for one micro-batch, whose window may "
+                "have been applied already. Add the losses up and call it once; if they are means over different "
+                "things, return them as a dict and give weights=."
             )
-        if self._size.counts_samples:
+        if self._counts_samples:
             raise MisuseError(
                 f"backward() was called at {guards.user_line()}, outside of over(), where samples cannot be counted "
                 "towards batch_size. Take the micro-batches from accumulator.over(loader), or pass micro_batches=."
@@ -301,6 +329,7 @@ class Accumulator:
             self._target = self._size.at(self.updates + 1)
             self._accumulation.tell([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
+            self._outside.enter_context(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:
         current = self._pass() if self._pass is not None else None
@@ -310,56 +339,9 @@ class Accumulator:
         lost = self._accumulation.open_micro_batches
         if lost and self._tail != "carry":
             raise MisuseError(
-                f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The new "
-                "pass would be mixed with them. Call accumulator.flush() first, which applies them."
+                f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The "
+                "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
             )
-
-    def _check_fits(self, samples: int | None) -> None:
-        if samples is None:
-            raise LossError(
-                "batch_size= counts samples, and the micro-batch holds no tensor with rows. Pass micro_batches=, and "
-                "return ga.Loss.mean(value, over=n)."
-            )
-        before = self._accumulation.open_samples
-        if before + samples <= self._target:
-            return
-        if before == 0:
-            raise WindowError(
-                f"A micro-batch of {samples} samples is larger than batch_size={self._target}. It cannot be a part of a "
-                "smaller batch. Let the loader yield smaller ones, or cut whole batches with ga.TrainStep."
-            )
-        raise WindowError(
-            f"The micro-batches do not add up to batch_size={self._target}: there were {before} samples, and the next "
-            f"micro-batch has {samples}. The update would be of {before + samples} samples, not {self._target}. Let the "
-            f"loader's batch size divide {self._target}, or pass micro_batches=."
-        )
-
-    def _check_length(self, length: int | None) -> None:
-        if self._tail != "drop" or length is None or self._size.counts_samples or not self._size.is_fixed:
-            return
-        if 0 < length < self._size.at(1):
-            raise self._too_short(length, None)
-
-    def _too_short(self, micro_batches: int, samples: int | None) -> WindowError:
-        rows = "" if samples is None else f", {samples} samples"
-        asked = f"{'batch_size' if self._size.counts_samples else 'micro_batches'}={self._size.at(self.updates + 1)}"
-        return WindowError(
-            f'The pass has {micro_batches} micro-batches{rows}, and with {asked} and tail="drop" no window is ever '
-            'complete: no update would be made. Use tail="step" or "carry", or a smaller window.'
-        )
-
-    def _expected_sizes(self, samples: int | None) -> list[int | None]:
-        if not self._size.counts_samples:
-            return [samples] * self._target
-        if not samples or samples > self._target:
-            return [samples]
-        full, rest = divmod(self._target, samples)
-        return [samples] * full + ([rest] if rest else [])
-
-    def _updates_in(self, length: int | None, per_window: int) -> int | None:
-        if length is None or not self._size.is_fixed:
-            return None
-        return length // per_window if self._tail == "drop" else -(-length // per_window)
 
     def _tell_lost(self, micro_batches: int, samples: int) -> None:
         message = (

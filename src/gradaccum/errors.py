@@ -14,8 +14,7 @@
 
     GradAccumWarning (UserWarning)
     ├── BatchNormWarning                 normalisation statistics are the micro-batch's, not the batch's
-    ├── DiscardedWindowWarning           gradients were thrown away with a window that never closed
-    └── SkippedUpdateWarning             a window had nothing to learn from, or its gradient was not finite
+    └── DiscardedWindowWarning           gradients were thrown away with a window that never closed
 
 A message says three things: what happened, with the numbers; what it would do to the gradient; what to type instead.
 """
@@ -75,7 +74,3 @@ class BatchNormWarning(GradAccumWarning):
 
 class DiscardedWindowWarning(GradAccumWarning):
     """Accumulated gradients were thrown away because their window never closed."""
-
-
-class SkippedUpdateWarning(GradAccumWarning):
-    """An update was not made: the window weighed nothing, or its gradient was not finite."""

@@ -62,9 +62,9 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]], optimizers: Sequ
                 if id(parameter) not in own:
                     raise ParameterError(
                         f"Parameter group {j} of {type(optimizer).__name__} holds a parameter of shape "
-                        f"{tuple(parameter.shape)} that is none of the model's {len(own)}. Its gradient would be neither "
-                        "normalised nor cleared. Pass every model that the optimizer trains: model=[first, second]; a "
-                        "parameter that belongs to a loss goes into an nn.Module of its own."
+                        f"{tuple(parameter.shape)} that is none of the model's {len(own)}. Its gradient would be "
+                        "neither normalised nor cleared. Pass every model that the optimizer trains: model=[first, "
+                        "second]; a parameter that belongs to a loss goes into an nn.Module of its own."
                     )
                 if owned_by.setdefault(id(parameter), i) != i:
                     raise ParameterError(
@@ -118,10 +118,10 @@ def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int, stacklevel:
     """Says which layers make the gradient another than the whole batch's."""
     shown = ", ".join(names[:_MAX_SHOWN]) + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
     warnings.warn(
-        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each of "
-        f"the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the whole "
-        f"batch's, and running statistics advance {micro_batches} times an update. Freeze them (module.eval()) when "
-        "fine-tuning, or use GroupNorm or LayerNorm.",
+        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each "
+        f"of the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the "
+        f"whole batch's, and running statistics advance {micro_batches} times an update. Freeze them (module.eval()) "
+        "when fine-tuning, or use GroupNorm or LayerNorm.",
         BatchNormWarning,
         stacklevel=stacklevel,
     )
@@ -132,7 +132,9 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         filename = os.path.abspath(frame.f_code.co_filename)
-        if not filename.startswith((_LIBRARY, _TORCH)) and not filename.startswith(os.path.dirname(functools.__file__) + os.sep + "functools"):
+        if not filename.startswith((_LIBRARY, _TORCH)) and not filename.startswith(
+            os.path.dirname(functools.__file__) + os.sep + "functools"
+        ):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"
@@ -149,6 +151,8 @@ def no_calls_by_hand(
     """Makes calls of ``optimizer.step``, ``zero_grad`` and ``scheduler.step`` errors where they break a window.
 
     Args:
+        optimizers: left as they were afterwards, like the schedulers.
+        schedulers: those that the library advances.
         open_micro_batches: how many micro-batches the open window holds; 0 between windows.
         is_ours: whether the library itself is making the update.
     """
@@ -172,9 +176,9 @@ def no_calls_by_hand(
     def refuse_schedule() -> None:
         if not is_ours():
             raise MisuseError(
-                f"scheduler.step() was called at {user_line()}, and this scheduler was passed to the accumulator, which "
-                "advances it once for each update. The learning rate would change too fast. Remove the call, or do not "
-                "pass scheduler=."
+                f"scheduler.step() was called at {user_line()}, and this scheduler was passed to the accumulator, "
+                "which advances it once for each update. The learning rate would change too fast. Remove the call, or "
+                "do not pass scheduler=."
             )
 
     with ExitStack() as held:
@@ -188,27 +192,38 @@ def no_calls_by_hand(
 
 @contextmanager
 def _checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterator[None]:
-    """Runs ``check`` before each call of a method of one object; leaves the object as it was."""
-    was_own = name in vars(owner)
-    original = getattr(owner, name)
+    """Runs ``check`` before each call of a method of one object; leaves the object as it was.
 
-    @functools.wraps(original)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check()
-        return original(*args, **kwargs)
+    The object is for this time of a class derived from its own. An attribute would be simpler, but the state_dict() of
+    torch's schedulers is their ``__dict__``, and would have it too.
+    """
+    original = type(owner)
+    is_watching = True
 
-    setattr(owner, name, checked)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_watching:  # somebody who has wrapped the method in the meantime keeps what is called here
+            check()
+        return inherited(self, *args, **kwargs)
+
+    inherited = getattr(original, name)
+    derived: Any = type(original.__name__, (original,), {name: functools.wraps(inherited)(checked)})
+    derived.__module__, derived.__qualname__ = original.__module__, original.__qualname__
+    try:
+        owner.__class__ = derived
+    except TypeError:  # a class with a layout of its own: not watched
+        yield
+        return
     try:
         yield
     finally:
-        if vars(owner).get(name) is checked:  # somebody may have wrapped it in the meantime: theirs stays
-            if was_own:
-                setattr(owner, name, original)
-            else:
-                delattr(owner, name)
+        is_watching = False
+        if type(owner) is derived:
+            owner.__class__ = original
 
 
 def _described(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of " + (", ".join(type(one).__name__ for one in value[:_MAX_SHOWN]) or "nothing")
+        return f"a {type(value).__name__} of " + (
+            ", ".join(type(one).__name__ for one in value[:_MAX_SHOWN]) or "nothing"
+        )
     return f"a {type(value).__name__}"

@@ -29,7 +29,8 @@ def plan_line(sizes: Sequence[int | None], *, coupled_layers: int, updates_per_e
         batch = f"batch {sum(known)} = {count} x {known[0]}"
     else:
         batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
-    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {coupled_layers} BatchNorm layers see the micro-batch"
+    layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
+    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {layers}"
     parts = [batch, exact]
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
@@ -68,7 +69,7 @@ class ProgressBar:
     def updated(self, update: Update) -> None:
         """A window closed."""
         self._updates += 1
-        if self._bar.n + 1 >= (self._bar.total or float("inf")) or self._is_due():
+        if self._is_due():
             # Reading the loss waits for the device, so it is done at the bar's own pace, not for every update.
             self._bar.set_postfix(loss=f"{float(update.loss):.4g}", refresh=False)
         self._move(self._updates)
@@ -82,4 +83,8 @@ class ProgressBar:
         self._bar.update(position - self._bar.n)
 
     def _is_due(self) -> bool:
-        return bool(self._bar._time() - self._bar.last_print_t >= self._bar.mininterval)
+        bar = self._bar
+        if bar.disable:
+            return False
+        is_last = bar.total is not None and self._updates >= bar.total
+        return is_last or bool(bar._time() - bar.last_print_t >= bar.mininterval)

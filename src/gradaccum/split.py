@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from gradaccum import tree
@@ -42,7 +43,7 @@ class _BySamples:
         pieces = -(-rows // micro_batch_size)
         size, longer = divmod(rows, pieces)
         starts = [i * size + min(i, longer) for i in range(pieces + 1)]
-        return [slice(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(starts)]
 
     def cut(self, batch: Any, rows: Rows) -> Any:
         return tree.take(batch, rows)

@@ -73,8 +73,8 @@ class TrainStep:
     ) -> None:
         if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
             raise WindowError(
-                f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
-                "least 1. Pass the largest that fits in memory; the gradient does not depend on it."
+                f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
+                "at least 1. Pass the largest that fits in memory; the gradient does not depend on it."
             )
         if not callable(loss_fn):
             raise WindowError(

@@ -2,14 +2,15 @@
 
 The only file that knows how batches nest: tensors in tuples, named tuples, lists, dicts, dataclasses and other mappings
 (Hugging Face's ``BatchEncoding``), at any depth. Index 0 of every tensor is the sample. What has no rows is shared by
-all micro-batches as it is: 0-d tensors, None, numbers, strings. A list of strings or numbers with one entry for each
-row is a column like any other, and is cut along.
+all micro-batches as it is: 0-d tensors, None, numbers, strings. A list without tensors (of strings, numbers, or lists
+of these) that has one entry for each row is a column like any other, and is cut along.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -40,6 +41,14 @@ def rows_or_none(batch: Any) -> int | None:
     """Like `rows`, but None where nothing in the batch has rows."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
+    if type(batch) is tuple or type(batch) is list:  # (x, y) is what most loops see; asked once a micro-batch
+        count = None
+        for leaf in batch:
+            if not isinstance(leaf, Tensor) or not leaf.dim() or (count is not None and leaf.size(0) != count):
+                break
+            count = leaf.size(0)
+        else:
+            return count
     first: int | None = None
     first_path = ""
     for path, leaf in _leaves(batch, "batch"):
@@ -60,14 +69,13 @@ def rows_or_none(batch: Any) -> int | None:
 
 def take(batch: Any, which: Rows) -> Any:
     """The given rows of every tensor and column, in the batch's own structure. Slices are views, nothing is copied."""
-    count = rows(batch)
 
     def pick(leaf: Any) -> Any:
         if _has_rows(leaf):
             if isinstance(leaf, Tensor) and isinstance(which, Tensor):
                 return leaf.index_select(0, which.to(leaf.device))
             return leaf[which.numpy() if isinstance(which, Tensor) else which]
-        if _is_column(leaf) and len(leaf) == count:
+        if _is_column(leaf) and len(leaf) == rows(batch):
             picked = leaf[which] if isinstance(which, slice) else [leaf[i] for i in which.tolist()]
             return type(leaf)(picked)
         return leaf
@@ -151,11 +159,19 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _has_rows(leaf: Any) -> bool:
     # Numpy arrays have rows too; recognised by what they can do, since numpy is not imported here.
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 or (hasattr(leaf, "__array__") and len(getattr(leaf, "shape", ())) > 0)
+    return (isinstance(leaf, Tensor) and leaf.dim() > 0) or (
+        hasattr(leaf, "__array__") and len(getattr(leaf, "shape", ())) > 0
+    )
 
 
 def _is_column(leaf: Any) -> TypeGuard[list[Any] | tuple[str, ...]]:
-    """A list of strings or numbers, or a tuple of strings. A tuple of numbers is more often a size, shared by all."""
+    """A list that holds no tensors, or a tuple of strings. A tuple of numbers is more often a size, shared by all."""
     if type(leaf) is list:
-        return bool(leaf) and isinstance(leaf[0], (str, bytes, int, float))
-    return type(leaf) is tuple and bool(leaf) and isinstance(leaf[0], (str, bytes))
+        return bool(leaf) and all(_is_plain(entry) for entry in leaf)
+    return type(leaf) is tuple and bool(leaf) and all(isinstance(entry, (str, bytes)) for entry in leaf)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (str, bytes, numbers.Number))

@@ -83,8 +83,9 @@ class Update:
         later: dict[str, Callable[[], Any]] = self.__dict__.get("_later", {})
         if name not in later:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = later.pop(name)()
+        value = later[name]()
         object.__setattr__(self, name, value)
+        later.pop(name, None)
         return value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +110,9 @@ class Update:
         numbers: dict[str, float] = {}
         for name in self.__dataclass_fields__:
             value = None if name == "_later" else getattr(self, name)
-            parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            parts = (
+                {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {name: value}
+            )
             for key, part in parts.items():
                 if part is not None:
                     numbers[key] = part.item() if isinstance(part, Tensor) else part

@@ -74,9 +74,10 @@ class Updater:
                 )
         self._optimizers = optimizers
         self._clip_norm = clip_norm
+        # The largest absolute value answers whether all are finite, and cannot overflow itself.
+        self._order = math.inf if clip_norm is None else 2.0
         self._schedulers = schedulers
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in optimizers)
         self.is_stepping = False
 
     @property
@@ -88,17 +89,20 @@ class Updater:
         """One update from the gradients of ``parameters``.
 
         Args:
-            parameters: those that have a gradient.
+            parameters: those of the optimizers that have a gradient, at least one.
             correction: what the gradients have yet to be multiplied by; None for nothing.
         """
-        with self._stepping():
+        self.is_stepping = True
+        try:
             if self._scaler is None:
                 applied = self._apply(parameters, correction)
             else:
                 applied = self._apply_scaled(self._scaler, parameters, correction)
-        if self._schedulers and not applied.skipped:  # a rate for the next update: here a fused optimizer is waited for
-            for scheduler in self._schedulers:
-                scheduler.step()
+            if self._schedulers and not applied.skipped:  # a rate for the next update: a fused optimizer is waited for
+                for scheduler in self._schedulers:
+                    scheduler.step()
+        finally:
+            self.is_stepping = False
         return applied
 
     def unscale_into_grad(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> None:
@@ -110,51 +114,72 @@ class Updater:
         _multiply(parameters, correction)
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
-        norm = _norm([_values(parameter) for parameter in parameters], 2.0 if self._clip_norm is not None else math.inf)
+        norms = _norms([_values(parameter) for parameter in parameters], self._order)
+        skips_by_itself = all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
+        if self._clip_norm is None and not skips_by_itself:
+            return self._step_if(_are_finite(norms), parameters, correction, None)
+        norm = _combined(norms, self._order)
         grad_norm, factor = self._clipped(norm, correction)
-        if self._fused:
-            found_inf = (~torch.isfinite(norm)).to(torch.float32)
-            if norm.dtype == torch.float64:  # the kernels take grad_scale in fp32, which would cost nine digits
-                _multiply(parameters, factor)
-                factor = None
-            for optimizer in self._optimizers:
-                with _handed_over(optimizer, grad_scale=_reciprocal(factor, norm.device), found_inf=found_inf):
-                    optimizer.step()
-            skipped = found_inf if norm.device.type != "cpu" else bool(found_inf)
-            return Applied(grad_norm, skipped)
-        if not math.isfinite(float(norm)):  # the optimizer cannot skip by itself, so the device is waited for
-            return Applied(grad_norm, skipped=True)
-        _multiply(parameters, factor)
+        if not skips_by_itself:
+            return self._step_if(math.isfinite(norm.item()), parameters, factor, grad_norm)
+        found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        if norm.dtype == torch.float64:  # the kernels take grad_scale in fp32, which would cost nine digits
+            _multiply(parameters, factor)
+            factor = None
         for optimizer in self._optimizers:
-            optimizer.step()
-        return Applied(grad_norm, skipped=False)
+            with _handed_over(optimizer, grad_scale=_reciprocal(factor, norm.device), found_inf=found_inf):
+                optimizer.step()
+        return Applied(grad_norm, _read_if_on_host(found_inf))
+
+    def _step_if(
+        self, finite: bool, parameters: Sequence[nn.Parameter], factor: float | Tensor | None, grad_norm: Tensor | None
+    ) -> Applied:
+        """For optimizers that cannot skip by themselves, so that the device has been waited for."""
+        if finite:
+            _multiply(parameters, factor)
+            for optimizer in self._optimizers:
+                optimizer.step()
+        return Applied(grad_norm, skipped=not finite)
 
     def _apply_scaled(
         self, scaler: GradScaler, parameters: Sequence[nn.Parameter], correction: float | Tensor | None
     ) -> Applied:
-        grad_norm = None
-        finite = True
-        if self._clip_norm is not None or len(self._optimizers) > 1 or not self._fused:
-            with _scale_corrected(scaler, correction):
-                for optimizer in self._optimizers:
-                    scaler.unscale_(optimizer)
-            if self._clip_norm is not None or len(self._optimizers) > 1:
-                norm = _norm([_values(p) for p in parameters], 2.0 if self._clip_norm is not None else math.inf)
-                grad_norm, factor = self._clipped(norm, None)
-                # Torch would skip each optimizer by itself; half an update is not the batch's.
-                finite = len(self._optimizers) == 1 or math.isfinite(float(norm))
-                if finite:
-                    _multiply(parameters, factor)
+        # Torch's scaler refuses an optimizer none of whose parameters has a gradient.
+        optimizers = [optimizer for optimizer in self._optimizers if _has_gradient(optimizer)]
+        if any(_values(parameter).dtype == torch.float64 for parameter in parameters):
+            _multiply(parameters, correction)  # an fp32 scale would cost nine digits
             correction = None
-        skipped: bool | Tensor = not finite
-        if finite:
-            for optimizer in self._optimizers:
-                grad_scale = _reciprocal(correction, parameters[0].device)
-                with _watched_step(optimizer) as steps, _handed_over(optimizer, grad_scale=grad_scale):
+        if self._clip_norm is None and len(optimizers) == 1 and _skips_by_itself(optimizers[0]):
+            skipped = self._step_scaled(scaler, optimizers[0], correction, parameters[0].device)
+            scaler.update()
+            return Applied(None, skipped)
+        with _scale_corrected(scaler, correction):
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+        grad_norm = None
+        if self._clip_norm is None and len(optimizers) == 1 and not _is_fused(optimizers[0]):
+            skipped = self._step_scaled(scaler, optimizers[0], None, parameters[0].device)
+        else:
+            # The scaler would skip each optimizer by itself, but half an update is not the batch's.
+            norm = _combined(_norms([_values(parameter) for parameter in parameters], self._order), self._order)
+            grad_norm, factor = self._clipped(norm, None)
+            skipped = not math.isfinite(norm.item())
+            if not skipped:
+                _multiply(parameters, factor)
+                for optimizer in optimizers:
                     scaler.step(optimizer)
-                skipped = True if not steps else _resolved(steps[0])
         scaler.update()
         return Applied(grad_norm, skipped)
+
+    def _step_scaled(
+        self, scaler: GradScaler, optimizer: Optimizer, correction: float | Tensor | None, device: torch.device
+    ) -> bool | Tensor:
+        """One step by the scaler, and whether it skipped."""
+        with _watched_step(optimizer) as steps, _handed_over(optimizer, grad_scale=_reciprocal(correction, device)):
+            scaler.step(optimizer)
+        if not steps:
+            return True
+        return False if steps[0] is None else _read_if_on_host(steps[0])
 
     def _clipped(self, norm: Tensor, correction: float | Tensor | None) -> tuple[Tensor | None, float | Tensor | None]:
         """The norm of the corrected gradient, and the factor that corrects and clips in one."""
@@ -165,14 +190,6 @@ class Updater:
         factor = torch.clamp(self._clip_norm / (norm + _EPSILON), max=1.0)
         return norm, factor if correction is None else factor * correction
 
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        self.is_stepping = True
-        try:
-            yield
-        finally:
-            self.is_stepping = False
-
 
 def _values(parameter: nn.Parameter) -> Tensor:
     gradient = parameter.grad
@@ -180,39 +197,51 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def _norm(gradients: Sequence[Tensor], order: float) -> Tensor:
-    """The norm over all gradients together, 0-d, on the first one's device; fp32 at least, since fp16 norms overflow.
-
-    The largest absolute value (``order=inf``) answers whether all are finite, and cannot overflow itself.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        if gradient.numel():  # a maximum over nothing is an error
-            groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    if not groups:
-        return torch.zeros((), device=gradients[0].device if gradients else None)
+def _norms(gradients: Sequence[Tensor], order: float) -> list[Tensor]:
+    """The norm of each gradient, 0-d; fp32 at least, since fp16 norms overflow."""
     norms: list[Tensor] = []
-    home = next(iter(groups))[0]
-    for (_, dtype), group in groups.items():
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        # The kernel under torch.nn.utils.get_total_norm, without its grouping by device, which takes longer than it.
-        found = torch._foreach_norm(group, order, dtype=wide)
-        norms.extend(norm.to(home) for norm in found)
+    for group in _grouped([gradient for gradient in gradients if gradient.numel()]):  # no maximum over nothing
+        wide = torch.float32 if group[0].dtype in (torch.float16, torch.bfloat16) else None
+        # The kernel under torch.nn.utils.get_total_norm, without its grouping, which takes longer than it.
+        norms.extend(torch._foreach_norm(group, order, dtype=wide))
+    return norms
+
+
+def _combined(norms: Sequence[Tensor], order: float) -> Tensor:
+    """The norm over all gradients together, 0-d, on the first one's device."""
+    if not norms:
+        return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
-    widest = max((norm.dtype for norm in norms), key=lambda dtype: torch.finfo(dtype).bits)
-    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]), order)
+    home = norms[0].device
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([norm.to(home, widest) for norm in norms]), order)
+
+
+def _are_finite(norms: Sequence[Tensor]) -> bool:
+    if all(norm.device.type == "cpu" for norm in norms):
+        return all(math.isfinite(norm.item()) for norm in norms)  # on the host this is less work than combining them
+    return math.isfinite(_combined(norms, math.inf).item())
+
+
+def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """By device and dtype, as foreach kernels want them."""
+    if not gradients:
+        return []
+    first = gradients[0]
+    if all(gradient.dtype == first.dtype and gradient.device == first.device for gradient in gradients):
+        return [list(gradients)]
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    return list(groups.values())
 
 
 def _multiply(parameters: Sequence[nn.Parameter], factor: float | Tensor | None) -> None:
     if factor is None:
         return
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        values = _values(parameter)
-        groups.setdefault((values.device, values.dtype), []).append(values)
-    for (device, _), group in groups.items():
-        torch._foreach_mul_(group, factor.to(device) if isinstance(factor, Tensor) else factor)
+    for group in _grouped([_values(parameter) for parameter in parameters]):
+        torch._foreach_mul_(group, factor.to(group[0].device) if isinstance(factor, Tensor) else factor)
 
 
 def _reciprocal(factor: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -222,10 +251,35 @@ def _reciprocal(factor: float | Tensor | None, device: torch.device) -> Tensor |
     return wide.reciprocal().to(torch.float32)
 
 
-def _resolved(found_inf: Tensor | None) -> bool | Tensor:
-    if found_inf is None:
-        return False
+def _read_if_on_host(found_inf: Tensor) -> bool | Tensor:
     return bool(found_inf) if found_inf.device.type == "cpu" else found_inf
+
+
+def _has_gradient(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    # Asked anew each time: loading a state brings the groups of another optimizer, which may not have been fused.
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves everything as it is when told so on the device.
+
+    Fused SGD does not in its first step: the momentum buffers it allocates stay uninitialised memory if it skips.
+    """
+    if not _is_fused(optimizer):
+        return False
+    if not isinstance(optimizer, torch.optim.SGD):
+        return True
+    return all(
+        not group["momentum"] or parameter.grad is None or optimizer.state[parameter].get("momentum_buffer") is not None
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gradaccum.errors import WindowError
+from gradaccum.errors import GradAccumError, LossError, WindowError
 
 Schedule = int | Callable[[int], int]
 """A size, or a function from the update it is for (1, 2, ...) to a size."""
@@ -25,9 +25,9 @@ class WindowSize:
     def __post_init__(self) -> None:
         if (self.micro_batches is None) == (self.batch_size is None):
             raise WindowError(
-                f"batch_size={self.batch_size} and micro_batches={self.micro_batches}: the one follows from the other and "
-                "from the loader's micro-batches. Pass exactly one: batch_size=, the number of samples of an update, "
-                "or micro_batches=, how many of the loader's items make one."
+                f"batch_size={self.batch_size} and micro_batches={self.micro_batches}: the one follows from the other "
+                "and from the loader's micro-batches. Pass exactly one: batch_size=, the number of samples of an "
+                "update, or micro_batches=, how many of the loader's items make one."
             )
         if not callable(self._schedule):
             self.at(1)
@@ -52,6 +52,53 @@ class WindowSize:
                 f"{'samples' if self.counts_samples else 'micro-batches'}, at least 1."
             )
         return size
+
+    def expected(self, samples: int | None, *, target: int) -> Sequence[int | None]:
+        """The rows of each micro-batch of a window, if all are like the first.
+
+        Args:
+            samples: rows of the first; None where they cannot be seen.
+            target: the window's size, in the unit it is measured in.
+        """
+        if not self.counts_samples:
+            return [samples] * target
+        if not samples or samples > target:
+            return [samples]
+        full, rest = divmod(target, samples)
+        return [samples] * full + ([rest] if rest else [])
+
+    def updates_in(self, length: int | None, per_window: int, *, only_complete: bool) -> int | None:
+        """Windows in a pass of ``length`` micro-batches; None where that is unknown or the size changes."""
+        if length is None or not self.is_fixed:
+            return None
+        return length // per_window if only_complete else -(-length // per_window)
+
+    def does_not_fit(self, samples: int | None, *, before: int, target: int) -> GradAccumError:
+        """The error for a micro-batch that would make the window larger than it should be."""
+        if samples is None:
+            return LossError(
+                "batch_size= counts samples, and the micro-batch holds no tensor with rows. Pass micro_batches=, and "
+                "return ga.Loss.mean(value, over=n)."
+            )
+        if before == 0:
+            return WindowError(
+                f"A micro-batch of {samples} samples is larger than batch_size={target}. It cannot be a part of a "
+                "smaller batch. Let the loader yield smaller ones, or cut whole batches with ga.TrainStep."
+            )
+        return WindowError(
+            f"The micro-batches do not add up to batch_size={target}: there were {before} samples, and the next "
+            f"micro-batch has {samples}. The update would be of {before + samples} samples, not {target}. Let the "
+            f"loader's batch size divide {target}, or pass micro_batches=."
+        )
+
+    def too_short(self, micro_batches: int, *, target: int, samples: int | None = None) -> WindowError:
+        """The error for a pass in which no window is ever complete."""
+        rows = "" if samples is None else f" ({samples} samples)"
+        asked = f"{'batch_size' if self.counts_samples else 'micro_batches'}={target}"
+        return WindowError(
+            f'The pass has {micro_batches} micro-batches{rows}, and with {asked} and tail="drop" no window is ever '
+            'complete: no update would be made. Use tail="step" or "carry", or a smaller window.'
+        )
 
     @property
     def _schedule(self) -> Schedule:

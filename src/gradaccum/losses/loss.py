@@ -9,6 +9,8 @@ which differs from the mean of the means as soon as the counts do.
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +59,7 @@ class Loss:
         Raises:
             LossError: ``value`` is not a 0-d floating tensor, or ``over`` is not a count.
         """
-        return Loss(_checked_root(value, name="Loss.mean"), _checked_weight(over, name="Loss.mean"), is_mean=True)
+        return Loss(_checked_root(value, name="ga.Loss.mean"), checked_weight(over, name="ga.Loss.mean"), is_mean=True)
 
     @staticmethod
     def sum(value: Tensor, over: Weight | None = None) -> Loss:
@@ -70,8 +72,8 @@ class Loss:
         Raises:
             LossError: ``value`` is not a 0-d floating tensor, or ``over`` is not a count.
         """
-        weight = None if over is None else _checked_weight(over, name="Loss.sum")
-        return Loss(_checked_root(value, name="Loss.sum"), weight, is_mean=False)
+        weight = None if over is None else checked_weight(over, name="ga.Loss.sum")
+        return Loss(_checked_root(value, name="ga.Loss.sum"), weight, is_mean=False)
 
     @property
     def value(self) -> Tensor:
@@ -95,38 +97,48 @@ class Loss:
 def _checked_root(value: Any, *, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise LossError(
-            f"ga.{name} needs a 0-d tensor and got {type(value).__name__}. A number has no graph, so it would add "
+            f"{name} needs a 0-d tensor and got {type(value).__name__}. A number has no graph, so it would add "
             "nothing to the gradient. Pass the loss tensor itself, before .item()."
         )
     if value.dim() != 0:
         raise LossError(
-            f"ga.{name} needs a 0-d tensor and got one of shape {tuple(value.shape)}. A loss for each element has "
+            f"{name} needs a 0-d tensor and got one of shape {tuple(value.shape)}. A loss for each element has "
             "no gradient yet. Reduce it: ga.Loss.sum(losses.sum(), over=losses.numel())."
         )
     if not value.is_floating_point():
         raise LossError(
-            f"ga.{name} needs a floating-point tensor and got {value.dtype}, which has no gradient. "
+            f"{name} needs a floating-point tensor and got {value.dtype}, which has no gradient. "
             "Convert before the loss is computed, not after."
         )
     return value
 
 
-def _checked_weight(over: Any, *, name: str) -> Weight:
+def checked_weight(over: Any, *, name: str) -> Weight:
+    """What a mean is taken over, as given by a user.
+
+    Raises:
+        LossError: it is not one finite number that is at least 0. Counts on a device are not looked at.
+    """
     if isinstance(over, Tensor):
         if over.dim() != 0:
             raise LossError(
-                f"ga.{name}(over=) is a tensor of shape {tuple(over.shape)}; the count must be one number, or "
-                "each item would get a weight of its own. Sum it first: over=mask.sum()."
+                f"{name} got a tensor of shape {tuple(over.shape)} as the count; it must be one number, or each item "
+                "would get a weight of its own. Sum it first: over=mask.sum()."
             )
-        return over.detach()
-    if isinstance(over, bool) or not isinstance(over, (int, float)):
+        weight = over.detach()
+        if weight.device.type != "cpu":
+            return weight
+        number = weight.item()
+    elif isinstance(over, numbers.Real) and not isinstance(over, bool):
+        number = weight = over if isinstance(over, (int, float)) else float(over)
+    else:
         raise LossError(
-            f"ga.{name}(over=) must be an int, a float or a 0-d tensor, and is {type(over).__name__}. It is what "
+            f"{name} got {type(over).__name__} as the count; it must be an int, a float or a 0-d tensor. It is what "
             "the mean is taken over: the number of samples or tokens, or the sum of class weights."
         )
-    if not 0 <= over < float("inf"):
+    if not 0 <= number < math.inf:
         raise LossError(
-            f"ga.{name}(over={over}): a mean is taken over a finite number of items, at least 0. A negative or "
-            "infinite weight would turn the gradient round or erase it."
+            f"{name} got {number} as the count; a mean is taken over a finite number of items, at least 0. A negative "
+            "or infinite weight would turn the gradient round or erase it."
         )
-    return over
+    return weight

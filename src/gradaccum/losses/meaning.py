@@ -13,6 +13,7 @@ mechanics").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,13 @@ class TakenOver:
         count: what it was divided by: an int, or a 0-d tensor where it depends on the data.
         what: the same in words.
         instead: what to type instead of the plain mean.
+        may_be_constant: whether it may have nothing to do with samples, such as a penalty on the weights.
     """
 
     count: Count
     what: str
     instead: str
+    may_be_constant: bool = False
 
 
 class SampleMeans:
@@ -48,12 +51,15 @@ class SampleMeans:
 
     Every micro-batch of the first window is looked at; later only counts that depend on the data, and these only where
     they lie on the host: on a device each would be a wait.
+
+    Attributes:
+        is_looking: whether `check` is still to be called.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[int, list[tuple[float, bool, TakenOver]]]]] = {}
         self._is_first_window = True
-        self._depends_on_data = True
+        self.is_looking = True
 
     def check(self, name: str, loss: Tensor, samples: int) -> None:
         """Looks at one micro-batch's plain mean.
@@ -61,7 +67,7 @@ class SampleMeans:
         Raises:
             MeanError: it was taken over something that is not proportional to the samples.
         """
-        if samples == 0 or not (self._is_first_window or self._depends_on_data):
+        if samples == 0:
             return
         means = means_in(loss)
         if not self._is_first_window:
@@ -69,24 +75,32 @@ class SampleMeans:
             if any(isinstance(mean.count, Tensor) and mean.count.device.type != "cpu" for mean in means):
                 return
         counts = [
-            (mean.count.item() if isinstance(mean.count, Tensor) else float(mean.count), isinstance(mean.count, int), mean)
+            (
+                mean.count.item() if isinstance(mean.count, Tensor) else float(mean.count),
+                isinstance(mean.count, int),
+                mean,
+            )
             for mean in means
         ]
         seen = self._seen.setdefault(name, [])
         seen.append((samples, counts))
         if len(seen) > 1 and len(counts) == len(seen[0][1]):
-            for i, (count, is_shape, mean) in enumerate(counts):
+            for i, (count, _, mean) in enumerate(counts):
                 first = seen[0][1][i][0]
-                if not _is_proportional(first, seen[0][0], count, samples, is_shape=is_shape):
+                if not _is_proportional(first, seen[0][0], count, samples, mean=mean):
                     raise MeanError(_message(name, mean, [(c[i][0], n) for n, c in seen if len(c) > i]))
 
     def window_closed(self) -> None:
         """The next micro-batch belongs to another window."""
         if any(len(seen) > 1 for seen in self._seen.values()):
             self._is_first_window = False
-            self._depends_on_data = any(
+            self.is_looking = any(
                 not is_shape for seen in self._seen.values() for _, counts in seen for _, is_shape, _ in counts
             )
+        self._seen.clear()
+
+    def window_discarded(self) -> None:
+        """What has been seen of the open window counts for nothing."""
         self._seen.clear()
 
 
@@ -109,18 +123,19 @@ def means_in(loss: Tensor) -> list[TakenOver]:
                 mean = None
             if mean is not None:
                 found.append(mean)
-                continue
+                if name != "DivBackward0":  # what is divided may have been a mean before
+                    continue
         if name in _TRANSPARENT:
             nodes.extend(parent for parent, _ in reversed(node.next_functions))
     return found
 
 
-def _is_proportional(first: float, first_samples: int, count: float, samples: int, *, is_shape: bool) -> bool:
+def _is_proportional(first: float, first_samples: int, count: float, samples: int, *, mean: TakenOver) -> bool:
     if abs(count * first_samples - first * samples) <= _ROUNDING * abs(first * samples):
         return True
     # The same count for other numbers of samples is a term that has nothing to do with samples, such as a penalty on
     # the weights, and exact as it is: unless a fixed batch size was divided by.
-    return count == first and (is_shape or count not in (samples, first_samples))
+    return mean.may_be_constant and count == first and count not in (samples, first_samples)
 
 
 def _message(name: str, mean: TakenOver, seen: list[tuple[float, int]]) -> str:
@@ -132,8 +147,8 @@ def _message(name: str, mean: TakenOver, seen: list[tuple[float, int]]) -> str:
     term = f"The term {name!r}" if name else "The loss"
     return (
         f"{term} is a plain tensor and so is taken as a mean over samples, but it was averaged over {mean.what}: "
-        f"{counts} in micro-batches of {samples} samples. Weighted by samples, one of them would count {factor:.3g} times "
-        f"what it should in the gradient. Return the loss with what it was averaged over: {mean.instead}."
+        f"{counts} in micro-batches of {samples} samples. Weighted by samples, one of them would count {factor:.3g} "
+        f"times what it should in the gradient. Return the loss with what it was averaged over: {mean.instead}."
     )
 
 
@@ -158,16 +173,21 @@ def _elements(saved: str) -> Callable[[Any], TakenOver | None]:
 
 
 def _mean(node: Any) -> TakenOver | None:
-    return TakenOver(int(node._saved_self_sym_numel), "elements", "ga.Loss.sum(losses.sum(), over=losses.numel())")
+    sizes = node._saved_self_sym_sizes if node.name() == "MeanBackward1" else None
+    if sizes is not None and len(node._saved_dim or sizes) != len(sizes):
+        return None  # a mean over some of the dimensions
+    count = int(node._saved_self_sym_numel) if sizes is None else math.prod(int(size) for size in sizes)
+    instead = "ga.Loss.sum(losses.sum(), over=losses.numel())"
+    return TakenOver(count, "elements", instead, may_be_constant=True)
 
 
 def _quotient(node: Any) -> TakenOver | None:
     """A sum divided by a count: ``(losses * mask).sum() / mask.sum()``."""
     divisor = node._saved_other
-    numerator = node.next_functions[0][0]
-    if numerator is None or not numerator.name().startswith("SumBackward") or divisor.requires_grad:
+    if divisor.dim() != 0 or divisor.requires_grad:
         return None
-    return TakenOver(divisor.detach(), "the divisor", "ga.Loss.sum(losses.sum(), over=count)") if divisor.dim() == 0 else None
+    instead = "ga.Loss.sum(losses.sum(), over=count)"
+    return TakenOver(divisor.detach(), "what it was divided by", instead, may_be_constant=True)
 
 
 _READERS: dict[str, Callable[[Any], TakenOver | None]] = {
@@ -180,6 +200,7 @@ _READERS: dict[str, Callable[[Any], TakenOver | None]] = {
     "BinaryCrossEntropyWithLogitsBackward0": _elements("_saved_self"),
     "SoftMarginLossBackward0": _elements("_saved_self"),
     "MeanBackward0": _mean,
+    "MeanBackward1": _mean,
     "DivBackward0": _quotient,
 }
 
@@ -188,13 +209,17 @@ _TRANSPARENT = frozenset(
     {
         "AddBackward0",
         "AliasBackward0",
+        "CloneBackward0",
         "DivBackward0",
         "DivBackward1",
         "MulBackward0",
         "MulBackward1",
         "NegBackward0",
+        "SelectBackward0",
         "SqueezeBackward0",
+        "StackBackward0",
         "SubBackward0",
+        "SumBackward0",
         "ToCopyBackward0",
         "ViewBackward0",
     }

@@ -22,6 +22,7 @@ Counts on the host are Python numbers here. Counts on a device stay there: no ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -37,6 +38,11 @@ SINGLE = ""
 """The name under which a loss that is not a dict of terms is kept."""
 
 
+_HALF = (torch.float16, torch.bfloat16)
+_ROUNDING = 1e-6  # of sums of fp32 class weights, taken in two orders
+_MAX_SEEDS = 256
+
+
 def host_number(weight: Weight) -> Number:
     """A count as a Python number where reading it waits for nothing; on a device it stays a tensor."""
     if isinstance(weight, Tensor) and weight.device.type == "cpu":
@@ -44,10 +50,40 @@ def host_number(weight: Weight) -> Number:
     return weight
 
 
+class Seeds:
+    """0-d tensors to start backwards with, made once for each value: most windows need the same few."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def of(self, share: Number, root: Tensor) -> Tensor:
+        """``share`` as a tensor like ``root``."""
+        if isinstance(share, Tensor):
+            return share.to(device=root.device, dtype=root.dtype)
+        key = (share, root.dtype, root.device)
+        seed = self._made.get(key)
+        if seed is None:
+            if len(self._made) >= _MAX_SEEDS:  # token counts give a new value each time
+                self._made.clear()
+            seed = self._made[key] = torch.full((), share, dtype=root.dtype, device=root.device)
+        return seed
+
+
+class _Term:
+    """One term's sum over the window: its parts, and its total weight so far."""
+
+    __slots__ = ("parts", "weight")
+
+    def __init__(self, weight: Number | None) -> None:
+        self.parts: list[tuple[Tensor, Number]] = []
+        self.weight = weight
+
+
 class Normaliser:
     """The sums and weights of one window, and the seeds its backwards get.
 
     Args:
+        seeds: kept by the caller from window to window.
         totals: each term's total weight where known ahead (one under `SINGLE` for a single loss); None if unknown.
         first_share: which part of an unknown total the first micro-batch is expected to be, as a fraction:
             ``(1, micro_batches)`` or ``(samples, batch_size)``.
@@ -58,76 +94,73 @@ class Normaliser:
     def __init__(
         self,
         *,
+        seeds: Seeds | None = None,
         totals: Mapping[str, Weight] | None = None,
         first_share: tuple[int, int] = (1, 1),
         at_least: float = 0.0,
     ) -> None:
+        self._seeds = Seeds() if seeds is None else seeds
         self._totals = None if totals is None else {name: host_number(total) for name, total in totals.items()}
         self._first_share = first_share
         self._at_least = at_least
         self._expected: Number | None = None
-        self._weights: dict[str, Number | None] = {}
-        self._parts: dict[str, list[tuple[Tensor, Number | None]]] = {}
-        self._seeds: dict[tuple[Number, torch.dtype, torch.device], Tensor] = {}
+        self._terms: dict[str, _Term] = {}
 
-    def seeds(self, terms: Mapping[str, Loss]) -> tuple[list[Tensor], list[Tensor]]:
-        """The roots to run backward from, and the gradient each starts with; empty where nothing weighs anything.
+    def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
+        """Adds a micro-batch's loss to the window's sums.
 
-        Adds the micro-batch to the window's sums.
+        Returns:
+            The root to run backward from and the gradient it starts with; None where it weighs nothing.
         """
-        if self._parts and terms.keys() != self._parts.keys():
+        weight = loss.weight
+        if isinstance(weight, Tensor):
+            weight = host_number(weight)
+        self._add(name, loss, weight)
+        share: Number = 1.0
+        if weight is not None:
+            if _is_nothing(weight, loss):
+                return None
+            expected = self._expected_total(name, weight, in_half=loss.root.dtype in _HALF)
+            share = (weight if loss.is_mean else 1.0) / expected
+        return loss.root, self._seeds.of(share, loss.root)
+
+    def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
+        """The same for several terms; what weighs nothing is left out."""
+        if self._terms and SINGLE not in self._terms and losses.keys() != self._terms.keys():
             raise LossError(
-                f"The loss has the terms {_names(terms)}, and earlier micro-batches of this window had "
-                f"{_names(self._parts)}. A term's mean is over the whole window: return every term for every "
+                f"The loss has the terms {_names(losses)}, and earlier micro-batches of this window had "
+                f"{_names(self._terms)}. A term's mean is over the whole window: return every term for every "
                 "micro-batch, with weight 0 where it has nothing: ga.Loss.sum(zero, over=0)."
             )
-        weights = {name: None if loss.weight is None else host_number(loss.weight) for name, loss in terms.items()}
-        if len(terms) > 1 and self._totals is None:
-            _require_one_weight(terms, weights)
-        roots: list[Tensor] = []
-        seeds: list[Tensor] = []
-        for name, loss in terms.items():
-            weight = weights[name]
-            self._add(name, loss, weight)
-            if _is_nothing(weight, loss):
-                continue
-            root = loss.root
-            if root.dtype in (torch.float16, torch.bfloat16):
-                # A seed of 7 / 37 in bf16 would be off by 0.4%, and a loss scale of 65,536 overflows fp16.
-                root = root.float()
-            expected = self._expected_total(name, weight)
-            roots.append(root)
-            seeds.append(self._seed(root, weight if loss.is_mean else 1.0, expected))
-        return roots, seeds
+        if len(losses) > 1 and self._totals is None:
+            _require_one_weight(losses)
+        found = [self.seed(loss, name) for name, loss in losses.items()]
+        return [one for one in found if one is not None]
 
     @property
     def correction(self) -> Number | None:
         """What the gradient has yet to be multiplied by; None where the expectation was right."""
-        if self._totals is not None or self._expected is None:
+        expected = self._expected
+        if expected is None:
             return None
-        name = next(iter(self._weights))
-        total = self._weights[name]
+        total = next(iter(self._terms.values())).weight
         assert total is not None, "a sum without a divisor is seeded with 1, and expects nothing"
-        if isinstance(total, float | int) and isinstance(self._expected, float | int):
-            return None if total == self._expected or total == 0 else self._expected / total
-        return self._expected / total
+        if isinstance(total, Tensor) or isinstance(expected, Tensor):
+            return expected / total
+        return None if total == expected or total == 0 else expected / total
 
     @property
     def weight(self) -> Number | dict[str, Number] | None:
         """The window's total weight; by name where the terms have totals of their own; None for plain sums."""
-        found = {name: weight for name, weight in self._weights.items() if weight is not None}
-        if not found:
+        weights = {name: term.weight for name, term in self._terms.items() if term.weight is not None}
+        if not weights:
             return None
-        if len(self._weights) == 1 or self._totals is None:
-            return next(iter(found.values()))
-        return found
+        return weights if len(self._terms) > 1 and self._totals is not None else next(iter(weights.values()))
 
     @property
     def is_empty(self) -> bool:
         """Whether it is known on the host that the window weighs nothing at all."""
-        return bool(self._weights) and all(
-            not isinstance(weight, Tensor) and weight == 0 for weight in self._weights.values()
-        )
+        return all(not isinstance(term.weight, Tensor) and term.weight == 0 for term in self._terms.values())
 
     def check_totals(self) -> None:
         """That the weights seen add up to the totals given ahead.
@@ -136,76 +169,75 @@ class Normaliser:
             LossError: they do not, so the gradient has been divided by the wrong number.
         """
         for name, total in (self._totals or {}).items():
-            seen = self._weights.get(name)
+            seen = self._terms[name].weight if name in self._terms else None
             if isinstance(total, Tensor) or isinstance(seen, Tensor) or seen is None:
                 continue  # not compared: that would wait for the device
-            if abs(seen - total) > 1e-6 * max(abs(total), abs(seen)):  # room for fp32 sums of class weights
-                term = f"term {name!r}" if name else "loss"
+            if abs(seen - total) > _ROUNDING * max(abs(total), abs(seen)):
                 factor = f", so its gradient would be {seen / total:.4g} times what it should be" if total else ""
                 raise LossError(
-                    f"The total weight of the {term} was given as {total:g}, and its micro-batches add up to {seen:g}"
+                    f"The total weight of {_term(name)} was given as {total:g}, and its micro-batches add up to {seen:g}"
                     f"{factor}. weights= must count over the whole batch what the loss counts over each micro-batch."
                 )
 
     def means(self) -> dict[str, Tensor]:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""
-        return {name: _mean(parts, self._weights[name]) for name, parts in self._parts.items()}
+        return {name: _mean(term.parts, term.weight) for name, term in self._terms.items()}
 
     def _add(self, name: str, loss: Loss, weight: Number | None) -> None:
-        if name in self._parts:
-            so_far = self._weights[name]
-            if (so_far is None) != (weight is None):
+        term = self._terms.get(name)
+        if term is None:
+            if self._terms and SINGLE in (name, *self._terms):
+                raise LossError(
+                    "One micro-batch of the window returned a single loss, another a dict of terms. Return the same "
+                    "kind for every micro-batch, with weight 0 where a term has nothing: ga.Loss.sum(zero, over=0)."
+                )
+            term = self._terms[name] = _Term(weight)
+        elif term.weight is None or weight is None:
+            if term.weight is not weight:
                 raise LossError(
                     "One micro-batch returned a sum without `over`, another a loss that has a weight. The one is not "
                     "to be divided by anything, the other is; their gradients cannot be added up. Return the same "
                     "kind for every micro-batch: ga.Loss.sum(total, over=n)."
                 )
-            self._weights[name] = None if weight is None else so_far + weight  # type: ignore[operator]
-            parts = self._parts[name]
         else:
-            self._weights[name] = weight
-            parts = self._parts[name] = []
-        total = loss.root.detach()  # no graph is kept alive by what is only reported
-        parts.append((total, weight if loss.is_mean else 1.0))
+            term.weight = term.weight + weight
+        # Detached: no graph is kept alive by what is only reported.
+        term.parts.append((loss.root.detach(), weight if loss.is_mean and weight is not None else 1.0))
 
-    def _expected_total(self, name: str, weight: Number | None) -> Number | None:
+    def _expected_total(self, name: str, weight: Number, *, in_half: bool) -> Number:
         if self._totals is not None:
             if name not in self._totals:
                 raise LossError(
-                    f"weights= gave totals for {_names(self._totals)}, and the loss has the terms "
-                    f"{_names(self._parts)}. Without a total {name!r} cannot be divided; return it from weights= too."
+                    f"weights= gave the total of {_names(self._totals)}, and the loss returned {_names(self._terms)}. "
+                    f"Without a total {_term(name)} cannot be divided. Let weights= return it, by the same name."
                 )
-            return self._totals[name]
-        if weight is None:
-            return None
+            total = self._totals[name]
+            if not isinstance(total, Tensor) and total == 0:
+                raise LossError(
+                    f"weights= gave a total of 0 for {_term(name)}, and one of its micro-batches weighs "
+                    f"{_shown(weight)}. Nothing can be divided by 0. weights= must count over the whole batch what the "
+                    "loss counts over each micro-batch."
+                )
+            return total
         if self._expected is None:
             part, whole = self._first_share
             expected = weight * whole / part  # in this order, so that equal micro-batches give the very integer
-            # A device count may turn out to be 0, which is not to be waited for: any other guess will do then.
-            self._expected = (
-                torch.where(expected > 0, expected, 1.0)
-                if isinstance(expected, Tensor)
-                else max(expected, self._at_least)
-            )
+            if isinstance(expected, Tensor):
+                # A count on a device may turn out to be 0, which is not waited for: any other guess will do then.
+                expected = torch.where(expected > 0, expected, 1.0)
+            else:
+                expected = max(expected, self._at_least)
+                if in_half:
+                    # 7 / 37 in bf16 is off by 0.1%, for each micro-batch by another part of it; 7 / 64 is not off at
+                    # all. What is left to correct is the same for all of them.
+                    expected = 2.0 ** math.ceil(math.log2(expected))
+            self._expected = expected
         return self._expected
 
-    def _seed(self, root: Tensor, weight: Number | None, expected: Number | None) -> Tensor:
-        if expected is None:
-            share: Number = 1.0
-        else:
-            assert weight is not None, "a total is expected only of losses that have a weight"
-            share = weight / expected
-        if isinstance(share, Tensor):
-            return share.to(device=root.device, dtype=root.dtype)
-        key = (share, root.dtype, root.device)
-        seed = self._seeds.get(key)
-        if seed is None:
-            seed = self._seeds[key] = torch.full((), share, dtype=root.dtype, device=root.device)
-        return seed
 
-
-def _require_one_weight(terms: Mapping[str, Loss], weights: Mapping[str, Number | None]) -> None:
+def _require_one_weight(losses: Mapping[str, Loss]) -> None:
     """Terms with totals of their own need these before the first backward; terms of one common weight do not."""
+    weights = {name: None if loss.weight is None else host_number(loss.weight) for name, loss in losses.items()}
     values = list(weights.values())
     same = all(_is_same(value, values[0]) for value in values)
     if not same:
@@ -213,7 +245,7 @@ def _require_one_weight(terms: Mapping[str, Loss], weights: Mapping[str, Number 
         raise LossError(
             f"The terms of the loss are means over different things ({seen}), and one backward adds all of them to the "
             "same gradient, so each must be divided by its own total before that total has been seen. Give the totals "
-            "ahead: weights=lambda batch: {" + ", ".join(f'"{name}": ...' for name in terms) + "}."
+            "ahead: weights=lambda batch: {" + ", ".join(f'"{name}": ...' for name in losses) + "}."
         )
 
 
@@ -225,41 +257,43 @@ def _is_same(one: Number | None, other: Number | None) -> bool:
     return one == other
 
 
-def _is_nothing(weight: Number | None, loss: Loss) -> bool:
+def _is_nothing(weight: Number, loss: Loss) -> bool:
     """Whether the micro-batch adds nothing to this term.
 
     A mean over nothing is 0 / 0, and a backward of it makes NaN however it is seeded, so it must not be run. For a
     count on a device that is one wait for the device; a sum needs none, since its gradient is 0 by itself.
     """
-    if weight is None:
-        return False
     if isinstance(weight, Tensor):
         return loss.is_mean and not bool(weight)  # the one synchronisation: Loss.mean over a device count
     return weight == 0
 
 
-def _mean(parts: list[tuple[Tensor, Number | None]], weight: Number | None) -> Tensor:
-    roots = [root for root, _ in parts]
+def _mean(parts: list[tuple[Tensor, Number]], weight: Number | None) -> Tensor:
+    narrow = parts[0][0].dtype
+    dtype = torch.float32 if narrow in _HALF else narrow
+    on_host = all(root.device.type == "cpu" and not isinstance(share, Tensor) for root, share in parts)
+    if on_host and not isinstance(weight, Tensor):
+        # A mean over nothing is NaN, and adds nothing.
+        total = sum(root.item() * share for root, share in parts if share)
+        quotient = total if weight is None else total / weight if weight else math.nan
+        return torch.tensor(quotient, dtype=dtype)
+    device = parts[0][0].device
     # fp64 where the device has it: at 1,000 micro-batches an fp32 sum would show in the seventh digit.
-    wide = torch.float32 if roots[0].device.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=wide, device=roots[0].device)
+    wide = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for root, share in parts:
-        part = root.to(wide)
         if isinstance(share, Tensor):
-            part = torch.where(share == 0, torch.zeros_like(part), part * share)
-        elif share == 0:
-            continue  # the NaN of a mean over nothing
-        elif share is not None:
-            part = part * share
-        total = total + part.to(total.device)
-    if weight is not None:
-        total = total / weight
-    narrow = roots[0].dtype
-    return total.to(torch.float32 if narrow in (torch.float16, torch.bfloat16) else narrow)
+            wide = wide + torch.where(share == 0, torch.zeros_like(root), root * share).to(wide)
+        elif share:
+            wide = wide + (root.to(wide) * share)
+    return (wide if weight is None else wide / weight).to(dtype)
 
 
 def _names(terms: Mapping[str, object]) -> str:
-    return ", ".join(repr(name) for name in terms) or "none"
+    return ", ".join(repr(name) if name else "a single loss" for name in terms) or "nothing"
+
+
+def _term(name: str) -> str:
+    return f"the term {name!r}" if name else "the loss"
 
 
 def _shown(weight: Number | None) -> str:

@@ -1,0 +1,1 @@
+"""How the micro-batches of one update are run."""

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from gradaccum import guards
 from gradaccum.errors import LossError, StateError
 from gradaccum.gradients.dot_grad import DotGrad
-from gradaccum.losses.loss import Loss, Weight
+from gradaccum.losses.loss import Loss, Weight, checked_weight
 from gradaccum.losses.meaning import SampleMeans
-from gradaccum.losses.normalise import SINGLE, Normaliser, Number, host_number
-from gradaccum.losses.terms import as_terms
+from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds, host_number
+from gradaccum.losses.terms import as_loss, as_terms
 from gradaccum.progress import plan_line
 from gradaccum.types import Update
 from gradaccum.update import Updater
@@ -36,7 +36,8 @@ WeightsFunction = Callable[[Any], Mapping[str, Weight] | Weight]
 
 def weights_by_name(weights: Mapping[str, Weight] | Weight) -> dict[str, Weight]:
     """What a `WeightsFunction` returned, a single loss's count under `SINGLE`."""
-    return dict(weights) if isinstance(weights, Mapping) else {SINGLE: weights}
+    named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
+    return {name: checked_weight(weight, name="weights=") for name, weight in named.items()}
 
 
 class Accumulation:
@@ -74,8 +75,10 @@ class Accumulation:
         self._updater = Updater(self.optimizers, clip_norm=clip_norm, schedulers=self._schedulers, scaler=scaler)
         self._means = SampleMeans()
         self._normaliser: Normaliser | None = None
+        self._seeds = Seeds()
+        self._known_samples = 0
         self._last_total = 0.0
-        self._has_told = False
+        self._has_told = self._has_told_of_split = False
         self._sizes: list[int | None] = []
         self.updates = 0
         self.micro_batches = 0
@@ -94,7 +97,7 @@ class Accumulation:
     @property
     def open_samples(self) -> int:
         """Rows added to the open window so far, as far as they could be seen."""
-        return sum(size or 0 for size in self._sizes)
+        return self._known_samples
 
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
@@ -102,13 +105,15 @@ class Accumulation:
 
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None) -> None:
         """Logs the plan line, and warns of layers that see the micro-batch; the first time it is called."""
-        if self._has_told:
+        is_split = len(sizes) > 1
+        if self._has_told and (self._has_told_of_split or not is_split):
             return
-        self._has_told = True
         coupled = guards.coupled_batch_norms(self.models)
-        if coupled and len(sizes) > 1:
+        if not self._has_told:
+            logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch))
+        if coupled and is_split:
             guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
-        logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch))
+        self._has_told, self._has_told_of_split = True, is_split
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
@@ -125,10 +130,12 @@ class Accumulation:
         Raises:
             MisuseError: a gradient is left over from something else.
         """
-        if self._num_optimized != self._count_optimized():
+        if len(self._optimized) != self._count_optimized():
             self._find_parameters()
         self._gradients.check_empty()
-        self._normaliser = Normaliser(totals=totals, first_share=first_share, at_least=self._last_total)
+        self._normaliser = Normaliser(
+            seeds=self._seeds, totals=totals, first_share=first_share, at_least=self._last_total
+        )
         self._started = time.perf_counter()
 
     def look_for_foreign_leaves(self) -> None:
@@ -148,35 +155,42 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
-            terms = as_terms(loss, samples=samples, weights=weights)
-            if samples is not None:
-                for name, plain in (loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),)):
-                    if isinstance(plain, Tensor) and name not in (weights or ()):
-                        self._means.check(name, plain, samples)
-            roots, seeds = normaliser.seeds(terms)
-            if roots:
-                if self._looks_for_foreign:
-                    self._gradients.look_for_foreign_leaves(roots)
-                    self._looks_for_foreign = False
-                scaler = self._updater.loss_scale
-                self._gradients.add(roots, seeds if scaler is None else [scaler.scale(seed) for seed in seeds])
+            if isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
+                seed = normaliser.seed(as_loss(loss, samples=samples, weights=weights))
+                seeded = [] if seed is None else [seed]
+            else:
+                seeded = normaliser.seeds(as_terms(loss, samples=samples, weights=weights))
+            if samples is not None and self._means.is_looking:
+                self._check_means(loss, samples, weights or {})
+            if seeded:
+                self._run_backward(seeded)
         except BaseException:
             before = self.discard()
             if before:
                 logger.warning("a window was discarded with its first %d micro-batches: the next one raised", before)
             raise
         self._sizes.append(samples)
+        self._known_samples += samples or 0
 
     def close(self) -> Update:
         """The update from what has been added."""
+        try:
+            return self._close()
+        except BaseException:  # no window stays half-open: the next one would find its gradients
+            self.discard()
+            raise
+
+    def _close(self) -> Update:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
         normaliser.check_totals()
-        parameters = self._gradients.filled()
+        parameters = self._gradients.filled(self._optimized)
         grad_norm = None
         if normaliser.is_empty:
             skipped: bool | Tensor = True
-            logger.warning("update %d was skipped: the weight of its batch is 0, there is nothing to learn from", self.updates + 1)
+            logger.warning(
+                "update %d was skipped: the weight of its batch is 0, there is nothing to learn from", self.updates + 1
+            )
         elif not parameters:
             raise self._no_gradient()
         else:
@@ -191,13 +205,14 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
         normaliser.check_totals()
-        parameters = self._gradients.filled()
+        parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise self._no_gradient()
         self._updater.unscale_into_grad(parameters, normaliser.correction)
         self._gradients.put_back(aside)
         means = normaliser.means()
         weight = normaliser.weight
+        self._means.window_closed()
         self._reset()
         if len(means) > 1:
             return Loss(_sum_of(means), None, is_mean=False)
@@ -207,6 +222,7 @@ class Accumulation:
         """Throws the open window away, and tells how many micro-batches it had."""
         lost = self.open_micro_batches
         self._gradients.clear()
+        self._means.window_discarded()
         self._reset()
         return lost
 
@@ -218,8 +234,8 @@ class Accumulation:
         """
         if self.open_micro_batches:
             raise StateError(
-                f"A window is open, with {self.open_micro_batches} micro-batches ({self.open_samples} samples) added up "
-                "and not applied; a state saved now would lose their gradients. Save right after an update."
+                f"A window is open, with {self.open_micro_batches} micro-batches ({self.open_samples} samples) added "
+                "up and not applied; a state saved now would lose their gradients. Save right after an update."
             )
         return {"updates": self.updates, "micro_batches": self.micro_batches, "samples": self.samples}
 
@@ -253,10 +269,10 @@ class Accumulation:
 
     def _finish(self, normaliser: Normaliser, grad_norm: Tensor | None, skipped: bool | Tensor) -> Update:
         sizes = self._sizes
-        known = [size for size in sizes if size is not None]
+        is_known = None not in sizes
         self.updates += 1
         self.micro_batches += len(sizes)
-        self.samples += sum(known)
+        self.samples += self._known_samples
         weight = normaliser.weight
         self._last_total = weight if isinstance(weight, (int, float)) else 0.0
         means: dict[str, Tensor] = {}
@@ -275,9 +291,9 @@ class Accumulation:
             index=self.updates,
             weight=weight,
             grad_norm=grad_norm,
-            samples=sum(known) if len(known) == len(sizes) else None,
+            samples=self._known_samples if is_known else None,
             micro_batches=len(sizes),
-            micro_batch_size=max(known) if len(known) == len(sizes) else None,
+            micro_batch_size=max(sizes) if is_known else None,  # type: ignore[type-var]
             seconds=time.perf_counter() - self._started,
             _later=later,
         )
@@ -286,24 +302,44 @@ class Accumulation:
         self._means.window_closed()
         return update
 
+    def _run_backward(self, seeded: Sequence[tuple[Tensor, Tensor]]) -> None:
+        roots = tuple(root for root, _ in seeded)
+        scaler = self._updater.loss_scale
+        seeds = tuple(seed if scaler is None else scaler.scale(seed) for _, seed in seeded)
+        if self._looks_for_foreign:
+            self._gradients.look_for_foreign_leaves(roots)
+            self._looks_for_foreign = False
+        self._gradients.add(roots, seeds)
+
+    def _check_means(self, loss: Any, samples: int, weights: Mapping[str, Weight]) -> None:
+        """Plain tensors are taken as means over samples: that they were."""
+        for name, plain in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
+            if isinstance(plain, Tensor) and name not in weights:
+                self._means.check(name, plain, samples)
+
     def _reset(self) -> None:
         self._normaliser = None
         self._sizes = []
+        self._known_samples = 0
 
     def _no_gradient(self) -> LossError:
-        trainable = sum(parameter.requires_grad for parameter in self._gradients.parameters)
-        self.discard()
+        trainable = sum(parameter.requires_grad for parameter in self._optimized)
         return LossError(
-            f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update with. "
-            "The loss depends on something that requires a gradient, but on none of the model's parameters: was the "
-            "model's output detached on the way?"
+            f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update "
+            "with. The loss depends on something that requires a gradient, but on none of the model's parameters: was "
+            "the model's output detached on the way?"
         )
 
     def _find_parameters(self) -> None:
         named = guards.named_parameters(self.models)
         guards.check_parameters(named, self.optimizers)
         self._gradients = DotGrad(named)
-        self._num_optimized = self._count_optimized()
+        self._optimized = [
+            parameter
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
         self._looks_for_foreign = True
 
     def _count_optimized(self) -> int:

@@ -28,16 +28,16 @@ class Follower:
 
     Attributes:
         pass_begins: before the first item; what it returns is held until the pass ends.
-        micro_batch_begins: before an item is handed out; gets it, and a function ``peek``: ``peek(0)`` is the item after
-            it, or END.
+        micro_batch_begins: before an item is handed out; gets it, whether it is the last, and `LookingAhead.peek`.
         micro_batch_ends: before the item after it is asked for, or the pass ends.
-        pass_ends: at the end; gets whether all items have been handed out, or the loop was left before.
+        pass_ends: at the end; gets whether all items have been handed out, or the loop was left before; and what had
+            been read ahead and not handed out of a bare iterator, which cannot be asked for it again.
     """
 
     pass_begins: Callable[[], AbstractContextManager[None]]
-    micro_batch_begins: Callable[[Any, Callable[[int], Any]], None]
+    micro_batch_begins: Callable[[Any, bool, Callable[[int], Any]], None]
     micro_batch_ends: Callable[[], None]
-    pass_ends: Callable[[bool], None]
+    pass_ends: Callable[[bool, deque[Any]], None]
 
 
 class LookingAhead(Generic[Item]):
@@ -47,11 +47,11 @@ class LookingAhead(Generic[Item]):
     the place of the item that failed, after the ones before it have been handed out.
     """
 
-    def __init__(self, items: Iterable[Item], follower: Follower) -> None:
+    def __init__(self, items: Iterable[Item], follower: Follower, *, ahead: deque[Item] | None = None) -> None:
         self._items = items
         self._followers = [follower]
         self._iterator: Iterator[Item] | None = None
-        self._ahead: deque[Item] = deque()
+        self._ahead: deque[Item] = deque() if ahead is None else ahead
         self._is_exhausted = False
         self._error: BaseException | None = None
         self._held = ExitStack()
@@ -88,15 +88,20 @@ class LookingAhead(Generic[Item]):
             else:
                 for follower in self._followers:
                     follower.micro_batch_ends()
-            self._fill(1)
             if not self._ahead:
-                if self._error is not None:
-                    raise self._error
+                self._fill(1)
+            if not self._ahead:
+                error, self._error = self._error, None  # kept no longer than needed: its traceback holds this frame
+                if error is not None:
+                    raise error
                 self._end(completely=True)
                 raise StopIteration
             item = self._ahead.popleft()
+            if not self._ahead:
+                self._fill(1)
+            is_last = not self._ahead and self._error is None
             for follower in self._followers:
-                follower.micro_batch_begins(item, self.peek)
+                follower.micro_batch_begins(item, is_last, self.peek)
         except StopIteration:
             raise
         except BaseException:
@@ -106,10 +111,11 @@ class LookingAhead(Generic[Item]):
 
     def peek(self, offset: int) -> Any:
         """The item ``offset`` places after the current one, or END where there is none."""
-        self._fill(offset + 1)
-        if offset < len(self._ahead):
-            return self._ahead[offset]
-        return END if self._error is None else FAILED
+        if offset >= len(self._ahead):
+            self._fill(offset + 1)
+            if offset >= len(self._ahead):
+                return END if self._error is None else FAILED
+        return self._ahead[offset]
 
     def close(self) -> None:
         """Ends the pass where it stands; a loop that is left by ``break`` or an exception does so too."""
@@ -126,15 +132,16 @@ class LookingAhead(Generic[Item]):
                 self._ahead.append(next(self._iterator))
             except StopIteration:
                 self._is_exhausted = True
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - raised again in its place
                 self._is_exhausted, self._error = True, error
 
     def _end(self, *, completely: bool) -> None:
         if self._is_over:
             return
         self._is_over = True
-        self._ahead.clear()
-        with self._held:
+        unused = self._ahead if self._iterator is self._items else deque()
+        self._iterator, self._ahead, self._error = iter(()), deque(), None  # lets go of a loader's workers
+        with ExitStack() as ending:  # all of them are told, also where one raises
             for follower in self._followers:
-                follower.pass_ends(completely)
-        self._iterator = iter(())  # lets go of a loader's workers
+                ending.callback(follower.pass_ends, completely, unused)
+            ending.callback(self._held.close)

@@ -14,7 +14,8 @@ def on_device(micro_batches: Iterable[Any], device: torch.device) -> Iterator[An
     """The micro-batches moved to ``device``, one ahead of the one in use.
 
     On CUDA the copies are made from pinned memory on a stream of their own, so that they overlap with computing; the
-    device holds two micro-batches of inputs at a time, never the batch. Elsewhere nothing runs ahead: copies would block.
+    device holds two micro-batches of inputs at a time, never the batch. Elsewhere nothing runs ahead: copies would
+    block.
     """
     if device.type != "cuda":
         for micro_batch in micro_batches:

@@ -1,0 +1,202 @@
+"""A loss of PyTorch that says along with its value what the mean was taken over.
+
+    criterion(output, target)  =  Loss.sum(sum of the losses, over=what torch divides that sum by)
+
+What torch divides by is the subject of ``torch_losses.py``. As a sum and a weight, a micro-batch with nothing to learn
+from (no rows, every target ignored) adds zero to the gradient; torch's own mean is 0 / 0 there, and its gradient NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradaccum.errors import UnknownLossError
+from gradaccum.losses.loss import Loss
+from gradaccum.losses.torch_losses import RULES, Rule, add_up
+from gradaccum.losses.torch_modules import ModuleForm, form_of, torch_class_of
+
+TorchLoss = nn.Module | Callable[..., Tensor]
+
+_LEGACY = ("size_average", "reduce")
+
+
+def criterion(loss: TorchLoss) -> Criterion:
+    r"""Makes a loss of torch return a `Loss`, whose weight is found by itself.
+
+        value = (\sum_i l_i) / w        w: elements, samples, targets that count, class weights, sequences, ...
+
+    The weight is an int where it follows from shapes, and a 0-d tensor on the data's device where it depends on the
+    targets: nothing waits for the device. A reduction of "sum" stays a sum.
+
+    Args:
+        loss: an instance of a loss class of ``torch.nn``, its functional form, or a ``functools.partial`` of that. It
+            may be of a subclass that inherits ``forward``. A module is read at every call and never changed: it stays
+            yours to move, to save and to optimize. Hooks registered on it do not run.
+
+    Returns:
+        A callable that takes what ``loss`` takes; for a functional form also its options, such as ``ignore_index``.
+
+    Raises:
+        UnknownLossError: ``loss`` is none of torch's, or its reduction is "none".
+
+    Example:
+        >>> criterion = ga.criterion(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]), ignore_index=-1))
+        >>> loss = criterion(torch.zeros(3, 2), torch.tensor([0, 1, -1]))
+        >>> loss.value, loss.weight
+        (tensor(0.6931), tensor(4.))
+        >>> ga.criterion(F.mse_loss)(torch.zeros(3, 2), torch.ones(3, 2)).weight
+        6
+    """
+    return Criterion(loss)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Criterion:
+    """A loss of torch that returns a `Loss`; made by `criterion`.
+
+    Attributes:
+        loss: the loss as it was given.
+    """
+
+    loss: TorchLoss
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, nn.Module):
+            form = _form(self.loss)
+            _reduction(form.rule, form.options(self.loss))
+        else:
+            rule, call = _functional(self.loss)
+            _reduction(rule, call.keywords)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Loss:
+        """The loss of one micro-batch.
+
+        Args:
+            *inputs: what the loss takes: output and target, for most.
+            **options: inputs by name, and the options of a functional form.
+
+        Raises:
+            UnknownLossError: the reduction is "none", or not one that this loss has.
+            UnsupportedError: the element weights of an L1 or MSE loss require a gradient.
+        """
+        if isinstance(self.loss, nn.Module):
+            rule, arguments = _module_call(self.loss, inputs, options)
+        else:
+            rule, arguments = _functional_call(self.loss, inputs, options)
+        reduction = _reduction(rule, arguments)
+        for name in _LEGACY:
+            arguments.pop(name, None)
+        arguments["reduction"] = reduction
+        losses = rule.unreduced(arguments)
+        weight = None if reduction == "sum" else rule.over[reduction](losses, arguments)
+        # Not by Loss.sum, which reads a user's count where it lies on the host: torch.compile would break its graph
+        # there, and fake tensors have nothing to read. This count was made here.
+        return Loss(root=add_up(losses), weight=weight, is_mean=False)
+
+    def __repr__(self) -> str:
+        return f"ga.criterion({_name(self.loss)})"
+
+
+def _functional_call(
+    loss: Callable[..., Tensor], inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Rule, dict[str, Any]]:
+    """A functional form, and all that it is called with, by name."""
+    rule, call = _functional(loss)
+    bound = rule.signature.bind(*call.args, *inputs, **{**call.keywords, **options})
+    bound.apply_defaults()
+    return rule, bound.arguments
+
+
+def _module_call(loss: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
+    """The functional form that a module calls, and all that it calls it with, by name."""
+    form = _form(loss)
+    if options or len(inputs) != len(form.inputs):  # by name, or a mistake; binding costs 5 microseconds
+        inputs = form.signature.bind(loss, *inputs, **options).args[1:]
+    return form.rule, {**form.options(loss), **dict(zip(form.inputs, inputs, strict=True))}
+
+
+def _form(loss: nn.Module) -> ModuleForm:
+    form = form_of(loss)
+    if form is None:
+        raise _unknown_loss(loss)
+    return form
+
+
+def _functional(loss: Callable[..., Tensor]) -> tuple[Rule, functools.partial[Tensor]]:
+    if not callable(loss):
+        raise _unknown_loss(loss)
+    call = loss if isinstance(loss, functools.partial) else functools.partial(loss)
+    if not isinstance(call.func, FunctionType) or call.func not in RULES:
+        raise _unknown_loss(loss)
+    return RULES[call.func], call
+
+
+def _reduction(rule: Rule, arguments: Mapping[str, Any]) -> str:
+    """The reduction asked for, in torch's own translation where the arguments deprecated in its favour are used."""
+    reduction = arguments.get("reduction", "mean")
+    legacy = {name: arguments[name] for name in _LEGACY if arguments.get(name) is not None}
+    if legacy and reduction == "batchmean":
+        raise UnknownLossError(
+            f"kl_div got reduction='batchmean' together with {_keywords(legacy)}. Torch obeys both: what is a mean "
+            "over elements already is divided by the rows once more, and the gradient too small by their number. Leave "
+            f"{' and '.join(legacy)} out."
+        )
+    if legacy:
+        reduction = nn.L1Loss(**legacy).reduction
+    if reduction != "sum" and reduction not in rule.over:
+        raise _unknown_reduction(rule, reduction)
+    return reduction
+
+
+def _unknown_reduction(rule: Rule, reduction: str) -> UnknownLossError:
+    known = " or ".join(repr(name) for name in (*rule.over, "sum"))
+    if reduction == "none":
+        happened = "leaves one loss for each item, of which there is no gradient until they are put together"
+    else:
+        happened = "is not known to ga.criterion, so neither is what the gradient would have to be divided by"
+    return UnknownLossError(
+        f"{rule.function.__name__} with reduction={reduction!r} {happened}. Use reduction={known}, or put your losses "
+        "together yourself: return ga.Loss.sum(losses.sum(), over=losses.numel()), with the sum of their weights in "
+        "the place of numel() where you weight them."
+    )
+
+
+def _unknown_loss(loss: Any) -> UnknownLossError:
+    if isinstance(loss, type):
+        return UnknownLossError(
+            f"ga.criterion got the class {loss.__name__} itself, which has no options yet and computes no loss, so no "
+            f"gradient. Pass an instance: ga.criterion({loss.__name__}(...))."
+        )
+    base = torch_class_of(loss) if isinstance(loss, nn.Module) else None
+    if base is not None:
+        happened = (
+            f"{type(loss).__name__} has a forward of its own, which may take its mean over anything, whatever "
+            f"{base.__name__} does"
+        )
+    else:
+        happened = f"ga.criterion got {_name(loss)}, which is no loss of torch.nn and no functional form of one"
+    return UnknownLossError(
+        f"{happened}. With an unknown weight, micro-batches could only count alike, and their gradients would not add "
+        "up to the whole batch's. Return the loss together with what it is taken over, from your own loss function: "
+        "ga.Loss.sum(losses.sum(), over=losses.numel()) of one loss for each item, or ga.Loss.mean(value, over=n) of "
+        "a mean over n items."
+    )
+
+
+def _name(loss: Any) -> str:
+    if isinstance(loss, functools.partial):
+        parts = [_name(loss.func), *map(repr, loss.args), *([_keywords(loss.keywords)] if loss.keywords else [])]
+        return f"partial({', '.join(parts)})"
+    if isinstance(loss, FunctionType):
+        return f"F.{loss.__name__}" if loss in RULES else loss.__qualname__
+    return repr(loss)
+
+
+def _keywords(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())

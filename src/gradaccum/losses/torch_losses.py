@@ -1,0 +1,203 @@
+"""What each loss of PyTorch takes its mean over.
+
+The rule is one: ``reduction="mean"`` is the sum of what ``reduction="none"`` returns, divided by
+
+    the number of those losses   every loss but the ones below. Element weights and ``pos_weight`` of BCE, the weight of
+                                 Huber and the class weights of multi-margin scale the losses, not the divisor
+    the weight of the targets    cross entropy and NLL with class indices: a target that is not ignored counts its class
+                                 weight, or 1; label smoothing changes nothing about that. With class probabilities
+                                 it is the number of losses, class weights or not
+    the element weights          L1 and MSE with ``weight=``, which only their functional forms have
+    the rows                     KL divergence with ``reduction="batchmean"``
+    the sequences                CTC, after each loss was divided by its target's length, or by 1 for an empty target
+
+So the losses are computed unreduced and added up here. Torch's own sum would save one small tensor, but lose three
+things: the float32 sum of float16 losses, the divisor that is right whatever was broadcast, and the sum of losses that
+torch only has as a mean (CTC, adaptive softmax).
+
+Sources: ``torch/nn/functional.py``, ``torch/nn/modules/adaptive.py``, and in ``aten/src/ATen/native`` of PyTorch
+``Loss.cpp``, ``LossNLL.cpp``, ``LossNLL2d.cpp``, ``LossCTC.cpp``, ``LossMultiMargin.cpp`` and
+``LossMultiLabelMargin.cpp``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradaccum.errors import UnsupportedError
+from gradaccum.losses.loss import Weight
+
+Arguments = Mapping[str, Any]
+"""What a functional loss is called with, by parameter name, defaults included."""
+
+Over = Callable[[Tensor, Arguments], Weight]
+"""The weight of a mean, from the unreduced losses and the arguments they were computed from."""
+
+HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")
+"""Linear cross entropy as it is known here came with torch 2.13; before, it is one loss less to know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How one functional loss of torch is taken apart into a sum and a weight.
+
+    Attributes:
+        function: the functional form.
+        signature: its parameters.
+        over: by reduction, what the mean is taken over; "sum" is not among them, for nothing divides it.
+        losses: computes the losses, where ``function`` with ``reduction="none"`` is not the way.
+    """
+
+    function: Callable[..., Tensor]
+    signature: inspect.Signature
+    over: Mapping[str, Over]
+    losses: Callable[[Arguments], Tensor] | None = None
+
+    def unreduced(self, arguments: Arguments) -> Tensor:
+        """The losses that the reduction adds up."""
+        if self.losses is not None:
+            return self.losses(arguments)
+        return self.function(**_reduced(arguments, "none"))
+
+
+def rule(function: Callable[..., Tensor], *, losses: Callable[[Arguments], Tensor] | None = None, **over: Over) -> Rule:
+    """The rule of ``function``, whose reductions are the names of ``over``."""
+    return Rule(function=function, signature=inspect.signature(function), over=over, losses=losses)
+
+
+def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
+    return {**arguments, "reduction": reduction}
+
+
+def add_up(items: Tensor, *, divides: bool = False) -> Tensor:
+    """The sum of losses or weights, as a 0-d tensor.
+
+    In float32 for float16, whose largest number is 65504: 20,000 tokens at a loss of 4 are beyond it. A sum of bfloat16
+    losses cannot overflow and stays as it is; but a sum that the gradient is divided by (``divides``) must not be
+    rounded to bfloat16, which has no odd number above 256.
+    """
+    is_short = items.dtype == torch.float16 or (divides and items.dtype == torch.bfloat16)
+    return items.sum(dtype=torch.float32) if is_short else items.sum()
+
+
+# What means are taken over.
+
+
+def num_losses(losses: Tensor, arguments: Arguments) -> int:
+    """Elements, samples, pixels: as many as there are losses."""
+    return losses.numel()
+
+
+def num_rows(losses: Tensor, arguments: Arguments) -> int:
+    """Rows of the input: KL divergence's "batchmean" (``torch/nn/functional.py``, ``kl_div``)."""
+    log_probabilities: Tensor = arguments["input"]
+    return log_probabilities.shape[0] if log_probabilities.dim() else 1
+
+
+def target_weight(losses: Tensor, arguments: Arguments) -> Weight:
+    """The sum of class weights over the targets that are not ignored (``LossNLL.cpp``, ``total_weight``).
+
+    With label smoothing too: ``cross_entropy_loss_label_smoothing`` divides both of its parts by it, so that targets
+    of a class of weight 0 can have a loss and no weight. Class probabilities are divided by ``numel / num_classes``
+    (``cross_entropy_loss_prob_target``), which is the number of losses.
+    """
+    target: Tensor = arguments["target"]
+    if target.is_floating_point():
+        return losses.numel()
+    # Torch takes bytes as class indices too, and -100 compared with bytes would mean the byte 156.
+    labels = target.long()
+    # Linear cross entropy writes its default as None, and means -100.
+    ignore_index = -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
+    class_weights: Tensor | None = arguments["weight"]
+    if class_weights is None:
+        return (labels != ignore_index).sum()
+    is_ignored = labels == ignore_index
+    weights = class_weights.detach()[labels.masked_fill(is_ignored, 0)]
+    return add_up(weights.masked_fill(is_ignored, 0), divides=True)
+
+
+def element_weight(losses: Tensor, arguments: Arguments) -> Weight:
+    """The sum of ``weight=`` as it was passed, not as it is broadcast (``torch/nn/functional.py``, ``mse_loss``)."""
+    weights: Tensor | None = arguments.get("weight")
+    if weights is None:
+        return losses.numel()
+    if weights.requires_grad:
+        raise UnsupportedError(
+            "weight= of this loss requires a gradient, and torch divides by its sum. The gradient of that division "
+            "needs the whole batch's loss, which no micro-batch knows: it would be missing. Pass weight.detach(), or "
+            'reduction="sum", which nothing divides.'
+        )
+    return add_up(weights, divides=True)
+
+
+# Losses for which `reduction="none"` is not the way.
+
+
+def _ctc_losses(arguments: Arguments) -> Tensor:
+    """One loss for each sequence; for a mean divided by the target's length (``LossCTC.cpp``, ``ctc_loss_impl``)."""
+    log_probs: Tensor = arguments["log_probs"]
+    if log_probs.dim() == 3 and log_probs.shape[1] == 0:
+        # Torch refuses a batch without sequences. This is the empty list of their losses, with a graph.
+        return log_probs.sum(dim=(0, 2))
+    losses = F.ctc_loss(**_reduced(arguments, "none"))
+    if arguments["reduction"] == "sum":
+        return losses
+    # Lengths on the host are copied, eight bytes a sequence, as torch itself copies them for its mean.
+    lengths = torch.as_tensor(arguments["target_lengths"], device=losses.device)
+    return losses / lengths.clamp_min(1)
+
+
+def _linear_cross_entropy_losses(arguments: Arguments) -> Tensor:
+    """The losses, or their sum where the loss works in chunks (``options=``).
+
+    Unreduced, the backward of the chunked loss computes all logits a second time; summed, it finds the gradients that
+    the forward left. Not in float16: those gradients are sums over all tokens, and could pass 65504.
+    """
+    is_chunked = arguments["options"] is not None and not arguments["target"].is_floating_point()
+    reduction = "sum" if is_chunked and arguments["input"].dtype != torch.float16 else "none"
+    return F.linear_cross_entropy(**_reduced(arguments, reduction))
+
+
+def _adaptive_losses(input_: Tensor, target_: Tensor, *, module: nn.Module, reduction: str = "mean") -> Tensor:
+    """The losses that ``AdaptiveLogSoftmaxWithLoss`` takes its mean of: it has no other reduction."""
+    return -module(input_, target_).output
+
+
+ADAPTIVE = rule(_adaptive_losses, mean=num_losses)
+
+
+def _rules() -> Iterator[Rule]:
+    yield rule(F.l1_loss, mean=element_weight)
+    yield rule(F.mse_loss, mean=element_weight)
+    yield rule(F.smooth_l1_loss, mean=num_losses)
+    yield rule(F.huber_loss, mean=num_losses)
+    yield rule(F.cross_entropy, mean=target_weight)
+    if HAS_LINEAR_CROSS_ENTROPY:
+        yield rule(F.linear_cross_entropy, losses=_linear_cross_entropy_losses, mean=target_weight)
+    yield rule(F.nll_loss, mean=target_weight)
+    yield rule(F.poisson_nll_loss, mean=num_losses)
+    yield rule(F.gaussian_nll_loss, mean=num_losses)
+    yield rule(F.binary_cross_entropy, mean=num_losses)
+    yield rule(F.binary_cross_entropy_with_logits, mean=num_losses)
+    yield rule(F.kl_div, mean=num_losses, batchmean=num_rows)
+    yield rule(F.hinge_embedding_loss, mean=num_losses)
+    yield rule(F.margin_ranking_loss, mean=num_losses)
+    yield rule(F.cosine_embedding_loss, mean=num_losses)
+    yield rule(F.soft_margin_loss, mean=num_losses)
+    yield rule(F.multi_margin_loss, mean=num_losses)
+    yield rule(F.multilabel_margin_loss, mean=num_losses)
+    yield rule(F.multilabel_soft_margin_loss, mean=num_losses)
+    yield rule(F.triplet_margin_loss, mean=num_losses)
+    yield rule(F.triplet_margin_with_distance_loss, mean=num_losses)
+    yield rule(F.ctc_loss, losses=_ctc_losses, mean=num_losses)
+
+
+RULES: Mapping[Callable[..., Any], Rule] = {one.function: one for one in _rules()}
+"""Every functional loss of torch, and how it is taken apart."""
