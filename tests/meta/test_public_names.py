@@ -1,0 +1,96 @@
+"""The public names, written out once more: adding or losing one is a decision, never an accident."""
+
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import gradaccum as ga
+from gradaccum import errors
+
+PUBLIC = {
+    # the two ways to train, and what they give
+    "Accumulator", "TrainStep", "Update",
+    # losses
+    "Loss", "criterion",
+    # how a batch is cut
+    "split_by_samples",
+    # errors
+    "GradAccumError", "LossError", "MeanError", "UnknownLossError", "BatchError", "WindowError", "ParameterError",
+    "MisuseError", "StateError", "UnsupportedError", "MissingExtraError",
+    # warnings
+    "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", 
+}  # fmt: skip
+
+
+def test_the_list_is_the_one_in_the_package() -> None:
+    assert set(ga.__all__) == PUBLIC
+    assert len(ga.__all__) == len(set(ga.__all__))
+
+
+def test_nothing_else_shows() -> None:
+    shown = {name for name in dir(ga) if not name.startswith("_") and not inspect.ismodule(getattr(ga, name))}
+    assert shown == PUBLIC
+
+
+def test_every_error_is_public() -> None:
+    defined = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert defined <= PUBLIC
+
+
+def test_errors_derive_from_one_base() -> None:
+    for name, value in vars(errors).items():
+        if inspect.isclass(value):
+            assert issubclass(value, ga.GradAccumWarning if name.endswith("Warning") else ga.GradAccumError), name
+
+
+def test_every_public_name_is_documented() -> None:
+    missing = [where for name in sorted(PUBLIC) for where in undocumented(name, getattr(ga, name))]
+    assert not missing, f"without a docstring of their own: {missing}"
+
+
+def undocumented(name: str, value: Any) -> Iterator[str]:
+    """`name`, and for a class every public method and property of its own, that has no docstring of its own."""
+    if not inspect.isclass(value):
+        if not inspect.getdoc(value):
+            yield name
+        return
+    text = vars(value).get("__doc__") or ""
+    if not text or text.startswith(f"{value.__name__}("):  # what dataclass writes when there is none
+        yield name
+    for key, member in vars(value).items():
+        is_member = isinstance(member, types.FunctionType | property | staticmethod | classmethod)
+        if not key.startswith("_") and is_member and not member.__doc__:
+            yield f"{name}.{key}"
+
+
+def test_the_docstring_guard() -> None:
+    from dataclasses import dataclass
+
+    class Documented:
+        """Yes."""
+
+        def method(self) -> None: ...
+
+        def other(self) -> None:
+            """Yes."""
+
+        @property
+        def value(self) -> int:
+            return 1
+
+        def _private(self) -> None: ...
+
+    class Inherits(Documented):
+        pass
+
+    @dataclass
+    class Data:
+        x: int
+
+    def function() -> None: ...
+
+    assert list(undocumented("Documented", Documented)) == ["Documented.method", "Documented.value"]
+    assert list(undocumented("Inherits", Inherits)) == ["Inherits"]
+    assert list(undocumented("Data", Data)) == ["Data"]
+    assert list(undocumented("function", function)) == ["function"]
