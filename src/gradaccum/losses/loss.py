@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gradaccum.errors import LossError
 
@@ -126,8 +127,8 @@ def checked_weight(over: Any, *, name: str) -> Weight:
                 "would get a weight of its own. Sum it first: over=mask.sum()."
             )
         weight = over.detach()
-        if weight.device.type != "cpu":
-            return weight
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(weight, FakeTensor):
+            return weight  # nothing waits for a device, or breaks a graph, to be checked
         number = weight.item()
     elif isinstance(over, numbers.Real) and not isinstance(over, bool):
         number = weight = over if isinstance(over, (int, float)) else float(over)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from gradaccum.errors import MeanError
 
-_MAX_NODES = 32  # terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time
+# Terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time.
+_MAX_DEPTH = 16
+_MAX_NODES = 128
 _MEAN = 1  # at::Reduction::Mean
 _ROUNDING = 1e-5  # sums of fp32 class weights; a real mismatch is a whole sample's weight
 
@@ -106,28 +108,32 @@ class SampleMeans:
 
 def means_in(loss: Tensor) -> list[TakenOver]:
     """The means near the root of the loss's graph, in the order of the graph; empty where none is recognised."""
-    found: list[TakenOver] = []
-    nodes: list[Any] = [loss.grad_fn]
-    for _ in range(_MAX_NODES):
-        if not nodes:
-            break
-        node = nodes.pop()
-        if node is None:
-            continue
-        name = node.name()
-        reader = _READERS.get(name)
-        if reader is not None:
-            try:
-                mean = reader(node)
-            except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
-                mean = None
-            if mean is not None:
-                found.append(mean)
-                if name != "DivBackward0":  # what is divided may have been a mean before
-                    continue
-        if name in _TRANSPARENT:
-            nodes.extend(parent for parent, _ in reversed(node.next_functions))
-    return found
+    return _means_below(loss.grad_fn, _MAX_DEPTH, [_MAX_NODES])
+
+
+def _means_below(node: Any, depth: int, nodes_left: list[int]) -> list[TakenOver]:
+    if node is None or depth == 0 or nodes_left[0] == 0:
+        return []
+    nodes_left[0] -= 1
+    name = node.name()
+    if name in _TRANSPARENT or _averages_terms(node):
+        below = [mean for parent, _ in node.next_functions for mean in _means_below(parent, depth - 1, nodes_left)]
+        if below:  # what they are divided by on their way is a factor, not what they are means over
+            return below
+    reader = _READERS.get(name)
+    if reader is None:
+        return []
+    try:
+        mean = reader(node)
+    except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
+        return []
+    return [] if mean is None else [mean]
+
+
+def _averages_terms(node: Any) -> bool:
+    """Whether a mean is that of a few scalars: ``torch.stack([first, second]).mean()``."""
+    parent = node.next_functions[0][0] if node.name() == "MeanBackward0" else None
+    return parent is not None and parent.name() == "StackBackward0"
 
 
 def _is_proportional(first: float, first_samples: int, count: float, samples: int, *, mean: TakenOver) -> bool:
@@ -163,11 +169,12 @@ def _nll(node: Any) -> TakenOver | None:
     )
 
 
-def _elements(saved: str) -> Callable[[Any], TakenOver | None]:
+def _elements(saved: str, module: str) -> Callable[[Any], TakenOver | None]:
     def read(node: Any) -> TakenOver | None:
         if getattr(node, "_saved_reduction", _MEAN) != _MEAN:
             return None
-        return TakenOver(getattr(node, saved).numel(), "elements", "ga.Loss.sum(losses.sum(), over=losses.numel())")
+        instead = f"criterion = ga.criterion(nn.{module}()) and criterion(output, target)"
+        return TakenOver(getattr(node, saved).numel(), "elements", instead, may_be_constant=True)
 
     return read
 
@@ -193,12 +200,12 @@ def _quotient(node: Any) -> TakenOver | None:
 _READERS: dict[str, Callable[[Any], TakenOver | None]] = {
     "NllLossBackward0": _nll,
     "NllLoss2DBackward0": _nll,
-    "MseLossBackward0": _elements("_saved_self"),
-    "SmoothL1LossBackward0": _elements("_saved_self"),
-    "HuberLossBackward0": _elements("_saved_self"),
-    "BinaryCrossEntropyBackward0": _elements("_saved_self"),
-    "BinaryCrossEntropyWithLogitsBackward0": _elements("_saved_self"),
-    "SoftMarginLossBackward0": _elements("_saved_self"),
+    "MseLossBackward0": _elements("_saved_self", "MSELoss"),
+    "SmoothL1LossBackward0": _elements("_saved_self", "SmoothL1Loss"),
+    "HuberLossBackward0": _elements("_saved_self", "HuberLoss"),
+    "BinaryCrossEntropyBackward0": _elements("_saved_self", "BCELoss"),
+    "BinaryCrossEntropyWithLogitsBackward0": _elements("_saved_self", "BCEWithLogitsLoss"),
+    "SoftMarginLossBackward0": _elements("_saved_self", "SoftMarginLoss"),
     "MeanBackward0": _mean,
     "MeanBackward1": _mean,
     "DivBackward0": _quotient,

@@ -118,7 +118,7 @@ class Normaliser:
         self._add(name, loss, weight)
         share: Number = 1.0
         if weight is not None:
-            if _is_nothing(weight, loss):
+            if _is_nothing(weight, loss) or not loss.root.requires_grad:
                 return None
             expected = self._expected_total(name, weight, in_half=loss.root.dtype in _HALF)
             share = (weight if loss.is_mean else 1.0) / expected
@@ -175,7 +175,8 @@ class Normaliser:
             if abs(seen - total) > _ROUNDING * max(abs(total), abs(seen)):
                 factor = f", so its gradient would be {seen / total:.4g} times what it should be" if total else ""
                 raise LossError(
-                    f"The total weight of {_term(name)} was given as {total:g}, and its micro-batches add up to {seen:g}"
+                    f"The total weight of {_term(name)} was given as {total:g}, and its micro-batches add up to "
+                    f"{seen:g}"
                     f"{factor}. weights= must count over the whole batch what the loss counts over each micro-batch."
                 )
 
@@ -213,6 +214,8 @@ class Normaliser:
                 )
             total = self._totals[name]
             if not isinstance(total, Tensor) and total == 0:
+                if not isinstance(weight, Tensor) and weight == 0:
+                    return 1.0  # of a window that weighs nothing, and is not applied
                 raise LossError(
                     f"weights= gave a total of 0 for {_term(name)}, and one of its micro-batches weighs "
                     f"{_shown(weight)}. Nothing can be divided by 0. weights= must count over the whole batch what the "
@@ -226,7 +229,7 @@ class Normaliser:
                 # A count on a device may turn out to be 0, which is not waited for: any other guess will do then.
                 expected = torch.where(expected > 0, expected, 1.0)
             else:
-                expected = max(expected, self._at_least)
+                expected = max(expected, self._at_least) or 1.0
                 if in_half:
                     # 7 / 37 in bf16 is off by 0.1%, for each micro-batch by another part of it; 7 / 64 is not off at
                     # all. What is left to correct is the same for all of them.
@@ -261,11 +264,10 @@ def _is_nothing(weight: Number, loss: Loss) -> bool:
     """Whether the micro-batch adds nothing to this term.
 
     A mean over nothing is 0 / 0, and a backward of it makes NaN however it is seeded, so it must not be run. For a
-    count on a device that is one wait for the device; a sum needs none, since its gradient is 0 by itself.
+    count on a device that is the one wait for the device. A sum over nothing is run: it is 0 by itself, or belongs to
+    the whole all the same (smoothed labels whose own classes have no weight).
     """
-    if isinstance(weight, Tensor):
-        return loss.is_mean and not bool(weight)  # the one synchronisation: Loss.mean over a device count
-    return weight == 0
+    return loss.is_mean and not weight
 
 
 def _mean(parts: list[tuple[Tensor, Number]], weight: Number | None) -> Tensor:
