@@ -1,0 +1,68 @@
+"""What can be typed after ``gradaccum``: options and help. Each command does its work in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import gradaccum as ga
+from gradaccum.report.extras import extra_needed
+
+app = typer.Typer(
+    name="gradaccum",
+    help="Gradient accumulation that is exact: the whole batch's update, in micro-batches that fit.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradaccum {ga.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the versions of gradaccum and torch.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the loss curves and the distances: .png, .svg or .pdf."),
+    ] = None,
+) -> None:
+    """Whole batch, textbook loop and gradaccum side by side.
+
+    Trains the same model three times from the same start: on whole batches, with the loop that everybody writes, and
+    with this library. First a linear regression, then the same with a batch that comes out uneven, then a language
+    model on Shakespeare. Takes about 15 seconds on two cores.
+
+    Exit status: 0 if the library is exact, 1 if it is not, 2 if the demo could not run.
+    """
+    from gradaccum.cli.demo.command import run_demo
+    from gradaccum.report.plots import supported_suffixes
+
+    if plot is not None:  # before the work, not after it
+        with extra_needed("plot", "The option --plot"):
+            suffixes = supported_suffixes()
+        if plot.suffix.lower() not in suffixes:
+            raise typer.BadParameter(f"{plot}: a picture ends in {', '.join(suffixes)}.", param_hint="--plot")
+        if not plot.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{plot}: there is no folder {plot.parent}.", param_hint="--plot")
+    raise typer.Exit(0 if run_demo(plot=plot) else 1)

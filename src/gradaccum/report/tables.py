@@ -1,0 +1,95 @@
+"""Tables for a terminal: at most 80 columns, without colour as good as with it.
+
+Rich draws the rules in ASCII where the output cannot encode anything better, so our own words stay ASCII too.
+"""
+
+from __future__ import annotations
+
+import enum
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH = 80  # columns: what a pipe, a dumb terminal and the smallest window have
+_INDENT = 2
+
+
+class Tone(enum.Enum):
+    """What a cell, a line or a curve has to say; the value is rich's style for it."""
+
+    PLAIN = ""
+    QUIET = "dim"
+    GOOD = "bold green"
+    BAD = "bold red"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One entry of a table."""
+
+    text: str
+    tone: Tone = Tone.PLAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a table; ``ends_section`` draws a rule below it."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    ends_section: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What is shown under one heading.
+
+    Attributes:
+        title: the heading.
+        text: what is being compared, in a sentence or two.
+        columns: the heads of the cells' columns; the labels' column has none.
+        rows: each with as many cells as there are columns.
+    """
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints the heading, the text and the table."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.rule import Rule
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Rich's own substitute would put bars between the columns. A box is 8 lines: the third is the rule below the heads.
+    rules = box.Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]), ascii=True)
+    shape = rules if console.options.ascii_only else box.SIMPLE_HEAD
+    body = RichTable(box=shape, header_style="bold", show_edge=False, pad_edge=False)
+    body.add_column("")
+    for column in table.columns:
+        body.add_column(column, justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [Text(cell.text, style=cell.tone.value) for cell in row.cells]
+        body.add_row(Text(row.label), *cells, end_section=row.ends_section)
+    width = min(_WIDTH, console.width)
+    console.print(Rule(Text(table.title, style="bold"), align="left", style=Tone.QUIET.value), width=width)
+    print_text(console, table.text, Tone.QUIET)
+    console.print()
+    console.print(Padding(body, (0, 0, 0, _INDENT), expand=False), width=width)
+    console.print()
+
+
+def print_text(console: Console, text: str, tone: Tone = Tone.PLAIN) -> None:
+    """Prints a paragraph, broken into lines of at most 80 columns and set in a little."""
+    from rich.text import Text
+
+    width = min(_WIDTH, console.width) - _INDENT
+    for line in textwrap.wrap(text, width):
+        console.print(Text(" " * _INDENT + line, style=tone.value), soft_wrap=True)
