@@ -1,0 +1,183 @@
+"""Time per micro-step of the demo's job: the library against the textbook loop, and against peers where installed.
+
+    python benchmarks/overhead.py [--json FILE]
+
+The job is the smallest there is, so that what is measured is the loop and nothing else: Linear(2, 1), 1,000 samples,
+micro-batches of 10, an update every 4, SGD. A run is 12 passes over the data; runs of all loops alternate, and the medians
+of their times are compared, each with the textbook loop's of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# from _common import write_results
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradaccum as ga
+
+PASSES = 12
+ROUNDS = 41
+SAMPLES, MICRO_BATCH, ACCUM_ITER = 1000, 10, 4
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def data() -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 2, generator=generator)
+    y = x @ torch.tensor([[-2.0], [3.4]]) + 4.2 + 0.01 * torch.randn(SAMPLES, 1, generator=generator)
+    return list(DataLoader(TensorDataset(x, y), batch_size=MICRO_BATCH))
+
+
+def job() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+    model = nn.Linear(2, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01), nn.MSELoss()
+
+
+def textbook(batches: Batches) -> None:
+    model, optimizer, criterion = job()
+    for _ in range(PASSES):
+        running = 0.0
+        for i, (x, y) in enumerate(batches):
+            loss = criterion(model(x), y) / ACCUM_ITER
+            running += loss.item()
+            loss.backward()
+            if (i + 1) % ACCUM_ITER == 0 or i + 1 == len(batches):
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def forward_and_backward(batches: Batches) -> None:
+    """What no loop can do without."""
+    model, _, criterion = job()
+    for _ in range(PASSES):
+        for x, y in batches:
+            criterion(model(x), y).backward()
+
+
+def accumulator(batches: Batches, *, reads_loss: bool = True) -> None:
+    model, optimizer, criterion = job()
+    accumulator = ga.Accumulator(model, optimizer, batch_size=MICRO_BATCH * ACCUM_ITER)
+    for _ in range(PASSES):
+        running = 0.0
+        for x, y in accumulator.over(batches):
+            update = accumulator.backward(criterion(model(x), y))
+            if update and reads_loss:
+                running += update.loss.item()
+
+
+def accumulator_loss_unread(batches: Batches) -> None:
+    accumulator(batches, reads_loss=False)
+
+
+def train_step(batches: Batches) -> None:
+    model, optimizer, criterion = job()
+    step = ga.TrainStep(
+        model, optimizer, lambda model, batch: criterion(model(batch[0]), batch[1]), micro_batch_size=MICRO_BATCH
+    )
+    size = MICRO_BATCH * ACCUM_ITER
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    for _ in range(PASSES):
+        running = 0.0
+        for i in range(0, len(x), size):
+            running += step((x[i : i + size], y[i : i + size])).loss.item()
+
+
+def accelerate(batches: Batches) -> None:
+    from accelerate import Accelerator
+
+    model, optimizer, criterion = job()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUM_ITER)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for _ in range(PASSES):
+        running = 0.0
+        for x, y in batches:
+            with accelerator.accumulate(model):
+                loss = criterion(model(x), y)
+                running += loss.item()
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def fabric(batches: Batches) -> None:
+    from lightning.fabric import Fabric
+
+    model, optimizer, criterion = job()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(model, optimizer)
+    for _ in range(PASSES):
+        running = 0.0
+        for i, (x, y) in enumerate(batches):
+            is_accumulating = (i + 1) % ACCUM_ITER != 0
+            with fabric.no_backward_sync(model, enabled=is_accumulating):
+                loss = criterion(model(x), y) / ACCUM_ITER
+                running += loss.item()
+                fabric.backward(loss)
+            if not is_accumulating:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+LOOPS: dict[str, Callable[[Batches], None]] = {
+    "textbook loop": textbook,
+    "forward and backward alone": forward_and_backward,
+    "gradaccum Accumulator": accumulator,
+    "gradaccum Accumulator, loss unread": accumulator_loss_unread,
+    "gradaccum TrainStep": train_step,
+    "Lightning Fabric": fabric,
+    "Accelerate": accelerate,
+}
+
+
+def measure(loops: dict[str, Callable[[Batches], None]], rounds: int) -> dict[str, dict[str, float]]:
+    batches = data()
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            loop(batches)
+            times[name].append((time.perf_counter() - start) / (PASSES * len(batches)))
+    base = times["textbook loop"]
+    return {
+        name: {
+            "microseconds": statistics.median(seconds) * 1e6,
+            "ratio": statistics.median(mine / textbooks for mine, textbooks in zip(seconds, base, strict=True)),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the results are written")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    loops = dict(LOOPS)
+    for name, module in (("Lightning Fabric", "lightning"), ("Accelerate", "accelerate")):
+        try:
+            __import__(module)
+        except ImportError:
+            print(f"{name} is not installed: left out")
+            del loops[name]
+    measure(loops, 2)  # warm up
+    results = measure(loops, arguments.rounds)
+    for name, result in results.items():
+        print(f"{name:36} {result['microseconds']:7.1f} us   {result['ratio']:5.2f} of the textbook loop")
+    if arguments.json:
+        write_results(arguments.json, {"loops": results})
+
+
+if __name__ == "__main__":
+    main()

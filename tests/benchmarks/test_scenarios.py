@@ -1,0 +1,95 @@
+"""The scenarios of the README's table: our column and the textbook loop's are run, all is compared with the file."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import gradaccum as ga
+
+ROOT = Path(__file__).parents[2]
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "scenarios.json").read_text(encoding="utf-8"))
+SHOWN = ("textbook loop", "Accelerate", "Lightning", "gradaccum")
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> Iterator[ModuleType]:
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location("scenarios", folder / "scenarios.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    sys.modules["scenarios"] = module  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(folder))
+        del sys.modules["scenarios"], sys.modules["_common"]
+
+
+def row(name: str) -> dict[str, Any]:
+    return next(row for row in RESULTS["scenarios"] if row["scenario"] == name)
+
+
+def test_gradaccum_is_exact_in_every_scenario_that_it_claims(scenarios: ModuleType) -> None:
+    claimed = [s for s in scenarios.scenarios() if s.gradaccum == "exact"]
+    assert len(claimed) == 10
+    for s in claimed:
+        whole = scenarios.trained_parameters(scenarios.whole_batch(s, scenarios.torch.float64))
+        ours = scenarios.trained_parameters(scenarios.gradaccum(s))
+        assert float((ours - whole).norm() / whole.norm()) < s.bound, s.name
+
+
+def test_it_warns_where_it_says_so(scenarios: ModuleType) -> None:
+    (s,) = (s for s in scenarios.scenarios() if s.gradaccum == "warns")
+    with pytest.warns(ga.BatchNormWarning):
+        scenarios.gradaccum(s)
+
+
+def test_the_textbook_loop_is_wrong_in_ten_of_twelve(scenarios: ModuleType) -> None:
+    wrong = 0
+    for s in scenarios.scenarios():
+        whole = scenarios.trained_parameters(scenarios.whole_batch(s, scenarios.torch.float64))
+        error = float((scenarios.trained_parameters(scenarios.textbook_loop(s)) - whole).norm() / whole.norm())
+        assert error == pytest.approx(row(s.name)["errors"]["textbook loop"], rel=0.5), s.name
+        wrong += error > 1e-5
+    assert wrong == 10
+
+
+def test_the_results_are_of_the_scenarios_on_file(scenarios: ModuleType) -> None:
+    assert [row["scenario"] for row in RESULTS["scenarios"]] == [s.name for s in scenarios.scenarios()]
+    assert {"command", "machine", "versions"} <= RESULTS.keys()
+    assert {"torch", "accelerate", "lightning", "gradaccum"} <= RESULTS["versions"].keys()
+
+
+@pytest.mark.parametrize(
+    ("readme", "words"),
+    [
+        pytest.param("README.md", {"warns": "warns", "coming": "coming"}, id="English"),
+        pytest.param("README.zh.md", {"warns": "警告", "coming": "即将支持"}, id="Chinese"),
+    ],
+)
+def test_the_readmes_show_the_results_on_file(readme: str, words: dict[str, str], scenarios: ModuleType) -> None:
+    lines = (ROOT / readme).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if "Accelerate 1." in line and line.startswith("|")) + 2
+    for line, on_file in zip(lines[start:], RESULTS["scenarios"], strict=False):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        expected = [scenarios.cell(on_file, column) for column in SHOWN]
+        assert cells == [words.get(cell, cell) for cell in expected], line
+        assert name == on_file["scenario"] or readme != "README.md"
+    assert not lines[start + len(RESULTS["scenarios"])]
+
+
+def test_the_readmes_name_the_versions_on_file() -> None:
+    for readme in ("README.md", "README.zh.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        for package in ("accelerate", "lightning"):
+            major, minor, *_ = RESULTS["versions"][package].split(".")
+            assert f"{package.title()} {major}.{minor} |" in text
