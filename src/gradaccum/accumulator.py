@@ -271,9 +271,11 @@ class Accumulator:
             self._tell_lost(lost, lost_samples)
 
     def __del__(self) -> None:
-        accumulation = getattr(self, "_accumulation", None)
+        accumulation: Accumulation | None = getattr(self, "_accumulation", None)
         if accumulation is not None and accumulation.open_micro_batches:
-            self._tell_lost(accumulation.open_micro_batches, accumulation.open_samples)
+            samples = accumulation.open_samples
+            self._outside.close()
+            self._tell_lost(accumulation.discard(), samples)
 
     def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
         target = self._target = self._size.at(self.updates + 1)
@@ -349,7 +351,7 @@ class Accumulator:
             "left before it was complete. Their gradients were discarded."
         )
         if sys.exc_info()[0] is None:
-            warnings.warn(message, DiscardedWindowWarning, stacklevel=2)
+            warnings.warn(message, DiscardedWindowWarning, stacklevel=guards.user_stack_level())
         else:  # an error is on its way already, and a warning turned into an error would take its place
             logger.warning(message)
 

@@ -6,12 +6,14 @@ that nobody steps the optimizer, zeroes its gradients or advances the schedule b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from gradaccum.errors import BatchNormWarning, MisuseError, ParameterError, Unsu
 
 _LIBRARY = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_FUNCTOOLS = os.path.abspath(functools.__file__)
+_CONTEXTLIB = os.path.abspath(contextlib.__file__)
 _MAX_SHOWN = 3
 
 
@@ -114,7 +118,7 @@ def coupled_batch_norms(models: Sequence[nn.Module]) -> list[str]:
     ]
 
 
-def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int, stacklevel: int = 4) -> None:
+def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int) -> None:
     """Says which layers make the gradient another than the whole batch's."""
     shown = ", ".join(names[:_MAX_SHOWN]) + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
     warnings.warn(
@@ -123,21 +127,36 @@ def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int, stacklevel:
         f"whole batch's, and running statistics advance {micro_batches} times an update. Freeze them (module.eval()) "
         "when fine-tuning, or use GroupNorm or LayerNorm.",
         BatchNormWarning,
-        stacklevel=stacklevel,
+        stacklevel=user_stack_level(),
     )
 
 
 def user_line() -> str:
     """``file:line`` of the nearest frame that is neither the library's nor torch's."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        filename = os.path.abspath(frame.f_code.co_filename)
-        if not filename.startswith((_LIBRARY, _TORCH)) and not filename.startswith(
-            os.path.dirname(functools.__file__) + os.sep + "functools"
-        ):
+    for frame in _frames():
+        if not _is_inside(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"
+
+
+def user_stack_level() -> int:
+    """The ``stacklevel`` with which a warning given by the caller points at the user's line."""
+    for level, frame in enumerate(_frames()):
+        if not _is_inside(frame.f_code.co_filename):
+            return level + 1
+    return 1
+
+
+def _frames() -> Iterator[FrameType]:
+    """From the function that asked outwards."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_inside(filename: str) -> bool:
+    return os.path.abspath(filename).startswith((_LIBRARY, _TORCH, _FUNCTOOLS, _CONTEXTLIB))
 
 
 @contextmanager
@@ -206,7 +225,14 @@ def _checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterato
         return inherited(self, *args, **kwargs)
 
     inherited = getattr(original, name)
-    derived: Any = type(original.__name__, (original,), {name: functools.wraps(inherited)(checked)})
+
+    def reduced(self: Any, protocol: Any) -> Any:  # what is pickled meanwhile is of the class that can be found again
+        reduce: Any = original.__reduce_ex__
+        made, arguments, *rest = reduce(self, protocol)
+        return (made, tuple(original if argument is derived else argument for argument in arguments), *rest)
+
+    members = {name: functools.wraps(inherited)(checked), "__reduce_ex__": reduced}
+    derived: Any = type(original.__name__, (original,), members)
     derived.__module__, derived.__qualname__ = original.__module__, original.__qualname__
     try:
         owner.__class__ = derived

@@ -13,14 +13,14 @@ from gradaccum.types import Rows, Split
 
 
 def split_by_samples() -> Split:
-    """Cuts a batch into consecutive pieces of at most ``micro_batch_size`` rows, as equal as can be.
+    """Cuts a batch into consecutive pieces of at most the given number of rows, as equal as can be.
 
     13 rows at a size of 4 become 4 + 3 + 3 + 3, not 4 + 4 + 4 + 1: as many pieces, but none so small that a device
     idles in it, and at most two shapes for a compiler to see.
 
     Example:
         >>> split = ga.split_by_samples()
-        >>> split.plan(torch.zeros(13, 2), micro_batch_size=4)
+        >>> split.plan(torch.zeros(13, 2), 4)
         [slice(0, 4, None), slice(4, 7, None), slice(7, 10, None), slice(10, 13, None)]
     """
     return _BySamples()
@@ -28,7 +28,11 @@ def split_by_samples() -> Split:
 
 @dataclass(frozen=True, slots=True)
 class _BySamples:
-    def plan(self, batch: Any, micro_batch_size: int) -> Sequence[Rows]:
+    def largest(self, batch: Any) -> int:
+        return tree.rows(batch)
+
+    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+        micro_batch_size = size if max_rows is None else min(size, max_rows)
         if micro_batch_size < 1:
             raise WindowError(
                 f"micro_batch_size={micro_batch_size}: a micro-batch has at least one sample. "

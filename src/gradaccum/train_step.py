@@ -172,7 +172,7 @@ class TrainStep:
             self._bar.close()
 
     def _run(self, batch: Any) -> None:
-        pieces = self._split.plan(batch, self._micro_batch_size)
+        pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._micro_batch_size)
         sizes = [_size(piece) for piece in pieces]
         accumulation = self._accumulation
         totals = None if self._weights is None else weights_by_name(self._weights(batch))

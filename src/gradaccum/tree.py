@@ -2,15 +2,14 @@
 
 The only file that knows how batches nest: tensors in tuples, named tuples, lists, dicts, dataclasses and other mappings
 (Hugging Face's ``BatchEncoding``), at any depth. Index 0 of every tensor is the sample. What has no rows is shared by
-all micro-batches as it is: 0-d tensors, None, numbers, strings. A list without tensors (of strings, numbers, or lists
-of these) that has one entry for each row is a column like any other, and is cut along.
+all micro-batches as it is: 0-d tensors, None, numbers, strings. A list without tensors (of strings, numbers, dicts of
+these, ...) that has one entry for each row is a column like any other, and is cut along.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -172,6 +171,9 @@ def _is_column(leaf: Any) -> TypeGuard[list[Any] | tuple[str, ...]]:
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether there is no tensor in it that could have rows."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, (str, bytes, numbers.Number))
+    if isinstance(value, Mapping):
+        return all(_is_plain(entry) for entry in value.values())
+    return not (_has_rows(value) or isinstance(value, Tensor) or dataclasses.is_dataclass(value))

@@ -13,10 +13,20 @@ Rows = slice | Tensor
 
 
 class Split(Protocol):
-    """How a batch is cut into micro-batches."""
+    """How a batch is cut into micro-batches, of a size in a unit of its own: rows, or rows times their cost."""
 
-    def plan(self, batch: Any, micro_batch_size: int) -> Sequence[Rows]:
-        """The rows of each micro-batch, in the order they run; every row of the batch exactly once."""
+    def largest(self, batch: Any) -> int:
+        """The largest size that makes sense for the batch."""
+        ...
+
+    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+        """The rows of each micro-batch, in the order they run; every row of the batch exactly once.
+
+        Args:
+            batch: at least one row.
+            size: the largest size of a micro-batch, in the unit of `largest`.
+            max_rows: the largest number of rows besides.
+        """
         ...
 
     def cut(self, batch: Any, rows: Rows) -> Any:

@@ -51,6 +51,10 @@ class Updater:
         clip_norm: largest 2-norm over all gradients together; None to not clip.
         schedulers: advanced once for each update that was made.
         scaler: of fp16 training; a disabled one counts as none.
+
+    Attributes:
+        loss_scale: whose ``scale()`` every seed has to pass through; None without fp16 scaling.
+        is_stepping: whether an update is being made.
     """
 
     def __init__(
@@ -77,13 +81,8 @@ class Updater:
         # The largest absolute value answers whether all are finite, and cannot overflow itself.
         self._order = math.inf if clip_norm is None else 2.0
         self._schedulers = schedulers
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
         self.is_stepping = False
-
-    @property
-    def loss_scale(self) -> GradScaler | None:
-        """Whose ``scale()`` every seed has to pass through; None without fp16 scaling."""
-        return self._scaler
 
     def apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
         """One update from the gradients of ``parameters``.
@@ -94,10 +93,10 @@ class Updater:
         """
         self.is_stepping = True
         try:
-            if self._scaler is None:
+            if self.loss_scale is None:
                 applied = self._apply(parameters, correction)
             else:
-                applied = self._apply_scaled(self._scaler, parameters, correction)
+                applied = self._apply_scaled(self.loss_scale, parameters, correction)
             if self._schedulers and not applied.skipped:  # a rate for the next update: a fused optimizer is waited for
                 for scheduler in self._schedulers:
                     scheduler.step()
@@ -107,8 +106,8 @@ class Updater:
 
     def unscale_into_grad(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> None:
         """Leaves the gradient itself in ``.grad``: corrected, and without the loss scale."""
-        if self._scaler is not None and parameters:
-            scale = self._scaler.scale(torch.ones((), device=parameters[0].device))
+        if self.loss_scale is not None and parameters:
+            scale = self.loss_scale.scale(torch.ones((), device=parameters[0].device, dtype=torch.float64))
             assert isinstance(scale, Tensor)
             correction = (1.0 if correction is None else correction) / scale
         _multiply(parameters, correction)
@@ -276,7 +275,9 @@ def _skips_by_itself(optimizer: Optimizer) -> bool:
     if not isinstance(optimizer, torch.optim.SGD):
         return True
     return all(
-        not group["momentum"] or parameter.grad is None or optimizer.state[parameter].get("momentum_buffer") is not None
+        not group["momentum"]
+        or parameter.grad is None
+        or optimizer.state.get(parameter, {}).get("momentum_buffer") is not None
         for group in optimizer.param_groups
         for parameter in group["params"]
     )

@@ -58,7 +58,8 @@ class DotGrad:
         """Finds out whether a backward would also reach parameters of other models, and if so leaves these alone.
 
         In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts.
-        The graph is walked in Python, about a microsecond a node, so this is asked for once a pass, not always.
+        The graph is walked in Python, about a microsecond a node, so this is asked for in the first window of a pass,
+        not always.
         """
         foreign = False
         reentrant = False
@@ -72,7 +73,12 @@ class DotGrad:
             variable = getattr(node, "variable", None)
             if isinstance(variable, nn.Parameter) and id(variable) not in self._own:
                 foreign = True
-            reentrant = reentrant or node.name() == "CheckpointFunctionBackward"
+            if node.name() == "CheckpointFunctionBackward":
+                reentrant = True  # its graph is made in the backward; of its parameters only a module's are known
+                function = getattr(node, "run_function", None)
+                module = getattr(function, "__self__", function)
+                if isinstance(module, nn.Module):
+                    foreign = foreign or any(id(parameter) not in self._own for parameter in module.parameters())
             nodes.extend(parent for parent, _ in node.next_functions)
         if foreign and reentrant:
             raise UnsupportedError(
@@ -135,11 +141,12 @@ class DotGrad:
         self._watched = self._watched_gradient = None
 
     def _watch(self) -> None:
-        if self._watched is None or self._watched.grad is None:
+        gradient = None if self._watched is None else self._watched.grad
+        if gradient is None:
             self._watched = next((parameter for parameter in self.parameters if parameter.grad is not None), None)
-        if self._watched is not None and self._watched.grad is not None:
-            self._watched_gradient = self._watched.grad
-            self._watched_version = self._watched_gradient._version
+            gradient = None if self._watched is None else self._watched.grad
+        if gradient is not None:
+            self._watched_gradient, self._watched_version = gradient, gradient._version
 
     def _check_untouched(self) -> None:
         if self._watched is None:

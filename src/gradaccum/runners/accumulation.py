@@ -139,7 +139,7 @@ class Accumulation:
         self._started = time.perf_counter()
 
     def look_for_foreign_leaves(self) -> None:
-        """Has the next backward looked through for parameters of other models."""
+        """Has the backwards of the next window looked through for parameters of other models."""
         self._looks_for_foreign = True
 
     def add(self, loss: Any, *, samples: int | None, weights: Mapping[str, Weight] | None = None) -> None:
@@ -251,11 +251,13 @@ class Accumulation:
                 "the first update of another run. Load before training starts."
             )
         names = ("updates", "micro_batches", "samples")
-        missing = [name for name in names if not isinstance(state.get(name), int)]
+        held = state if isinstance(state, Mapping) else {}
+        missing = [name for name in names if type(held.get(name)) is not int or held[name] < 0]
         if missing:
             raise StateError(
-                f"The state has no count of {', '.join(missing)}; it holds {', '.join(state) or 'nothing'}. Load what "
-                "state_dict() of an Accumulator or a TrainStep returned."
+                f"The state has no count of {', '.join(missing)}; it is a {type(state).__name__} that holds "
+                f"{', '.join(map(str, held)) or 'none of them'}. Load what state_dict() of an Accumulator or a "
+                "TrainStep returned."
             )
         self.updates, self.micro_batches, self.samples = (state[name] for name in names)
 
@@ -300,15 +302,16 @@ class Accumulation:
         self._gradients.clear()
         self._reset()
         self._means.window_closed()
+        self._looks_for_foreign = False
         return update
 
     def _run_backward(self, seeded: Sequence[tuple[Tensor, Tensor]]) -> None:
-        roots = tuple(root for root, _ in seeded)
+        roots, seeds = tuple(zip(*seeded, strict=True))
         scaler = self._updater.loss_scale
-        seeds = tuple(seed if scaler is None else scaler.scale(seed) for _, seed in seeded)
+        if scaler is not None:
+            seeds = tuple(scaler.scale(seed) for seed in seeds)
         if self._looks_for_foreign:
             self._gradients.look_for_foreign_leaves(roots)
-            self._looks_for_foreign = False
         self._gradients.add(roots, seeds)
 
     def _check_means(self, loss: Any, samples: int, weights: Mapping[str, Weight]) -> None:

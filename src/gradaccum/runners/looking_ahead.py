@@ -91,9 +91,12 @@ class LookingAhead(Generic[Item]):
             if not self._ahead:
                 self._fill(1)
             if not self._ahead:
-                error, self._error = self._error, None  # kept no longer than needed: its traceback holds this frame
+                error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
                 if error is not None:
-                    raise error
+                    try:
+                        raise error
+                    finally:
+                        del error
                 self._end(completely=True)
                 raise StopIteration
             item = self._ahead.popleft()
