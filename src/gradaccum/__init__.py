@@ -8,6 +8,7 @@ from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
     DiscardedWindowWarning,
+    DoesNotFitError,
     GradAccumError,
     GradAccumWarning,
     LossError,
@@ -22,7 +23,8 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
-from gradaccum.split import split_by_samples
+from gradaccum.split.by_cost import split_by_cost
+from gradaccum.split.by_samples import split_by_samples
 from gradaccum.train_step import TrainStep
 from gradaccum.types import Update
 
@@ -33,6 +35,7 @@ __all__ = [
     "BatchError",
     "BatchNormWarning",
     "DiscardedWindowWarning",
+    "DoesNotFitError",
     "GradAccumError",
     "GradAccumWarning",
     "Loss",
@@ -48,5 +51,6 @@ __all__ = [
     "Update",
     "WindowError",
     "criterion",
+    "split_by_cost",
     "split_by_samples",
 ]

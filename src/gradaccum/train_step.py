@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards
 from gradaccum.errors import WindowError
-from gradaccum.losses.loss import Loss
+from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners import plain
 from gradaccum.runners.accumulation import Accumulation, WeightsFunction, weights_by_name
-from gradaccum.split import split_by_samples
+from gradaccum.runners.prefetch import on_device
+from gradaccum.sizing.fitting import Fitting, num_rows
+from gradaccum.split.by_samples import split_by_samples
 from gradaccum.types import Rows, Split, Update
 
 
@@ -31,7 +34,9 @@ class TrainStep:
         loss_fn: ``loss_fn(model, micro_batch)`` returns a `Loss`, a 0-d tensor (taken as the mean over the
             micro-batch's samples), or a dict of these. ``model`` is what was passed here; ``micro_batch`` has the
             batch's own structure, on the model's device.
-        micro_batch_size: the largest number of samples one forward sees, at least 1.
+        micro_batch_size: the largest number of samples one forward sees, at least 1; or "auto": the fastest that fits,
+            found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
+            and changes nothing: the batch is run again in smaller pieces, from the same random state and buffers.
         split: how a batch is cut; `split_by_samples` by default.
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
@@ -43,7 +48,7 @@ class TrainStep:
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
-        WindowError: ``micro_batch_size`` is below 1.
+        WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -63,7 +68,7 @@ class TrainStep:
         optimizer: Optimizer | Sequence[Optimizer],
         loss_fn: Callable[[Any, Any], Any],
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | Literal["auto"] = "auto",
         split: Split | None = None,
         weights: WeightsFunction | None = None,
         clip_norm: float | None = None,
@@ -71,10 +76,10 @@ class TrainStep:
         scaler: GradScaler | None = None,
         progress: bool | int = False,
     ) -> None:
-        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+        if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
-                "at least 1. Pass the largest that fits in memory; the gradient does not depend on it."
+                'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         if not callable(loss_fn):
             raise WindowError(
@@ -83,10 +88,11 @@ class TrainStep:
             )
         self._model = model
         self._loss_fn = loss_fn
-        self._micro_batch_size = micro_batch_size
+        self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         self._split = split_by_samples() if split is None else split
         self._weights = weights
         self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        self._fitting = Fitting(self._split, self._accumulation) if micro_batch_size == "auto" else None
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 
@@ -158,13 +164,21 @@ class TrainStep:
             raise
         return loss
 
-    def state_dict(self) -> dict[str, int]:
-        """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
-        return self._accumulation.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, in samples and updates, and the micro-batch sizes that were found.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Model, optimizer, scheduler and scaler have states of their own.
+        """
+        state: dict[str, Any] = dict(self._accumulation.state_dict())
+        if self._fitting is not None:
+            state["sizes"] = self._fitting.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size."""
         self._accumulation.load_state_dict(state)
+        if self._fitting is not None and "sizes" in state:
+            self._fitting.load_state_dict(state["sizes"])
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""
@@ -172,12 +186,39 @@ class TrainStep:
             self._bar.close()
 
     def _run(self, batch: Any) -> None:
-        pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._micro_batch_size)
-        sizes = [_size(piece) for piece in pieces]
-        accumulation = self._accumulation
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
-        accumulation.tell(sizes)
+        if self._fitting is None:
+            pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
+            self._run_pieces(batch, pieces, totals=totals)
+            return
+        fitting = self._fitting
+        fitting.run(
+            batch,
+            lambda pieces, ran: self._run_pieces(batch, pieces, totals=totals, ran=ran, is_final=fitting.is_settled),
+            lambda pieces: self._forward_only(batch, pieces),
+        )
+
+    def _run_pieces(
+        self,
+        batch: Any,
+        pieces: Sequence[Rows],
+        *,
+        totals: dict[str, Weight] | None,
+        ran: Callable[[int], None] | None = None,
+        is_final: bool = True,
+    ) -> None:
+        """Opens a window and adds the gradients of these pieces of the batch to it; leaves none open if that fails."""
+        accumulation = self._accumulation
+        sizes = [num_rows(piece) for piece in pieces]
+        accumulation.tell(sizes, is_final=is_final)
         accumulation.open(totals=totals, first_share=(sizes[0], sum(sizes)))
+
+        def has_run(done: int) -> None:
+            if ran is not None:
+                ran(done)
+            if self._bar is not None:
+                self._bar.inside(done, len(sizes))
+
         try:
             plain.run(
                 accumulation,
@@ -187,12 +228,15 @@ class TrainStep:
                 split=self._split,
                 weights=self._weights,
                 device=accumulation.device(),
-                ran=lambda done: self._bar.inside(done, len(sizes)) if self._bar is not None else None,
+                ran=has_run,
             )
         except BaseException:
             accumulation.discard()
             raise
 
-
-def _size(piece: Rows) -> int:
-    return piece.stop - piece.start if isinstance(piece, slice) else len(piece)
+    def _forward_only(self, batch: Any, pieces: Sequence[Rows]) -> None:
+        with torch.no_grad():
+            for micro_batch in on_device(
+                (self._split.cut(batch, piece) for piece in pieces), self._accumulation.device()
+            ):
+                self._loss_fn(self._model, micro_batch)

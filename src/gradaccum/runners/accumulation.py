@@ -99,21 +99,36 @@ class Accumulation:
         """Rows added to the open window so far, as far as they could be seen."""
         return self._known_samples
 
+    def has_coupled_layers(self) -> bool:
+        """Whether the gradient depends on how a batch is cut, because layers see the micro-batch."""
+        return bool(guards.coupled_batch_norms(self.models))
+
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
-    def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None) -> None:
-        """Logs the plan line, and warns of layers that see the micro-batch; the first time it is called."""
+    def tell(
+        self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True
+    ) -> None:
+        """Logs the plan line, and warns of layers that see the micro-batch; each the first time it has to.
+
+        Args:
+            sizes: rows of each micro-batch of the window to come.
+            updates_per_epoch: None where unknown.
+            is_final: whether later windows will be cut alike; the line waits for that.
+        """
         is_split = len(sizes) > 1
+        if not is_final and not (is_split and not self._has_told_of_split):
+            return
         if self._has_told and (self._has_told_of_split or not is_split):
             return
         coupled = guards.coupled_batch_norms(self.models)
-        if not self._has_told:
+        if is_final and not self._has_told:
             logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch))
         if coupled and is_split:
             guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
-        self._has_told, self._has_told_of_split = True, is_split
+        self._has_told = self._has_told or is_final
+        self._has_told_of_split = is_split
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
@@ -136,6 +151,8 @@ class Accumulation:
         self._normaliser = Normaliser(
             seeds=self._seeds, totals=totals, first_share=first_share, at_least=self._last_total
         )
+        if self.device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device())
         self._started = time.perf_counter()
 
     def look_for_foreign_leaves(self) -> None:
@@ -297,6 +314,7 @@ class Accumulation:
             micro_batches=len(sizes),
             micro_batch_size=max(sizes) if is_known else None,  # type: ignore[type-var]
             seconds=time.perf_counter() - self._started,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
             _later=later,
         )
         self._gradients.clear()

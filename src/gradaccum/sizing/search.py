@@ -1,9 +1,11 @@
 """Which micro-batch size: found while training, from the times of real micro-batches of real batches.
 
 Nothing is run for the search alone: it only decides how a batch that is trained on anyway is cut, and the gradient does
-not depend on that. For a batch of n samples the candidates are n, n/2, n/4, ..., 1: pieces of equal size, whatever n.
+not depend on that. (Where it does, because BatchNorm sees the micro-batch, nothing is searched: `of_memory_only`.) For
+a batch of n samples the candidates are n, n/2, n/4, ..., 2: pieces of equal size, whatever n. A single sample is run only
+where two do not fit, since models that squeeze() are wrong for it.
 
-    update 1    one piece of every candidate below n, small ones first: 1 + 1 + 2 + 4 + ... + n/2 = n
+    update 1    one piece of every candidate below n, small ones first: 2 + 2 + 4 + 8 + ... + n/2 = n
     update 2    the whole batch in one piece, unless n/2 was slower for a sample than a smaller one already
     update 3    the two fastest again, by turns: the first time a size is run it pays for warming up
     then        the fastest for good; of two that are within 3%, the smaller one
@@ -30,6 +32,7 @@ from typing import Any
 
 _SAME = 1.03  # times that are closer than this are not told apart
 _CLEARLY_SLOWER = 1.10
+_ENDLESS = 1 << 62  # elements: as many as there are
 _FIRST_WAIT = 8  # updates until a larger size is tried again
 _LONGEST_WAIT = 1024
 _SEARCHED_UPDATES = 3
@@ -64,6 +67,11 @@ class SizeSearch:
     _searched_rows: int = 0
     _searched_elements: int = 0
     _lengths: dict[int, _Length] = field(default_factory=dict)
+
+    @staticmethod
+    def of_memory_only() -> SizeSearch:
+        """The largest size that fits, whatever is fastest."""
+        return SizeSearch(fastest=_ENDLESS)
 
     @property
     def wants_times(self) -> bool:
@@ -113,6 +121,10 @@ class SizeSearch:
         self.seconds = {tried: seconds for tried, seconds in self.seconds.items() if tried < size}
         return size > 1
 
+    def best_size(self) -> int:
+        """The size that was fastest, where the search was made."""
+        return self._best()[0]
+
     def state_dict(self) -> dict[str, Any]:
         """What has been found, to go on with in another run on the same machine."""
         caps = {elements: length.cap for elements, length in self._lengths.items() if length.cap is not None}
@@ -143,7 +155,7 @@ class SizeSearch:
 
     def _wanted(self, rows: int, most: int) -> list[int]:
         """Which sizes to run in a searched update, as far as the batch reaches."""
-        candidates = [size for size in _candidates(rows) if size <= most]
+        candidates = [size for size in _candidates(rows) if size <= most] or [1]
         if self._searched == 0 or not self.seconds:
             return [size for size in candidates if size < rows] or candidates
         best, second = self._best()
@@ -184,15 +196,15 @@ class SizeSearch:
 
 
 def _candidates(rows: int) -> list[int]:
-    """rows, rows / 2, rows / 4, ..., 1, rounded up; smallest first."""
+    """rows, rows / 2, rows / 4, ..., 2, rounded up; smallest first."""
     sizes = [rows]
-    while sizes[-1] > 1:
+    while sizes[-1] > 2:
         sizes.append(-(-sizes[-1] // 2))
     return sizes[::-1]
 
 
 def _filled(wanted: Sequence[int], rows: int) -> list[int]:
-    """The wanted sizes as long as they fit into the batch, and the rest in equal pieces not above the largest of them."""
+    """The wanted sizes as long as they fit into the batch, and the rest in equal pieces not above the largest."""
     sizes: list[int] = []
     left = rows
     for size in wanted:

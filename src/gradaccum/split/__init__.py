@@ -1,0 +1,1 @@
+"""A batch into micro-batches: by samples, or by what samples cost."""

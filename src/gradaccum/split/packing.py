@@ -1,0 +1,121 @@
+"""Samples into pieces of like cost, and their outputs back into the batch's order.
+
+A piece of n samples runs n times its costliest one: the cheaper ones are padded up to it. `pack` finds the pieces with
+the least
+
+    sum over pieces of  rows * costliest + piece_cost        subject to  rows * costliest <= size,  rows <= max_rows
+
+over all ways to divide the samples, not only over neighbours in cost: let any division have pieces of n_1, n_2, ...
+samples with maxima m_1 >= m_2 >= ...; if the n_1 costliest samples go into the first piece, the next n_2 into the
+second and so on, no piece's maximum grows. So the sorted list is cut, by dynamic programming over the last cut:
+
+    total[stop] = min over start of  total[start] + (stop - start) * cost[stop - 1] + piece_cost
+
+Trying every start takes rows squared. But a later start that is once as good as an earlier one stays so, since the
+costs ascend, and a limit only ever rules out early starts (the quadrangle inequality holds; Galil and Park 1992,
+"Dynamic programming with convexity, concavity and sparsity", section 3). So the starts wait in a queue, each with the
+stop from which it beats the one before it, found by bisection: O(rows log rows), measured 0.8 ms for 256 samples and
+15 ms for 4,096.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradaccum.errors import BatchError
+from gradaccum.types import Rows
+
+
+def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: int) -> list[list[int]]:
+    """The rows of each piece, each row once; pieces with most to run first, the rows of a piece in ascending order.
+
+    Args:
+        costs: of each sample, not negative.
+        size: largest rows times costliest of a piece; a sample that costs more than that is a piece of its own.
+        piece_cost: what a piece costs besides, in the unit of the costs.
+        max_rows: of a piece.
+
+    Example:
+        >>> from gradaccum.split.packing import pack
+        >>> pack([3, 9, 2, 9, 3], size=18, piece_cost=1, max_rows=5)
+        [[1, 3], [0, 2, 4]]
+    """
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    ascending = [costs[row] for row in order]
+    # By stop: how early its piece may start. Rises with the stop, since costs ascend.
+    earliest = [-max_rows] + [
+        stop - (max(1, min(max_rows, int(size // cost))) if cost else max_rows)
+        for stop, cost in enumerate(ascending, start=1)
+    ]
+    pieces: list[tuple[float, float, list[int]]] = []
+    stop = len(order)
+    starts = _best_starts(ascending, earliest, piece_cost)
+    while stop:
+        start, costliest = starts[stop], ascending[stop - 1]
+        pieces.append(((stop - start) * costliest, costliest, sorted(order[start:stop])))
+        stop = start
+    pieces.sort(key=lambda piece: piece[:2], reverse=True)
+    return [piece for _, _, piece in pieces]
+
+
+def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost: float) -> list[int]:
+    """By stop, from 0 to the number of samples: where the piece that ends there starts in the best division so far."""
+    rows = len(ascending)
+    total = [0.0] * (rows + 1)
+    starts = [0] * (rows + 1)
+    waiting = deque([0])  # starts that are, or will be, the best
+    takes_over: deque[int] = deque()  # of each but the first: the stop from which it beats the one before it
+
+    def first_win(later: int, earlier: int) -> int:
+        # Strictly better only: among equals the longer piece wins, and a piece_cost of 0 does not mean one by one.
+        saved_per_unit = (total[later] - total[earlier]) / (later - earlier)
+        return min(bisect_right(ascending, saved_per_unit, lo=later) + 1, bisect_right(earliest, earlier))
+
+    for stop in range(1, rows + 1):
+        while takes_over and takes_over[0] <= stop:
+            takes_over.popleft()
+            waiting.popleft()
+        starts[stop] = start = waiting[0]
+        total[stop] = total[start] + (stop - start) * ascending[stop - 1] + piece_cost
+        while takes_over and first_win(stop, waiting[-1]) <= takes_over[-1]:
+            takes_over.pop()
+            waiting.pop()
+        win = first_win(stop, waiting[-1])
+        if win <= rows:
+            waiting.append(stop)
+            takes_over.append(win)
+    return starts
+
+
+def restore_order(pieces: Sequence[Rows], outputs: Sequence[Tensor]) -> Tensor:
+    """The outputs of a batch's pieces as one tensor in the batch's own order, with gradient.
+
+    Args:
+        pieces: the rows of each piece; together every row of the batch once.
+        outputs: of each piece, ``[rows of the piece, ...]``.
+
+    Raises:
+        BatchError: outputs differ in more than their rows.
+
+    Example:
+        >>> from gradaccum.split.packing import restore_order
+        >>> restore_order([torch.tensor([1, 2]), torch.tensor([0])], [torch.tensor([11, 12]), torch.tensor([10])])
+        tensor([10, 11, 12])
+    """
+    shapes = sorted({tuple(output.shape[1:]) for output in outputs})
+    if len(shapes) > 1:
+        raise BatchError(
+            f"A row of the outputs has shape {shapes[0]} in one micro-batch and {shapes[-1]} in another, so they are "
+            "not one tensor over the batch: each micro-batch was trimmed to a length of its own. Return outputs of one "
+            "shape for every sample (pooled over its length), or pass ga.split_by_cost(..., trim=False)."
+        )
+    order = torch.cat(
+        [torch.arange(piece.start, piece.stop) if isinstance(piece, slice) else piece.cpu() for piece in pieces]
+    )
+    joined = torch.cat(list(outputs))
+    return joined.index_select(0, order.argsort().to(joined.device))

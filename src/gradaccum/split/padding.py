@@ -1,0 +1,240 @@
+"""Where a batch is padded: read from its values, and believed only where the costs of its samples bear it out.
+
+Nothing in a batch says which dimension is padded, on which side, and up to where. A field whose last columns hold one
+value may be padded there, or its samples may all end alike (in an end-of-text token); cut off, real columns would be
+missing from the gradient without a word. So three things have to come together:
+
+1. **A claim.** Along a dimension of some width, each sample of a field ends (or, on the left, begins) in a run of one
+   value: the one that the cheapest sample ends in, since of all samples it is padded most. What is not in the run is
+   the sample's length.
+2. **A reason to believe it.** The lengths are the costs, or the costs plus a constant (a token more than there are
+   targets, say), in every sample, and not all alike; or what is left of the costs after another width's lengths
+   (source and target); or the costs rank the samples as at least `MIN_RANKED` different lengths do (squares, seconds).
+   Or the field is a mask of 0 and 1 under the name that Hugging Face gives it.
+3. **No veto.** In every field, every dimension of that width is constant past the lengths, sample by sample; or the
+   field is the same for all samples (positions, a causal mask). One that is not holds something real there.
+
+A width that fails is left as it is, on that side. Chance cannot satisfy the second: a constant in the lengths never
+lies below the costs, so that a batch without padding, whose costs are its width, is never trimmed.
+
+What is not known here is whether the model looks at padding; see `split_by_cost`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum import tree
+from gradaccum.types import Rows
+
+MIN_RANKED = 8  # different lengths in the costs' order by chance: 1 in 8!, one batch in 40,000, if nothing else vetoes
+MIN_PADDED = 2  # columns: the last one alone is a run of one value in any sample
+MASKS = ("attention_mask", "decoder_attention_mask")  # Hugging Face's: 1 is real, 0 is padding
+CHUNK = 2**22  # elements compared at once: a square mask of a long batch must not be there twice
+
+
+class Side(Enum):
+    """Where padding is."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """Where a batch is padded.
+
+    Attributes:
+        real: by width: for each row the first real column, and the one after the last, ``[rows]`` each. What is not in
+            it is not padded, or not certainly.
+        doubt: why a padding that seemed to be there is not believed; empty where there was none.
+    """
+
+    real: Mapping[int, tuple[Tensor, Tensor]]
+    doubt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Claim:
+    """What one dimension of one field says of the lengths of all samples."""
+
+    width: int
+    side: Side
+    lengths: list[int]
+    is_mask: bool
+    is_named: bool
+
+
+def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
+    """Reads where the batch is padded, for every width it has. On a device it waits for it, some times a field.
+
+    Args:
+        batch: at least one row.
+        costs: of each row.
+    """
+    fields = _fields(batch)
+    if fields is None:
+        return Padding(real={}, doubt="the batch holds tensors that are not strided")
+    claims = list(_claims(batch, fields, costs))
+    lengths: dict[tuple[int, Side], list[int]] = {}
+    doubt = ""
+    for width, side in dict.fromkeys((claim.width, claim.side) for claim in claims):
+        rest = _costs_without([claim for claim in claims if claim.width != width], costs)
+        here = [claim for claim in claims if (claim.width, claim.side) == (width, side)]
+        believed = [claim.lengths for claim in here if _is_believed(claim, costs, rest)]
+        if not believed:
+            doubt = doubt or f"the costs do not go with the lengths that are seen along a dimension of {width}"
+            continue
+        longest = [max(of_row) for of_row in zip(*believed, strict=True)]
+        veto = next((field for field, dim in _dims(fields, width) if not _is_padded(field, dim, side, longest)), None)
+        if veto is not None:
+            doubt = f"a field of shape {tuple(veto.shape)} is not constant where others are padded"
+        else:
+            lengths[width, side] = longest
+    real: dict[int, tuple[Tensor, Tensor]] = {}
+    for width in {width for width, _ in lengths}:
+        full = [width] * len(costs)
+        real[width] = (width - torch.tensor(lengths.get((width, Side.LEFT), full)),
+                       torch.tensor(lengths.get((width, Side.RIGHT), full)))  # fmt: skip
+    return Padding(real=real, doubt=doubt)
+
+
+def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
+    """The given rows, less the columns that are padding in all of them, in every field; at least one column stays."""
+    spans: dict[int, slice] = {}
+    for width, (starts, stops) in padding.real.items():
+        start = min(int(starts[rows].min()), width - 1)
+        spans[width] = slice(start, max(int(stops[rows].max()), start + 1))
+    if not spans:
+        return tree.take(batch, rows)
+
+    def narrow(leaf: Any) -> Any:
+        shape = getattr(leaf, "shape", ())
+        return leaf[(slice(None), *(spans.get(size, slice(None)) for size in shape[1:]))] if len(shape) > 1 else leaf
+
+    if isinstance(rows, slice):  # copied, as indices always are: a trimmed view is no longer contiguous
+        rows = torch.arange(tree.rows(batch))[rows]
+    return tree.take(tree.map_leaves(batch, narrow), rows)
+
+
+def _fields(batch: Any) -> list[Tensor] | None:
+    """Every tensor and array with columns; None where one cannot be looked at column by column."""
+    fields: list[Any] = []
+
+    def visit(leaf: Any) -> Any:
+        if len(getattr(leaf, "shape", ())) > 1:
+            fields.append(leaf)
+        return leaf
+
+    tree.map_leaves(batch, visit)
+    try:
+        tensors = [field if isinstance(field, Tensor) else torch.tensor(field) for field in fields]
+    except (TypeError, ValueError):  # an array of strings, or of negative strides
+        return None
+    return tensors if all(field.layout is torch.strided for field in tensors) else None
+
+
+def _dims(fields: Sequence[Tensor], width: int | None = None) -> Iterator[tuple[Tensor, int]]:
+    """Every field with every dimension of the given width; by default, with all that can be trimmed."""
+    for field in fields:
+        for dim in range(1, field.dim()):
+            if field.shape[dim] == width or (width is None and field.shape[dim] > 1 and field.numel()):
+                yield field, dim
+
+
+# -------------------------------------------------------------------------------------------------------- 1. the claims
+def _claims(batch: Any, fields: Sequence[Tensor], costs: Sequence[float]) -> Iterator[_Claim]:
+    cheapest = costs.index(min(costs))
+    named = [batch[name] for name in MASKS if name in batch] if isinstance(batch, Mapping) else []
+    for field, dim in _dims(fields):
+        is_named = any(field is mask for mask in named) and _is_mask(field)
+        for side in Side:
+            width = field.shape[dim]
+            if is_named:
+                pad = torch.zeros((1, 1, 1), dtype=field.dtype, device=field.device)
+            else:
+                row = field[cheapest : cheapest + 1]
+                if int(_lengths(row, dim, side)) > width - MIN_PADDED:
+                    continue  # of most fields that are not padded one row tells
+                pad = _by_column(row, dim)[:, -1 if side is Side.RIGHT else 0, None]
+            lengths = _lengths(field, dim, side, pad).tolist()
+            if min(lengths) < width:
+                yield _Claim(width=width, side=side, lengths=lengths, is_mask=_is_mask(field), is_named=is_named)
+
+
+def _lengths(field: Tensor, dim: int, side: Side, pad: Tensor | None = None) -> Tensor:
+    """Of each row: the columns that remain without the run of ``pad``, or of its own last column, at its side.
+
+    Args:
+        field: ``[rows, ...]``.
+        dim: along which the columns lie.
+        side: where the run is.
+        pad: ``[1, 1, elements of a column]``; None for each row's own.
+    """
+    width = field.shape[dim]
+    count = torch.arange(1, width + 1, dtype=torch.int32, device=field.device)
+    if side is Side.LEFT:
+        count = count.flip(0)
+    lengths: list[Tensor] = []
+    for part in field.split(max(1, CHUNK * field.shape[0] // max(1, field.numel()))):
+        columns = _by_column(part, dim)
+        differs = (columns != (columns[:, -1 if side is Side.RIGHT else 0, None] if pad is None else pad)).any(2)
+        lengths.append((differs * count).amax(1))
+    return torch.cat(lengths)
+
+
+def _by_column(field: Tensor, dim: int) -> Tensor:
+    """``[rows, columns, elements of a column]``."""
+    return field.movedim(dim, 1).reshape(field.shape[0], field.shape[dim], -1)
+
+
+def _is_mask(field: Tensor) -> bool:
+    return field.dim() == 2 and (field.dtype == torch.bool or bool(((field == 0) | (field == 1)).all()))
+
+
+# ---------------------------------------------------------------------------------------------------- 2. what bears out
+def _is_believed(claim: _Claim, costs: Sequence[float], rest: Sequence[Sequence[float]]) -> bool:
+    return (
+        claim.is_named
+        or _is_explained(claim, costs)
+        or any(_is_explained(claim, left) for left in rest)
+        or _is_ranked_alike(claim.lengths, costs)
+    )
+
+
+def _costs_without(claims: Sequence[_Claim], costs: Sequence[float]) -> list[list[float]]:
+    """What is left of the costs after the lengths along another width."""
+    return [[cost - length for cost, length in zip(costs, claim.lengths, strict=True)] for claim in claims]
+
+
+def _is_explained(claim: _Claim, costs: Sequence[float]) -> bool:
+    """Whether each length is  min(cost + constant, width),  the constant not negative; an empty sample's is 0."""
+    width, lengths = claim.width, claim.lengths
+    inside = {length - cost for cost, length in zip(costs, lengths, strict=True) if 0 < length < width} or {0}
+    constant = inside.pop()
+    if inside or constant < 0:
+        return False
+    for cost, length in zip(costs, lengths, strict=True):
+        if (length == width and cost + constant < width) or (length == 0 and cost > 0):
+            return False
+    # One length may be chance: of sequences that are all alike, and end alike. A mask that is the costs is none.
+    different = {length for length in lengths if length < width or constant == 0}
+    return len(different) > 1 or (constant == 0 and claim.is_mask)
+
+
+def _is_ranked_alike(lengths: Sequence[int], costs: Sequence[float]) -> bool:
+    """Whether no sample is longer than another that costs more, and enough of them differ to tell."""
+    ranked = [length for _, length in sorted(zip(costs, lengths, strict=True))]
+    return len(set(lengths)) >= MIN_RANKED and ranked == sorted(ranked)
+
+
+# ---------------------------------------------------------------------------------------------------------- 3. the veto
+def _is_padded(field: Tensor, dim: int, side: Side, lengths: Sequence[int]) -> bool:
+    own = _lengths(field, dim, side)
+    return bool((own <= torch.tensor(lengths, device=own.device)).all()) or bool((field == field[:1]).all())
