@@ -273,10 +273,11 @@ def _is_nothing(weight: Number, loss: Loss) -> bool:
 def _mean(parts: list[tuple[Tensor, Number]], weight: Number | None) -> Tensor:
     narrow = parts[0][0].dtype
     dtype = torch.float32 if narrow in _HALF else narrow
-    on_host = all(root.device.type == "cpu" and not isinstance(share, Tensor) for root, share in parts)
-    if on_host and not isinstance(weight, Tensor):
-        # A mean over nothing is NaN, and adds nothing.
-        total = sum(root.item() * share for root, share in parts if share)
+    if not isinstance(weight, Tensor) and all(root.is_cpu for root, _ in parts):
+        total = 0.0
+        for root, share in parts:
+            if share:  # a mean over nothing is NaN, and adds nothing
+                total += root.item() * share
         quotient = total if weight is None else total / weight if weight else math.nan
         return torch.tensor(quotient, dtype=dtype)
     device = parts[0][0].device

@@ -13,15 +13,15 @@ from gradaccum.losses.normalise import SINGLE, host_number
 
 
 def as_terms(
-    terms: Mapping[str, Any], *, samples: int | None, weights: Mapping[str, Weight] | None = None
+    terms: Mapping[str, Any], samples: int | None, weights: Mapping[str, Weight] | None = None
 ) -> dict[str, Loss]:
     """A dict of losses, each made a `Loss`; see `as_loss`."""
     if not terms:
         raise LossError("The loss is an empty dict, so there is nothing to learn from. Return at least one term.")
-    return {name: as_loss(term, name=name, samples=samples, weights=weights) for name, term in terms.items()}
+    return {name: as_loss(term, samples, weights, name=name) for name, term in terms.items()}
 
 
-def as_loss(loss: Any, *, name: str = SINGLE, samples: int | None, weights: Mapping[str, Weight] | None = None) -> Loss:
+def as_loss(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None, *, name: str = SINGLE) -> Loss:
     """What a user returned, as a `Loss`.
 
     Args:

@@ -107,9 +107,7 @@ class Accumulation:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
-    def tell(
-        self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True
-    ) -> None:
+    def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True) -> None:
         """Logs the plan line, and warns of layers that see the micro-batch; each the first time it has to.
 
         Args:
@@ -173,14 +171,15 @@ class Accumulation:
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
             if isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
-                seed = normaliser.seed(as_loss(loss, samples=samples, weights=weights))
-                seeded = [] if seed is None else [seed]
+                seeded = normaliser.seed(as_loss(loss, samples, weights))
+                roots, seeds = ((), ()) if seeded is None else ((seeded[0],), (seeded[1],))
             else:
-                seeded = normaliser.seeds(as_terms(loss, samples=samples, weights=weights))
+                several = normaliser.seeds(as_terms(loss, samples, weights))
+                roots, seeds = tuple(root for root, _ in several), tuple(seed for _, seed in several)
             if samples is not None and self._means.is_looking:
                 self._check_means(loss, samples, weights or {})
-            if seeded:
-                self._run_backward(seeded)
+            if roots:
+                self._run_backward(roots, seeds)
         except BaseException:
             before = self.discard()
             if before:
@@ -323,8 +322,7 @@ class Accumulation:
         self._looks_for_foreign = False
         return update
 
-    def _run_backward(self, seeded: Sequence[tuple[Tensor, Tensor]]) -> None:
-        roots, seeds = tuple(zip(*seeded, strict=True))
+    def _run_backward(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
         scaler = self._updater.loss_scale
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
