@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-# from _common import write_results
+from _common import write_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

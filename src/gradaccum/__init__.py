@@ -23,10 +23,12 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
+from gradaccum.planning.make import plan
+from gradaccum.planning.plan import Plan
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.train_step import TrainStep
-from gradaccum.types import Update
+from gradaccum.types import Job, Update
 
 __version__ = "0.1.0"
 
@@ -38,12 +40,14 @@ __all__ = [
     "DoesNotFitError",
     "GradAccumError",
     "GradAccumWarning",
+    "Job",
     "Loss",
     "LossError",
     "MeanError",
     "MissingExtraError",
     "MisuseError",
     "ParameterError",
+    "Plan",
     "StateError",
     "TrainStep",
     "UnknownLossError",
@@ -51,6 +55,7 @@ __all__ = [
     "Update",
     "WindowError",
     "criterion",
+    "plan",
     "split_by_cost",
     "split_by_samples",
 ]

@@ -352,7 +352,7 @@ class Accumulator:
         )
         if sys.exc_info()[0] is None:
             warnings.warn(message, DiscardedWindowWarning, stacklevel=guards.user_stack_level())
-        else:  # an error is on its way already, and a warning turned into an error would take its place
+        else:  # an error is being handled, and a warning turned into an error would take its place
             logger.warning(message)
 
 

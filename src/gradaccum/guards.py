@@ -228,7 +228,7 @@ def _checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterato
 
     def reduced(self: Any, protocol: Any) -> Any:  # what is pickled meanwhile is of the class that can be found again
         reduce: Any = original.__reduce_ex__
-        made, arguments, *rest = reduce(self, protocol)
+        made, arguments, *rest = reduce(self, 1)  # higher ones compare the classes
         return (made, tuple(original if argument is derived else argument for argument in arguments), *rest)
 
     members = {name: functools.wraps(inherited)(checked), "__reduce_ex__": reduced}

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
@@ -49,6 +50,34 @@ class MicroBatch:
     samples: int
     index: int
     is_last: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What is trained, for the command line: a function that takes no arguments returns one.
+
+    Attributes:
+        model: one module or a sequence of them, on the device they train on.
+        loss_fn: ``loss_fn(model, micro_batch)``, as for `TrainStep`; None where there is a ``batch_loss``.
+        batch: a whole batch, as it is trained with.
+        optimizer: one or a sequence of them, of the models' parameters.
+        micro_batch_size: samples that one forward sees.
+        forward: ``forward(model, micro_batch)``, for a loss over the whole batch's outputs.
+        batch_loss: ``batch_loss(outputs, batch)``.
+
+    Example:
+        >>> def job():
+        ...     model = nn.Linear(8, 1)
+        ...     return ga.Job(model, lambda model, x: model(x).square().mean(), torch.randn(64, 8))
+    """
+
+    model: nn.Module | Sequence[nn.Module]
+    loss_fn: Callable[[Any, Any], Any] | None
+    batch: Any
+    optimizer: Optimizer | Sequence[Optimizer] | None = None
+    micro_batch_size: int | None = None
+    forward: Callable[[Any, Any], Any] | None = None
+    batch_loss: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,6 +14,7 @@ these to fused optimizers, see ``torch/amp/grad_scaler.py``, `GradScaler.step`.
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,9 +101,20 @@ class Updater:
             if self._schedulers and not applied.skipped:  # a rate for the next update: a fused optimizer is waited for
                 for scheduler in self._schedulers:
                     scheduler.step()
+        except BaseException:
+            self._forget_step()
+            raise
         finally:
             self.is_stepping = False
         return applied
+
+    def _forget_step(self) -> None:
+        """After a step that raised: what torch's scaler has noted of it would spoil the next one."""
+        if self.loss_scale is not None:
+            self.loss_scale._per_optimizer_states.clear()
+        for optimizer in self._optimizers:
+            optimizer.__dict__.pop("grad_scale", None)
+            optimizer.__dict__.pop("found_inf", None)
 
     def unscale_into_grad(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> None:
         """Leaves the gradient itself in ``.grad``: corrected, and without the loss scale."""
@@ -218,11 +230,11 @@ def _combined(norms: Sequence[Tensor], order: float) -> Tensor:
 
 
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
-    if all(gradient.device.type == "cpu" for gradient in gradients):
-        # A sum over something that is not finite is not finite either, and takes half the time of a norm's. The norm
-        # is asked only where the sum says no: it may have overflowed.
-        if all(math.isfinite(gradient.sum().item()) for gradient in gradients):
-            return True
+    # On the host, a sum over something that is not finite is not finite either, and takes half the time of a norm. The
+    # norm is asked only where the sum says no: it may have overflowed.
+    on_host = all(gradient.is_cpu for gradient in gradients)
+    if on_host and all(cmath.isfinite(gradient.sum().item()) for gradient in gradients):
+        return True
     return math.isfinite(_combined(_norms(gradients, math.inf), math.inf).item())
 
 

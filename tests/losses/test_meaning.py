@@ -79,7 +79,7 @@ OVER_ELEMENTS: dict[str, Expression] = {
     "sum() / numel()": lambda c: (c.logits - c.target).pow(2).sum() / c.logits.numel(),
     "mse_loss(sum) / numel()": lambda c: F.mse_loss(c.logits, c.target, reduction="sum") / c.logits.numel(),
     "plus a penalty": lambda c: F.mse_loss(c.logits, c.target) + 0.1 * c.weight.pow(2).sum(),
-    "subtracted and negated": lambda c: 0 - F.mse_loss(c.logits, c.target).neg(),
+    "subtracted and negated": lambda c: F.mse_loss(c.logits, c.target).neg() - 1,
     "reshaped": lambda c: F.mse_loss(c.logits, c.target).reshape(1).squeeze(),
 }
 
@@ -98,6 +98,12 @@ def test_a_mean_over_targets_is_recognised(expression: Expression) -> None:
 @pytest.mark.parametrize("expression", OVER_ELEMENTS.values(), ids=OVER_ELEMENTS.keys())
 def test_a_mean_over_elements_is_recognised(expression: Expression) -> None:
     assert 4 * 6 * CLASSES in counts(expression(Case(4, 6)))
+
+
+def test_a_mean_that_is_subtracted_is_recognised() -> None:
+    """One minus a mean score: cosine, Dice, intersection over union."""
+    case = Case(4, 6, ignored=5)
+    assert counts(1 - (case.each * case.mask).sum() / case.mask.sum()) == [19]
 
 
 def test_class_weights_are_summed_up() -> None:

@@ -1,6 +1,7 @@
 """Seeds times correction is the exact mean, however the weights fall and whatever was expected of them."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,10 +40,20 @@ def add(normaliser: Normaliser, losses: ga.Loss | Mapping[str, ga.Loss]) -> list
         found = [] if one is None else [one]
     else:
         found = normaliser.seeds(losses)
+    rescale = normaliser.take_rescale()
     if found:
         roots, seeds = zip(*found, strict=True)
+        if rescale is not None:
+            leaf_of(roots[0]).grad *= rescale  # type: ignore[operator]
         torch.autograd.backward(roots, seeds)
     return found
+
+
+def leaf_of(root: Tensor) -> Tensor:
+    node: Any = root.grad_fn
+    while not hasattr(node, "variable"):
+        node = next(parent for parent, _ in node.next_functions if parent is not None)
+    return node.variable
 
 
 def corrected(parameter: Tensor, normaliser: Normaliser) -> float:
@@ -106,13 +117,6 @@ def test_means_and_sums_of_one_window_mix(weights: list[int], data: st.DataObjec
 # ----------------------------------------------------------------------------------------------------- what is expected
 
 
-def test_equal_micro_batches_need_no_correction() -> None:
-    parameter, normaliser = leaf(), Normaliser(first_share=(1, 3))
-    for _ in range(3):
-        add(normaliser, ga.Loss.mean(parameter * 2, over=7))
-    assert normaliser.correction is None
-
-
 def test_samples_of_a_batch_need_no_correction() -> None:
     """13 rows as 5 + 5 + 3: the first micro-batch is 5 / 13 of it."""
     parameter, normaliser = leaf(), Normaliser(first_share=(5, 13))
@@ -120,14 +124,6 @@ def test_samples_of_a_batch_need_no_correction() -> None:
         add(normaliser, ga.Loss.mean(parameter * 2, over=rows))
     assert normaliser.correction is None
     assert parameter.grad == 2
-
-
-def test_known_totals_need_no_correction() -> None:
-    parameter, normaliser = leaf(), Normaliser(totals={SINGLE: torch.tensor(11)})
-    for tokens in (7, 0, 4):
-        add(normaliser, ga.Loss.sum(parameter * tokens, over=tokens))
-    assert normaliser.correction is None
-    assert parameter.grad == pytest.approx(1, rel=FP64)
 
 
 def test_a_short_window_is_corrected() -> None:
@@ -272,9 +268,18 @@ def test_a_sum_is_divided_by_nothing_also_where_totals_are_known() -> None:
     assert normaliser.weight == {"lm": 4}
 
 
-def test_what_is_reported_has_no_graph() -> None:
-    normaliser = Normaliser()
-    add(normaliser, ga.Loss.sum(leaf() * 3, over=2))
+class Held:
+    pass
+
+
+def test_what_is_reported_keeps_no_graph_alive() -> None:
+    normaliser, root, held = Normaliser(), leaf() * 3, Held()
+    assert root.grad_fn is not None
+    root.grad_fn.metadata["held"] = held
+    alive = weakref.ref(held)
+    normaliser.seed(ga.Loss.sum(root, over=2))
+    del root, held
+    assert alive() is None
     assert not normaliser.means()[SINGLE].requires_grad
 
 

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("stages", frozenset({"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size"})),
     ("runners", frozenset({"runners", "sizing"})),
     ("pipeline", frozenset({"accumulator", "train_step"})),
-    ("tools", frozenset({"audit", "plan", "noise"})),
+    ("tools", frozenset({"audit", "planning", "noise"})),
     ("edges", frozenset({"report", "integrations", "testing", "cli"})),
 )
 LEVEL = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in rooms}

@@ -14,12 +14,14 @@ PUBLIC = {
     # losses
     "Loss", "criterion",
     # how a batch is cut
-    "split_by_samples",
+    "split_by_cost", "split_by_samples",
+    # what fits, and a training run for the command line
+    "Plan", "plan", "Job",
     # errors
     "GradAccumError", "LossError", "MeanError", "UnknownLossError", "BatchError", "WindowError", "ParameterError",
     "MisuseError", "StateError", "UnsupportedError", "MissingExtraError",
     # warnings
-    "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", 
+    "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", "DoesNotFitError",
 }  # fmt: skip
 
 

@@ -86,7 +86,8 @@ class DotGrad:
                 "for which torch cannot restrict a backward to some parameters. Their gradients would get what is not "
                 "theirs. Use torch.utils.checkpoint(..., use_reentrant=False)."
             )
-        self._only_own = self.parameters if foreign else None
+        if foreign:  # and from now on: later losses may go through it again
+            self._only_own = self.parameters
 
     def add(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
         """Runs the backward of one micro-batch, started with ``seeds``.
@@ -105,6 +106,13 @@ class DotGrad:
         Variable._execution_engine.run_backward(
             roots, seeds, False, False, inputs, allow_unreachable=True, accumulate_grad=True
         )
+        self._watch()
+
+    def multiply(self, factor: float) -> None:
+        """Multiplies the sum so far."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
         self._watch()
 
     def filled(self, among: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -222,6 +222,8 @@ _TRANSPARENT = frozenset(
         "MulBackward0",
         "MulBackward1",
         "NegBackward0",
+        "RsubBackward0",
+        "RsubBackward1",
         "SelectBackward0",
         "SqueezeBackward0",
         "StackBackward0",

@@ -104,6 +104,7 @@ class Normaliser:
         self._first_share = first_share
         self._at_least = at_least
         self._expected: Number | None = None
+        self._rescale: float | None = None
         self._terms: dict[str, _Term] = {}
 
     def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
@@ -235,7 +236,17 @@ class Normaliser:
                     # all. What is left to correct is the same for all of them.
                     expected = 2.0 ** math.ceil(math.log2(expected))
             self._expected = expected
+        elif not isinstance(weight, Tensor) and not isinstance(self._expected, Tensor) and weight > self._expected:
+            # One micro-batch weighs more than the whole was expected to: seeded with more than 1, it could overflow.
+            larger = 2.0 ** math.ceil(math.log2(weight)) * self._first_share[1]
+            self._rescale = self._expected / larger
+            self._expected = larger
         return self._expected
+
+    def take_rescale(self) -> float | None:
+        """What the sum so far has to be multiplied by before the next backward, where it was expected too small."""
+        rescale, self._rescale = self._rescale, None
+        return rescale
 
 
 def _require_one_weight(losses: Mapping[str, Loss]) -> None:

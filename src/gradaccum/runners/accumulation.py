@@ -179,7 +179,7 @@ class Accumulation:
             if samples is not None and self._means.is_looking:
                 self._check_means(loss, samples, weights or {})
             if roots:
-                self._run_backward(roots, seeds)
+                self._run_backward(normaliser, roots, seeds)
         except BaseException:
             before = self.discard()
             if before:
@@ -322,12 +322,15 @@ class Accumulation:
         self._looks_for_foreign = False
         return update
 
-    def _run_backward(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
+    def _run_backward(self, normaliser: Normaliser, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
         scaler = self._updater.loss_scale
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
         if self._looks_for_foreign:
             self._gradients.look_for_foreign_leaves(roots)
+        rescale = normaliser.take_rescale()
+        if rescale is not None:
+            self._gradients.multiply(rescale)
         self._gradients.add(roots, seeds)
 
     def _check_means(self, loss: Any, samples: int, weights: Mapping[str, Weight]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ def on_device(micro_batches: Iterable[Any], device: torch.device) -> Iterator[An
     """The micro-batches moved to ``device``, one ahead of the one in use.
 
     On CUDA the copies are made from pinned memory on a stream of their own, so that they overlap with computing; the
-    device holds two micro-batches of inputs at a time, never the batch. Elsewhere nothing runs ahead: copies would
+    device holds three micro-batches of inputs at most, never the batch. Elsewhere nothing runs ahead: copies would
     block.
     """
     if device.type != "cuda":
@@ -28,6 +29,7 @@ def on_device(micro_batches: Iterable[Any], device: torch.device) -> Iterator[An
         with torch.cuda.stream(stream):
             return tree.to_device(micro_batch, device, non_blocking=True)
 
+    in_use: deque[torch.cuda.Event] = deque()
     iterator = iter(micro_batches)
     end = object()
     first = next(iterator, end)
@@ -41,3 +43,8 @@ def on_device(micro_batches: Iterable[Any], device: torch.device) -> Iterator[An
         upcoming = next(iterator, end)
         on_its_way = end if upcoming is end else send(upcoming)
         yield current
+        used = torch.cuda.Event()
+        used.record(torch.cuda.current_stream(device))
+        in_use.append(used)
+        if len(in_use) > 1:
+            in_use.popleft().synchronize()  # or the host, which never waits, would send the whole batch ahead

@@ -44,12 +44,14 @@ def split_by_cost(
 
     Trimmed are all columns that are padding in every sample of a piece, from the right, the left or both, in every
     field and every dimension of that width: ids, labels, masks (square ones too), positions, features. Which columns
-    are padding is read from the batch, and must be borne out by the costs: equal to the number of real columns, but for
-    a constant; or ordered as they are; or a sum of two such numbers (source and target). A mask called
-    ``"attention_mask"`` in a mapping needs no such proof. A dimension of which it is not certain stays as it is; if
-    that is all of them, the logger says once why.
+    are padding is read from the batch, and has to be borne out by the costs: counts of the real columns, but for a
+    constant; or a sum of two such counts (source and target); or, where the batch holds a mask, in its order (squares,
+    seconds). A mask under the key ``"attention_mask"`` needs no such proof. A dimension of which it is not certain
+    stays as it is; if that is all of them, the logger says once why. Count an end-of-text token that also serves as
+    padding, where neither mask nor labels show which is which: real columns that look like padding are kept only if
+    the costs count them.
 
-    Exact under two conditions, which are not checked here, but by ``ga.audit``: the model's outputs at real columns do
+    Exact under two conditions, which are not checked: the model's outputs at real columns do
     not depend on how many padded ones there are (attention is masked, recurrence is causal or packed; positions on the
     left-padded side come from the batch or the mask, not from a count of columns; no convolution, pooling or
     normalisation over padding), and the loss is a mean over tokens, a `Loss` that knows their number. A mean over all
@@ -127,7 +129,7 @@ class _ByCost:
 
     def _padding_of(self, batch: Any) -> Padding:
         tensors = list(tree.tensors(batch))
-        is_known = len(tensors) == len(self._read_from) and all(
+        is_known = 0 < len(tensors) == len(self._read_from) and all(
             tensor is known() for tensor, known in zip(tensors, self._read_from, strict=True)
         )
         if self._padding is None or not is_known:

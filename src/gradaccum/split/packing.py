@@ -49,7 +49,7 @@ def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: in
     ascending = [costs[row] for row in order]
     # By stop: how early its piece may start. Rises with the stop, since costs ascend.
     earliest = [-max_rows] + [
-        stop - (max(1, min(max_rows, int(size // cost))) if cost else max_rows)
+        stop - (max(1, int(min(max_rows, size // cost))) if cost else max_rows)
         for stop, cost in enumerate(ascending, start=1)
     ]
     pieces: list[tuple[float, float, list[int]]] = []

@@ -1,0 +1,350 @@
+"""Padding: trimmed in every field where it is certain, on its own side, and left alone where it is not."""
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradaccum.split.padding import find_padding, trimmed
+
+LENGTHS = [5, 2, 7, 3, 5, 1]
+WIDTH = 8  # one more than the longest
+PIECE = [1, 3]  # whose longest has 3
+
+
+def real(lengths: list[int], *, width: int = WIDTH, left: bool = False) -> Tensor:
+    """[rows, width]: whether a column is real."""
+    columns, ends = torch.arange(width), torch.tensor(lengths)[:, None]
+    return columns >= width - ends if left else columns < ends
+
+
+def everything(lengths: list[int] = LENGTHS, *, left: bool = False) -> dict[str, Tensor]:
+    """A field of every kind that is padded, or as wide as those that are."""
+    mask = real(lengths, left=left)
+    rows = len(lengths)
+    ids = torch.randint(5, 1_000, mask.shape)
+    causal = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+    square = mask[:, None, :] & causal
+    return {
+        "ids": torch.where(mask, ids, 0),
+        "mask": mask.long(),
+        "is_padding": ~mask,
+        "labels": torch.where(mask & (torch.arange(WIDTH) > 1), ids, -100),
+        "positions": torch.arange(WIDTH).repeat(rows, 1),
+        "counted positions": (mask.cumsum(1) - 1).clamp(min=0),
+        "marked positions": (mask.cumsum(1) - 1).masked_fill(~mask, 1),
+        "types": torch.zeros(rows, WIDTH, dtype=torch.long),
+        "features": torch.randn(rows, WIDTH, 3) * mask[..., None],
+        "channels first": torch.randn(rows, 3, WIDTH) * mask[:, None],
+        "square": square,
+        "square of heads": square[:, None].repeat(1, 2, 1, 1),
+        "bias": torch.zeros(square.shape).masked_fill(~square, -torch.inf)[:, None],
+        "causal": causal.repeat(rows, 1, 1),
+    }
+
+
+def cut(batch: Any, costs: list[float], rows: list[int]) -> Any:
+    return trimmed(batch, torch.tensor(rows), find_padding(batch, costs))
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", everything())
+def test_every_field_by_name(name: str, left: bool) -> None:
+    batch = everything(left=left)
+    field = batch[name]
+
+    piece = cut(batch, [float(length) for length in LENGTHS], PIECE)[name]
+
+    expected = field[PIECE]
+    for dim in range(1, field.dim()):
+        if field.shape[dim] == WIDTH:
+            expected = expected.narrow(dim, WIDTH - 3 if left else 0, 3)
+    assert torch.equal(piece, expected)
+    assert piece.is_contiguous()
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", ["ids", "mask", "is_padding", "features", "channels first"])
+def test_one_field_alone(name: str, left: bool) -> None:
+    batch = everything(left=left)
+    piece = cut((batch[name],), list(LENGTHS), PIECE)[0]
+    assert 3 in piece.shape[1:]
+    assert WIDTH not in piece.shape
+
+
+def sequence_to_sequence() -> tuple[dict[str, Tensor], list[float]]:
+    source, target = [6, 3, 4, 2, 5, 3], [2, 4, 9, 3, 6, 5]
+    tokens = torch.randint(5, 99, (6, 10)) * real(target, width=10)
+    batch = {
+        "source": torch.randint(5, 99, (6, 7)) * real(source, width=7),
+        "target in": tokens[:, :-1],
+        "target out": tokens[:, 1:],
+    }
+    return batch, [a + b - 1 for a, b in zip(source, target, strict=True)]
+
+
+def test_source_and_target_whose_cost_is_their_sum() -> None:
+    batch, costs = sequence_to_sequence()
+    piece = cut(batch, costs, PIECE)
+    assert {name: field.shape[1] for name, field in piece.items()} == {"source": 3, "target in": 4, "target out": 4}
+
+
+def test_source_and_target_whose_cost_is_the_source() -> None:
+    batch, _ = sequence_to_sequence()
+    piece = cut(batch, [6, 3, 4, 2, 5, 3], PIECE)
+    assert {name: field.shape[1] for name, field in piece.items()} == {"source": 3, "target in": 9, "target out": 9}
+
+
+@pytest.mark.parametrize("of", ["inputs", "targets"])
+def test_targets_one_behind_inputs(of: str) -> None:
+    tokens = torch.randint(5, 99, (6, 7)) * real(LENGTHS, width=7)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    costs = ((x if of == "inputs" else y) != 0).sum(1).tolist()
+    piece = cut((x, y), costs, PIECE)
+    assert piece[0].tolist() == x[PIECE, :3].tolist()
+    assert piece[1].tolist() == y[PIECE, :3].tolist()
+
+
+def test_a_constant_in_the_costs() -> None:
+    batch = everything()
+    batch["ids"][:, 0] = 1  # a start token that the costs do not count
+    piece = cut(batch, [length - 1 for length in LENGTHS], PIECE)
+    assert torch.equal(piece["ids"], batch["ids"][PIECE, :3])
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_costs_in_the_order_of_the_lengths(left: bool) -> None:
+    batch = everything(left=left)
+    for costs in ([float(length**2) for length in LENGTHS], [0.01 * length for length in LENGTHS]):
+        assert cut(batch, costs, PIECE)["ids"].shape == (2, 3)
+
+
+def test_prompts_on_the_left_and_answers_on_the_right() -> None:
+    mask = real([3, 1, 4, 2], width=4, left=True)
+    mask = torch.cat([mask, real([1, 2, 5, 4], width=6)], dim=1)
+    batch = {"ids": torch.randint(5, 99, mask.shape) * mask, "attention_mask": mask.long()}
+    piece = cut(batch, mask.sum(1).tolist(), [0, 1])
+    assert torch.equal(piece["ids"], batch["ids"][:2, 1:6])
+    assert torch.equal(piece["attention_mask"], batch["attention_mask"][:2, 1:6])
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
+def test_a_mask_by_its_name_needs_no_other_proof(name: str) -> None:
+    mask = real([3, 3, 3]).long()
+    batch = {"ids": torch.randint(5, 99, (3, WIDTH)) * mask, name: mask}
+    assert cut(batch, [8.0, 1.0, 4.0], [0])["ids"].shape == (1, 3)
+    assert cut({"ids": batch["ids"], "other": mask}, [8.0, 1.0, 4.0], [0])["ids"].shape == (1, WIDTH)
+
+
+def test_a_mask_that_is_the_costs_needs_no_other_length() -> None:
+    mask = real([3]).long()
+    assert cut((torch.randint(5, 99, (1, WIDTH)) * mask, mask), [3], [0])[0].shape == (1, 3)
+
+
+def test_an_empty_sample() -> None:
+    batch = everything([5, 0, 7, 0, 5, 1])
+    assert cut(batch, [5, 0, 7, 0, 5, 1], [1, 5])["ids"].shape == (2, 1)
+    assert cut(batch, [5, 0, 7, 0, 5, 1], [1, 3])["ids"].shape == (2, 1), "one column stays"
+
+
+def test_a_piece_of_the_longest_keeps_what_it_needs() -> None:
+    batch = everything()
+    assert cut(batch, list(LENGTHS), [2, 5])["ids"].shape == (2, 7)
+
+
+def test_rows_as_a_slice() -> None:
+    batch = everything()
+    padding = find_padding(batch, list(LENGTHS))
+    piece = trimmed(batch, slice(3, 6), padding)
+    assert torch.equal(piece["ids"], batch["ids"][3:6, :5])
+    assert piece["ids"].is_contiguous()
+
+
+def test_large_fields_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradaccum.split.padding.CHUNK", 1)
+    batch = everything()
+    assert cut(batch, list(LENGTHS), PIECE)["square"].shape == (2, 3, 3)
+
+
+class Pair(NamedTuple):
+    ids: Any
+    rest: Any
+
+
+@dataclass
+class Inputs:
+    ids: Any
+    rest: Any
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        pytest.param(lambda ids, rest: (ids, rest), id="tuple"),
+        pytest.param(lambda ids, rest: [ids, {"rest": (rest, None)}], id="nested"),
+        pytest.param(Pair, id="named tuple"),
+        pytest.param(Inputs, id="dataclass"),
+        pytest.param(lambda ids, rest: UserDict(ids=ids, rest=rest), id="mapping"),
+        pytest.param(lambda ids, rest: {"ids": ids, "rest": rest, "texts": ["a"] * 6, "n": 3}, id="columns"),
+        pytest.param(lambda ids, rest: {"ids": ids.numpy(), "rest": rest.numpy()}, id="arrays"),
+    ],
+)
+def test_nestings(nest: Any) -> None:
+    batch = everything()
+    piece = cut(nest(batch["ids"], batch["features"]), list(LENGTHS), PIECE)
+    assert type(piece) is type(nest(batch["ids"], batch["features"]))
+    shapes: list[tuple[int, ...]] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, (Tensor, np.ndarray)):
+            shapes.append(tuple(value.shape))
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                look(entry)
+        elif isinstance(value, (dict, UserDict)):
+            look(list(value.values()))
+        elif isinstance(value, Inputs):
+            look([value.ids, value.rest])
+
+    look(piece)
+    assert shapes == [(2, 3), (2, 3, 3)]
+
+
+# ------------------------------------------------------------------------------------------------------- left as it is
+def ending_alike() -> tuple[Any, list[float]]:
+    """Sequences of one length without padding, that all end in the same token."""
+    ids = torch.randint(5, 99, (6, WIDTH))
+    ids[:, -2:] = 2
+    return {"ids": ids, "mask": torch.ones(6, WIDTH)}, [WIDTH] * 6
+
+
+def starting_alike() -> tuple[Any, list[float]]:
+    """A start token in all of them, that has no loss and is no cost."""
+    ids = torch.randint(5, 99, (6, WIDTH))
+    ids[:, 0] = 1
+    counts = torch.ones(6, WIDTH)
+    counts[:, 0] = 0
+    return {"ids": ids, "loss_mask": counts}, [WIDTH - 1] * 6
+
+
+def prompts() -> tuple[Any, list[float]]:
+    """Nothing is padded; the labels leave out prompts, and the costs are the labels."""
+    counts = real(LENGTHS, left=True)
+    ids = torch.randint(5, 99, counts.shape)
+    return {"ids": ids, "labels": torch.where(counts, ids, -100)}, list(LENGTHS)
+
+
+def other_costs() -> tuple[Any, list[float]]:
+    """The costs have nothing to do with the lengths."""
+    return {"ids": everything()["ids"]}, [3, 1, 4, 1, 5, 9]
+
+
+def other_costs_and_mask() -> tuple[Any, list[float]]:
+    batch = everything()
+    return {"ids": batch["ids"], "mask": batch["mask"]}, [3, 1, 4, 1, 5, 9]
+
+
+def real_past_the_lengths() -> tuple[Any, list[float]]:
+    """One more field is as wide, and holds something where the others are padded."""
+    return {**everything(), "classes": torch.randn(6, WIDTH)}, list(LENGTHS)
+
+
+def one_value_past_the_lengths() -> tuple[Any, list[float]]:
+    batch = everything()
+    batch["features"][1, 5, 2] = 1e-9
+    return batch, list(LENGTHS)
+
+
+def image_as_wide() -> tuple[Any, list[float]]:
+    return {**everything(), "image": torch.rand(6, 1, WIDTH, WIDTH)}, list(LENGTHS)
+
+
+def padded_with_the_end_token() -> tuple[Any, list[float]]:
+    """The end token is counted, but looks like padding."""
+    return {"ids": everything()["ids"]}, [length + 1 for length in LENGTHS]
+
+
+def not_a_number() -> tuple[Any, list[float]]:
+    """Nothing equals NaN, not even NaN."""
+    mask = real(LENGTHS)
+    return {"features": torch.randn(mask.shape).masked_fill(~mask, torch.nan)}, list(LENGTHS)
+
+
+def strings() -> tuple[Any, list[float]]:
+    """An array of strings cannot be looked at."""
+    return {"ids": everything()["ids"], "words": np.array([["word"] * WIDTH] * 6)}, list(LENGTHS)
+
+
+def images() -> tuple[Any, list[float]]:
+    x = torch.rand(6, 1, WIDTH, WIDTH)
+    x[..., :2], x[..., -2:], x[..., :2, :], x[..., -2:, :] = 0, 0, 0, 0  # a border
+    return {"x": x, "y": torch.arange(6)}, [3, 1, 4, 1, 5, 9]
+
+
+def last_column_of_the_cheapest() -> tuple[Any, list[float]]:
+    """Of unpadded rows one is the cheapest, and its last column is a run of one: no proof of anything."""
+    return {"x": torch.randn(6, WIDTH)}, [WIDTH - 1, *[WIDTH] * 5]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ending_alike, starting_alike, prompts, other_costs, other_costs_and_mask, real_past_the_lengths,
+        one_value_past_the_lengths, image_as_wide, padded_with_the_end_token, not_a_number, strings, images,
+        last_column_of_the_cheapest,
+    ],
+)  # fmt: skip
+def test_nothing_is_trimmed_without_certainty(make: Any) -> None:
+    batch, costs = make()
+    assert find_padding(batch, costs).real == {}
+
+
+def test_why_not() -> None:
+    assert "(6, 8) is not constant where others are padded" in find_padding(*real_past_the_lengths()).doubt
+    assert "costs do not go with the lengths that are seen along a dimension of 8" in find_padding(*other_costs()).doubt
+    assert "not strided" in find_padding(*strings()).doubt
+
+
+def test_a_width_that_fails_does_not_keep_others() -> None:
+    batch = {**everything(), "frames": torch.randn(6, 5, 2)}
+    assert find_padding(batch, list(LENGTHS)).real.keys() == {WIDTH}
+
+
+@st.composite
+def batches_of_few_values(draw: st.DrawFn) -> tuple[dict[str, Tensor], list[int], bool]:
+    """Real columns that often look like padding: in each field two or three values, in pieces of any kind."""
+    rows, width = draw(st.integers(1, 6)), draw(st.integers(2, 6))
+    lengths = draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows))
+    left = draw(st.booleans())
+    mask = real(lengths, width=width, left=left)
+    torch.manual_seed(draw(st.integers(0, 9_999)))
+    batch = {
+        str(i): torch.where(mask, torch.randint(0, draw(st.integers(1, 3)), mask.shape), draw(st.integers(0, 2)))
+        for i in range(draw(st.integers(1, 3)))
+    }
+    return batch, lengths, left
+
+
+@given(batches_of_few_values())
+def test_no_real_column_is_cut_off_where_costs_count_them(made: tuple[dict[str, Tensor], list[int], bool]) -> None:
+    batch, lengths, left = made
+    width = batch["0"].shape[1]
+    for starts, stops in find_padding(batch, lengths).real.values():
+        for start, stop, length in zip(starts.tolist(), stops.tolist(), lengths, strict=True):
+            assert (start <= width - length) if left else (stop >= length)
+
+
+@given(st.lists(st.integers(0, WIDTH), min_size=2, max_size=8), st.booleans(), st.integers(0, 9_999))
+def test_all_shared_padding_goes(lengths: list[int], left: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    batch = everything(lengths, left=left)
+    if len(set(lengths)) == 1 or min(lengths) > WIDTH - 2:
+        return  # nothing to tell padding by, or next to none of it
+    for row, length in enumerate(lengths):
+        assert cut(batch, list(lengths), [row])["features"].shape[1] == max(length, 1)

@@ -1,0 +1,385 @@
+"""What would make an update of your own loop another than the batch's: an error with the line and the way out."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradaccum as ga
+
+# An error in the loop's body is on its way when Python lets go of the loop, and then its half window is warned of too.
+pytestmark = pytest.mark.filterwarnings("ignore::gradaccum.DiscardedWindowWarning")
+
+
+class Setup:
+    """A model in training, with everything that could be called by hand."""
+
+    def __init__(self, **options: Any) -> None:
+        self.model = nn.Linear(3, 2)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+        self.accumulator = ga.Accumulator(
+            self.model, self.optimizer, scheduler=self.scheduler, **{"micro_batches": 3, **options}
+        )
+
+    def loss(self, x: Tensor) -> Any:
+        return ga.Loss.mean(self.model(x).pow(2).mean(), over=len(x))
+
+    def train(
+        self,
+        stream: Iterable[Any],
+        loss: Callable[[Any], Any] | None = None,
+        *,
+        after: Callable[[int], object] = lambda done: None,
+    ) -> None:
+        """One pass; ``after(n)`` runs in the loop's body when the n-th micro-batch is done."""
+        for done, micro_batch in enumerate(self.accumulator.over(stream), start=1):
+            self.accumulator.backward((loss or self.loss)(micro_batch))
+            after(done)
+
+    def assert_no_gradients(self) -> None:
+        assert all(parameter.grad is None for parameter in self.model.parameters())
+
+
+def stream(*rows: int) -> list[Tensor]:
+    return [torch.randn(n, 3) for n in rows]
+
+
+def this_line(offset: int = 0) -> str:
+    """``file:line`` of the caller, as a pattern."""
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return re.escape(f"{__file__}:{frame.f_back.f_lineno + offset}") + r"\b"
+
+
+# -------------------------------------------------------------------------------------------------------- calls by hand
+
+
+def test_optimizer_step_inside_a_window() -> None:
+    setup = Setup()
+    with pytest.raises(ga.MisuseError, match=rf"optimizer\.step\(\) was called at {this_line(1)}.* after 2 of"):
+        setup.train(stream(2, 2, 2), after=lambda done: setup.optimizer.step() if done == 2 else None)
+    setup.assert_no_gradients()
+
+
+def test_zero_grad_inside_a_window() -> None:
+    setup = Setup()
+    with pytest.raises(ga.MisuseError, match=rf"optimizer\.zero_grad\(\) was called at {this_line(1)}.*throw away"):
+        setup.train(stream(2, 2, 2), after=lambda done: setup.optimizer.zero_grad() if done == 1 else None)
+    setup.assert_no_gradients()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_scheduler_step_inside_a_pass(at: int) -> None:
+    setup = Setup()
+    with pytest.raises(ga.MisuseError, match=rf"scheduler\.step\(\) was called at {this_line(1)}.*advances it once"):
+        setup.train(stream(2, 2, 2), after=lambda done: setup.scheduler.step() if done == at else None)
+
+
+@pytest.mark.parametrize("call", ["step", "zero_grad"])
+def test_by_hand_in_a_window_that_was_begun_outside_of_a_pass(call: str) -> None:
+    setup = Setup()
+    assert setup.accumulator.backward(setup.loss(torch.ones(2, 3))) is None
+    with pytest.raises(ga.MisuseError, match=rf"optimizer\.{call}\(\) was called at {this_line(1)}.* after 1 of its"):
+        getattr(setup.optimizer, call)()
+    assert setup.accumulator.flush() is not None
+
+
+@pytest.mark.parametrize("call", ["step", "zero_grad"])
+def test_by_hand_in_a_window_that_is_carried(call: str) -> None:
+    setup = Setup(tail="carry")
+    setup.train(stream(2, 2))
+    with pytest.raises(ga.MisuseError, match=rf"optimizer\.{call}\(\) was called at {this_line(1)}.* after 2 of its"):
+        getattr(setup.optimizer, call)()
+    setup.train(stream(2))
+    assert setup.accumulator.updates == 1
+    setup.optimizer.step()
+
+
+def test_between_windows_calls_by_hand_are_free() -> None:
+    setup = Setup()
+    setup.train(stream(2, 2, 2, 2, 2, 2), after=lambda done: setup.optimizer.zero_grad() if done == 3 else None)
+    setup.optimizer.step()
+    setup.optimizer.zero_grad()
+    setup.scheduler.step()
+    assert setup.accumulator.updates == 2
+
+
+def test_the_library_itself_steps_and_schedules() -> None:
+    setup = Setup()
+    setup.train(stream(2, 2, 2, 2))
+    assert setup.scheduler.last_epoch == 2
+    assert setup.accumulator.updates == 2
+
+
+# ------------------------------------------------------------------------------------------ too often, too rarely, open
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_backward_twice_for_one_micro_batch(at: int) -> None:
+    setup = Setup()
+
+    def again(done: int) -> None:
+        if done == at:
+            setup.accumulator.backward(setup.loss(torch.ones(1, 3)))
+
+    line = re.escape(f"{__file__}:{again.__code__.co_firstlineno + 2}")
+    with pytest.raises(ga.MisuseError, match=rf"backward\(\) was called at {line} a second time for one micro-batch"):
+        setup.train(stream(2, 2, 2, 2), after=again)
+    setup.assert_no_gradients()
+
+
+@pytest.mark.parametrize("forgotten", [1, 2, 3, 4])
+def test_backward_not_called_for_a_micro_batch(forgotten: int) -> None:
+    setup = Setup()
+
+    def train() -> None:
+        for done, x in enumerate(setup.accumulator.over(stream(2, 2, 2, 5)), start=1):
+            if done != forgotten:
+                setup.accumulator.backward(setup.loss(x))
+
+    rows = 5 if forgotten == 4 else 2
+    message = rf"micro-batch of {rows} samples was taken from over\(\) and backward\(\) was not called.*over=0"
+    with pytest.raises(ga.MisuseError, match=message):
+        train()
+    setup.assert_no_gradients()
+
+
+def test_flush_inside_a_pass() -> None:
+    setup = Setup()
+    with pytest.raises(ga.MisuseError, match=rf"flush\(\) was called at {this_line(1)}, inside a pass"):
+        setup.train(stream(2, 2, 2), after=lambda done: setup.accumulator.flush())
+
+
+def test_a_window_left_open_outside_of_a_pass() -> None:
+    setup = Setup()
+    setup.accumulator.backward(setup.loss(torch.ones(2, 3)))
+    with pytest.raises(ga.MisuseError, match=r"left open: 1 micro-batches .*accumulator\.flush\(\)"):
+        setup.accumulator.over(stream(2, 2))
+    update = setup.accumulator.flush()
+    assert update is not None
+    assert (update.micro_batches, update.weight, update.samples) == (1, 2, None)
+    setup.train(stream(2, 2, 2))
+    assert setup.accumulator.updates == 2
+
+
+def test_windows_outside_of_a_pass() -> None:
+    setup = Setup()
+    updates = [setup.accumulator.backward(setup.loss(torch.randn(n, 3))) for n in (1, 2, 3, 4, 5, 6)]
+    assert [update and update.weight for update in updates] == [None, None, 6, None, None, 15]
+    assert setup.accumulator.flush() is None
+
+
+def test_what_cannot_be_counted_outside_of_a_pass() -> None:
+    setup = Setup()
+    with pytest.raises(ga.LossError, match=r"number of samples is not known.*outside of over\(\).*ga\.Loss\.mean"):
+        setup.accumulator.backward(setup.model(torch.ones(2, 3)).mean())
+    setup = Setup(micro_batches=None, batch_size=4)
+    with pytest.raises(ga.MisuseError, match=rf"backward\(\) was called at {this_line(1)}, outside of over\(\)"):
+        setup.accumulator.backward(setup.loss(torch.ones(2, 3)))
+
+
+# ---------------------------------------------------------------------------------------------- losses that will not do
+
+UNUSABLE: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
+    "vector": (
+        lambda model, x: model(x).mean(1),
+        r"The loss has shape \(2,\); .* needs a scalar.*ga\.Loss\.sum",
+    ),
+    "number": (lambda model, x: model(x).mean().item(), r"The loss is a float, which has no graph.*before \.item\(\)"),
+    "nothing": (lambda model, x: None, r"The loss is a NoneType"),
+    "detached": (lambda model, x: model(x).mean().detach(), r"The loss has no graph.*torch\.no_grad\(\), detached"),
+    "empty dict": (lambda model, x: {}, r"The loss is an empty dict"),
+    "term without a graph": (
+        lambda model, x: {"a": model(x).mean(), "b": torch.ones(())},
+        r"The term 'b' has no graph",
+    ),
+    "not the model's": (
+        lambda model, x: torch.ones((), requires_grad=True) * 2,
+        r"0 of 2 trainable parameters got a gradient.*was the model's output detached",
+    ),
+    "weights of their own": (
+        lambda model, x: {"a": model(x).mean(), "b": ga.Loss.mean(model(x).mean(), over=7)},
+        r"means over different things \('a' over 2, 'b' over 7\).*weights=lambda batch: \{\"a\": \.\.\.",
+    ),
+    "a sum beside a mean": (
+        lambda model, x: {"a": model(x).mean(), "b": ga.Loss.sum(model(x).sum())},
+        r"means over different things \('a' over 2, 'b' over nothing\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_losses_that_cannot_be_accumulated(name: str) -> None:
+    loss, message = UNUSABLE[name]
+    setup = Setup()
+    with pytest.raises(ga.LossError, match=message):
+        setup.train(stream(2, 2, 2), lambda x: loss(setup.model, x))
+    setup.assert_no_gradients()
+    assert setup.accumulator.updates == 0
+    setup.train(stream(2, 2, 2))
+    assert setup.accumulator.updates == 1, "the window was discarded, and the next one is whole"
+
+
+def test_a_model_frozen_altogether_while_training() -> None:
+    setup = Setup()
+    setup.model.requires_grad_(False)
+    with pytest.raises(ga.LossError, match=r"has no graph.*whole model frozen"):
+        setup.train(stream(2, 2, 2))
+
+
+CHANGING: dict[str, tuple[Callable[[nn.Module, Tensor, int], Any], str]] = {
+    "another term": (
+        lambda model, x, i: {"a": model(x).mean(), **({"b": model(x).mean()} if i else {})},
+        r"terms 'a', 'b', and earlier micro-batches of this window had 'a'.*over=0",
+    ),
+    "a sum after means": (
+        lambda model, x, i: ga.Loss.sum(model(x).sum()) if i else model(x).mean(),
+        r"One micro-batch returned a sum without `over`, another a loss that has a weight",
+    ),
+    "a dict after single losses": (
+        lambda model, x, i: {"a": model(x).mean()} if i else model(x).mean(),
+        r"One micro-batch of the window returned a single loss, another a dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_losses_that_change_inside_a_window(name: str) -> None:
+    loss, message = CHANGING[name]
+    setup, counted = Setup(), iter(range(9))
+    with pytest.raises(ga.LossError, match=message):
+        setup.train(stream(2, 2, 2), lambda x: loss(setup.model, x, next(counted)))
+    setup.assert_no_gradients()
+
+
+@pytest.mark.parametrize(
+    ("counted", "message"),
+    [
+        (1, r"was given as 3, and its micro-batches add up to 6, so its gradient would be 2 times what it should be"),
+        (3, r"was given as 9, and its micro-batches add up to 6, so its gradient would be 0\.6667 times"),
+        (0, r"gave a total of 0 for the loss, and one of its micro-batches weighs 2"),
+    ],
+)
+def test_totals_that_are_not_those_of_the_loss(counted: int, message: str) -> None:
+    setup = Setup(weights=lambda x: counted)
+    with pytest.raises(ga.LossError, match=message):
+        setup.train(stream(2, 2, 2), lambda x: ga.Loss.mean(setup.model(x).mean(), over=2))
+    setup.assert_no_gradients()
+
+
+# ------------------------------------------------------------- plain means not over samples
+
+LABELS = torch.tensor([0, 1, 1, -100, 0, -100])
+"""Of two samples each: two labels that count, one, one."""
+
+NOT_OVER_SAMPLES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "ignored labels": (F.cross_entropy, r"targets that are not ignored: 2, 1.* in micro-batches of 2, 2 samples"),
+    "class weights": (
+        lambda output, labels: F.cross_entropy(output, labels.clamp_min(0), weight=torch.tensor([1.0, 3.0])),
+        r"the sum of class weights: 4, 4, 2 in micro-batches of 2, 2, 2 samples",
+    ),
+    "masked mean": (
+        lambda output, labels: (output[:, 0] * (labels >= 0)).sum() / (labels >= 0).sum(),
+        r"divided by: 2, 1 in micro-batches of 2, 2 samples",
+    ),
+    "elements chosen by a mask": (
+        lambda output, labels: output[labels >= 0].pow(2).mean(),
+        r"elements: 4, 2 in micro-batches of 2, 2 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OVER_SAMPLES)
+def test_a_plain_mean_that_was_not_over_samples(name: str) -> None:
+    loss, counts = NOT_OVER_SAMPLES[name]
+    setup = Setup()
+    micro_batches = list(zip(torch.randn(6, 3).split(2), LABELS.split(2), strict=True))
+    with pytest.raises(ga.MeanError, match=rf"taken as a mean over samples, but .*{counts}.*Return the loss"):
+        setup.train(micro_batches, lambda pair: loss(setup.model(pair[0]), pair[1]))
+    setup.assert_no_gradients()
+    assert setup.accumulator.updates == 0
+
+
+# ------------------------------------------------------------------------------------------------------ at construction
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no size": ({"micro_batches": None}, ga.WindowError, r"Pass exactly one: batch_size=.*or micro_batches="),
+    "both sizes": ({"batch_size": 4}, ga.WindowError, r"batch_size=4 and micro_batches=3.*Pass exactly one"),
+    "size of 0": ({"micro_batches": 0}, ga.WindowError, r"micro_batches is 0 for update 1.*at least 1"),
+    "size below 0": ({"micro_batches": None, "batch_size": -4}, ga.WindowError, r"batch_size is -4 .*at least 1"),
+    "broken size": ({"micro_batches": 2.5}, ga.WindowError, r"micro_batches is 2\.5 .*whole number"),
+    "unknown tail": ({"tail": "stop"}, ga.WindowError, r"tail='stop': .*\"step\".*\"drop\".*\"carry\""),
+    "totals of what is to come": (
+        {"tail": "carry", "weights": len},
+        ga.UnsupportedError,
+        r"weights= with tail=\"carry\".*Use tail=\"step\" or \"drop\"",
+    ),
+    "norm of 0": ({"clip_norm": 0.0}, ga.WindowError, r"clip_norm=0\.0.*Pass a positive norm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_that_make_no_window(name: str) -> None:
+    options, error, message = BAD_OPTIONS[name]
+    with pytest.raises(error, match=message):
+        Setup(**options)
+
+
+def test_models_and_optimizers_that_do_not_belong_together() -> None:
+    model, other = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def make(model: Any, optimizer: Any) -> ga.Accumulator:
+        return ga.Accumulator(model, optimizer, micro_batches=2)
+
+    with pytest.raises(ga.ParameterError, match=r"holds a parameter of shape \(1, 3\) that is none of the model's 2"):
+        make(model, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(ga.ParameterError, match=r"optimizer must be a torch Optimizer .* a function"):
+        make(model, torch.optim.SGD.step)
+    with pytest.raises(ga.ParameterError, match=r"model must be a torch Module or a non-empty sequence"):
+        make([], torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ga.ParameterError, match=r"hold the same parameter"):
+        make(model, [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)])
+    with pytest.raises(ga.UnsupportedError, match=r"LBFGS evaluates the loss several times.*train_step\.backward"):
+        make(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ga.ParameterError, match=r"nothing to train: none of the 2 parameters"):
+        make(model.requires_grad_(False), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def test_a_state_is_counted_on_from() -> None:
+    before, after = Setup(), Setup(micro_batches=2)
+    before.train(stream(2, 1, 2, 3))
+    state = before.accumulator.state_dict()
+    assert state == {"updates": 2, "micro_batches": 4, "samples": 8}
+    after.accumulator.load_state_dict(state)
+    after.train(stream(5, 1))
+    assert after.accumulator.state_dict() == {"updates": 3, "micro_batches": 6, "samples": 14}
+
+
+def test_no_state_in_mid_window() -> None:
+    setup = Setup(tail="carry")
+    state = setup.accumulator.state_dict()
+    setup.train(stream(2, 3))
+    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches \(5 samples\).*Save right after"):
+        setup.accumulator.state_dict()
+    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches.*Load before training"):
+        setup.accumulator.load_state_dict(state)
+    setup.accumulator.flush()
+    assert setup.accumulator.state_dict()["updates"] == 1
+
+
+def test_a_state_that_is_none() -> None:
+    setup = Setup()
+    with pytest.raises(ga.StateError, match=r"no count of micro_batches, samples; .*holds updates, other"):
+        setup.accumulator.load_state_dict({"updates": 1, "other": 2})

@@ -1,0 +1,195 @@
+"""One pass over a stream: what is asked of it, when, and what becomes of its errors and of what was read ahead."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import gradaccum as ga
+
+
+class Asked:
+    """A stream that keeps a record of what was asked of it."""
+
+    def __init__(self, items: Iterable[Any], fails_at: int | None = None) -> None:
+        self.items = items
+        self.fails_at = fails_at
+        self.log: list[Any] = []
+        self.is_closed = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.log.append("begun")
+        try:
+            for i, item in enumerate(self.items):
+                if i == self.fails_at:
+                    raise OSError("disk gone")
+                self.log.append(item)
+                yield item
+        finally:
+            self.is_closed = True
+
+
+def make(**options: Any) -> ga.Accumulator:
+    model = nn.Linear(1, 1)
+    return ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"micro_batches": 2, **options})
+
+
+def backward(accumulator: ga.Accumulator, over: float = 1) -> ga.Update | None:
+    (model,) = accumulator._accumulation.models
+    return accumulator.backward(ga.Loss.mean(model(torch.ones(1, 1)).mean(), over=over))
+
+
+def test_nothing_is_asked_before_the_loop_begins() -> None:
+    stream = Asked("abc")
+    accumulator = make()
+    one_pass = accumulator.over(stream)
+    assert stream.log == []
+    assert next(iter(one_pass)) == "a"
+    assert stream.log == ["begun", "a", "b"]
+    backward(accumulator)
+    assert next(one_pass) == "b"
+    assert stream.log == ["begun", "a", "b", "c"]
+    backward(accumulator)
+
+
+def test_a_stream_without_an_end() -> None:
+    accumulator = make()
+    seen = []
+    for i in accumulator.over(itertools.count()):
+        seen.append(i)
+        update = backward(accumulator)
+        if update and update.index == 3:
+            break
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_stream_is_let_go_of_at_the_end_of_a_pass() -> None:
+    stream = Asked("abcd")
+    accumulator = make()
+    for _ in accumulator.over(stream):
+        if backward(accumulator):
+            break
+    assert stream.is_closed
+    assert stream.log == ["begun", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+def test_an_error_comes_in_the_place_of_the_item_that_failed(fails_at: int) -> None:
+    stream = Asked("abcd", fails_at=fails_at)
+    accumulator = make(micro_batches=4)
+    seen: list[str] = []
+
+    def train() -> None:
+        for item in accumulator.over(stream):
+            seen.append(item)
+            backward(accumulator)
+
+    with pytest.raises(OSError, match="disk gone"):
+        train()
+    assert "".join(seen) == "abcd"[:fails_at]
+    assert accumulator.updates == 0
+    assert list(accumulator.over([])) == []
+
+
+def test_a_pass_that_is_over_stays_over() -> None:
+    accumulator = make()
+    one_pass = accumulator.over("ab")
+    for _ in one_pass:
+        backward(accumulator)
+    assert next(one_pass, "over") == "over"
+
+
+def test_an_empty_stream() -> None:
+    accumulator = make()
+    assert list(accumulator.over([])) == []
+    assert list(accumulator.over(iter([]))) == []
+
+
+def test_the_length_is_the_loaders() -> None:
+    assert len(make().over([1, 2, 3])) == 3
+    with pytest.raises(TypeError):
+        len(make().over(iter([1, 2, 3])))
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from torch.ones(5, 1)
+
+
+def test_a_data_loader_without_a_length() -> None:
+    accumulator = make()
+    sizes = []
+    for x in accumulator.over(DataLoader(Endless(), batch_size=2)):
+        sizes.append(len(x))
+        update = backward(accumulator, over=len(x))
+    assert sizes == [2, 2, 1]
+    assert update is not None
+    assert update.samples == 1
+
+
+# Totals ahead: with weights= a whole window is read before its first backward.
+
+
+def test_with_weights_a_window_is_read_ahead_and_no_further() -> None:
+    stream = Asked([1.0, 2.0, 3.0, 4.0, 5.0])
+    accumulator = make(micro_batches=2, weights=lambda item: item)
+    read: list[int] = []
+    weights: list[Any] = []
+    for item in accumulator.over(stream):
+        read.append(len(stream.log) - 1)
+        update = backward(accumulator, over=item)
+        if update:
+            weights.append(update.weight)
+    assert read == [2, 3, 4, 5, 5]
+    assert weights == [3.0, 7.0, 5.0]
+
+
+def test_with_weights_an_error_of_the_stream_comes_in_its_place() -> None:
+    stream = Asked([1.0, 2.0, 3.0, 4.0], fails_at=3)
+    accumulator = make(micro_batches=2, weights=lambda item: item)
+    seen: list[float] = []
+
+    def train() -> None:
+        for item in accumulator.over(stream):
+            seen.append(item)
+            backward(accumulator, over=item)
+
+    with pytest.raises(OSError, match="disk gone"):
+        train()
+    assert seen == [1.0, 2.0, 3.0]
+    assert accumulator.updates == 1
+
+
+# Several that follow one pass.
+
+
+def test_a_pass_that_two_follow_is_read_once() -> None:
+    stream = Asked("abcde")
+    first, second = make(micro_batches=2), make(micro_batches=3)
+    updates: list[tuple[int, int]] = []
+    for _ in second.over(first.over(stream)):
+        backward(first)
+        backward(second)
+        updates.append((first.updates, second.updates))
+    assert stream.log == ["begun", *"abcde"]
+    assert updates == [(0, 0), (1, 0), (1, 1), (2, 1), (3, 2)]
+
+
+def test_a_stream_that_two_follow_is_continued() -> None:
+    stream = iter("abcdef")
+    first, second = make(), make()
+    seen: list[str] = []
+    for _ in range(3):
+        for item in second.over(first.over(stream)):
+            seen.append(item)
+            backward(first)
+            if backward(second):
+                break
+    assert "".join(seen) == "abcdef"
+    assert first.updates == second.updates == 3

@@ -1,0 +1,397 @@
+"""Nested batches: every nesting keeps its structure, every row goes to one piece, and what has no rows is shared."""
+
+import dataclasses
+import types
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gradaccum as ga
+from gradaccum import tree
+
+ROWS = 5
+CPU = torch.device("cpu")
+
+
+class Named(NamedTuple):
+    x: Any
+    y: Any
+
+
+Untyped = namedtuple("Untyped", ["x", "y"])
+
+
+@dataclasses.dataclass
+class Data:
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenSlots:
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass
+class Output(OrderedDict[str, Any]):
+    """A dataclass and a mapping, made like Hugging Face's ``ModelOutput``; what is None is no item."""
+
+    x: Any = None
+    y: Any = None
+    z: Any = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+
+class ReadOnly(Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class ListOfOurs(list[Any]):
+    pass
+
+
+def by_default(x: Any, y: Any) -> defaultdict[str, Any]:
+    made: defaultdict[str, Any] = defaultdict(list)
+    made.update(x=x, y=y)
+    return made
+
+
+NESTINGS: dict[str, Callable[[Any, Any], Any]] = {
+    "tuple": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "a list of one's own": lambda x, y: ListOfOurs([x, y]),
+    "named tuple": Named,
+    "untyped named tuple": Untyped,
+    "dict": lambda x, y: {"x": x, "y": y},
+    "dict with keys of any kind": lambda x, y: {0: x, ("a", 1): y},
+    "OrderedDict": lambda x, y: OrderedDict(x=x, y=y),
+    "defaultdict": by_default,
+    "UserDict": lambda x, y: UserDict(x=x, y=y),
+    "ChainMap": lambda x, y: ChainMap({"x": x, "y": y}),
+    "MappingProxyType": lambda x, y: types.MappingProxyType({"x": x, "y": y}),
+    "read-only mapping": lambda x, y: ReadOnly({"x": x, "y": y}),
+    "dataclass": Data,
+    "frozen dataclass": Frozen,
+    "slots dataclass": Slots,
+    "frozen slots dataclass": lambda x, y: FrozenSlots(x=x, y=y),
+    "dataclass that is a mapping": lambda x, y: Output(x=x, y=y),
+    "torch.return_types": lambda x, y: torch.return_types.max((x, y)),  # type: ignore[attr-defined]
+    "nested": lambda x, y: {"a": [(x, {"deep": Data(y, None)})], "b": Named(x, [y])},
+}
+nestings = pytest.mark.parametrize("nest", NESTINGS.values(), ids=NESTINGS.keys())
+
+
+def example() -> tuple[Tensor, Tensor]:
+    return torch.arange(2.0 * ROWS).reshape(ROWS, 2), torch.arange(ROWS)
+
+
+@nestings
+def test_rows_of_every_nesting(nest: Callable[[Any, Any], Any]) -> None:
+    assert tree.rows(nest(*example())) == ROWS
+
+
+@nestings
+def test_a_piece_has_the_batchs_own_structure(nest: Callable[[Any, Any], Any]) -> None:
+    x, y = example()
+    batch = nest(x, y)
+
+    piece = tree.take(batch, slice(1, 4))
+
+    assert type(piece) is type(batch)
+    expected = list(tree.tensors(nest(x[1:4], y[1:4])))
+    assert all(torch.equal(a, b) for a, b in zip(tree.tensors(piece), expected, strict=True))
+    assert all(len(tensor) == ROWS for tensor in tree.tensors(batch)), "the batch itself is left as it was"
+
+
+@nestings
+def test_to_device_keeps_structure_and_tensors(nest: Callable[[Any, Any], Any]) -> None:
+    batch = nest(*example())
+    moved = tree.to_device(batch, CPU)
+    assert type(moved) is type(batch)
+    assert all(a is b for a, b in zip(tree.tensors(moved), tree.tensors(batch), strict=True))
+
+
+def test_to_another_device() -> None:
+    moved = tree.to_device({"x": torch.zeros(2, 3), "name": "a"}, torch.device("meta"))
+    assert moved["x"].device.type == "meta"
+    assert moved["name"] == "a"
+
+
+def test_a_tensor_alone() -> None:
+    x, _ = example()
+    assert tree.rows(x) == ROWS
+    assert torch.equal(tree.take(x, slice(0, 2)), x[:2])
+    assert [tensor is x for tensor in tree.tensors(x)] == [True]
+
+
+def test_a_defaultdict_keeps_its_factory() -> None:
+    assert tree.take(by_default(*example()), slice(0, 2)).default_factory is list
+
+
+def test_a_frozen_dataclass_is_copied_not_constructed() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class WholeBatch:
+        x: Tensor
+
+        def __post_init__(self) -> None:
+            assert len(self.x) == ROWS, "holds of whole batches only"
+
+    assert len(tree.take(WholeBatch(example()[0]), slice(0, 2)).x) == 2
+
+
+def test_a_dataclass_that_is_a_mapping_agrees_with_itself() -> None:
+    x, y = example()
+    piece = tree.take(Output(x=x, y=y), slice(0, 2))
+    assert piece.x is piece["x"]
+    assert list(piece) == ["x", "y"]
+    assert piece.z is None
+
+
+def test_a_class_of_dataclass_is_no_batch() -> None:
+    assert tree.rows_or_none((Data, torch.zeros(3))) == 3
+
+
+@pytest.mark.parametrize("which", ["BatchEncoding", "ModelOutput"])
+def test_hugging_face(which: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    x, y = torch.zeros(ROWS, 4, dtype=torch.long), torch.arange(ROWS)
+    if which == "BatchEncoding":
+        batch = transformers.BatchEncoding({"input_ids": x, "labels": y})
+        piece = tree.take(batch, slice(1, 3))
+        assert piece.input_ids.shape == (2, 4)
+    else:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        batch = CausalLMOutput(logits=x, hidden_states=(x, x))
+        piece = tree.take(batch, slice(1, 3))
+        assert [state.shape for state in piece.hidden_states] == [(2, 4)] * 2
+        assert piece.loss is None
+    assert tree.rows(batch) == ROWS
+    assert type(piece) is type(batch)
+    assert list(piece) == list(batch)
+
+
+# ------------------------------------------------------------------------------------------- what has rows and what not
+
+
+def test_slices_are_views() -> None:
+    x, _ = example()
+    tree.take({"x": x}, slice(1, 2))["x"].zero_()
+    assert x[1].eq(0).all()
+
+
+def test_index_tensors_take_rows_in_their_order() -> None:
+    x, y = example()
+    batch = {"x": x, "y": y, "names": list("abcde"), "pair": tuple("vwxyz"), "array": y.numpy()}
+    index = torch.tensor([4, 0, 0])
+
+    piece = tree.take(batch, index)
+
+    assert piece["y"].tolist() == piece["array"].tolist() == [4, 0, 0]
+    assert torch.equal(piece["x"], x[[4, 0, 0]])
+    assert piece["names"] == ["e", "a", "a"]
+    assert piece["pair"] == ("z", "v", "v")
+    assert tree.take(batch, torch.tensor([], dtype=torch.long))["names"] == []
+
+
+@pytest.mark.parametrize("column", [list("abcde"), tuple("abcde"), [b"a", b"b", b"c", b"d", b"e"], [1, 2, 3, 4, 5],
+                                    [0.1, 0.2, 0.3, 0.4, 0.5], [True, False, True, False, True]], ids=repr)  # fmt: skip
+def test_a_column_with_an_entry_for_each_row_is_cut(column: Any) -> None:
+    piece = tree.take((torch.zeros(ROWS), column), slice(1, 3))
+    assert piece[1] == column[1:3]
+    assert type(piece[1]) is type(column)
+
+
+@pytest.mark.parametrize("shared", [("a", "b"), ["a"], (3, 224, 224), (1, 2, 3, 4, 5), torch.Size([5, 1]), "abcde",
+                                    b"abcde", 7, 0.5, None, True, range(5), {"a", "b"}, []], ids=repr)  # fmt: skip
+def test_what_has_no_rows_is_shared_by_all(shared: Any) -> None:
+    piece = tree.take({"x": torch.zeros(ROWS), "shared": shared}, slice(1, 3))["shared"]
+    assert piece == shared
+    assert type(piece) is type(shared)
+
+
+def test_0d_tensors_are_shared() -> None:
+    temperature = torch.tensor(0.07)
+    assert tree.take((torch.zeros(ROWS), temperature), slice(1, 3))[1] is temperature
+
+
+def test_numpy_arrays_have_rows() -> None:
+    batch = {"x": np.arange(10).reshape(5, 2), "scalar": np.float64(3.0), "zero_d": np.array(2)}
+    assert tree.rows(batch) == 5
+    piece = tree.take(batch, slice(3, 5))
+    assert piece["x"].tolist() == [[6, 7], [8, 9]]
+    assert piece["scalar"] == 3.0
+    assert piece["zero_d"] == 2
+    assert list(tree.tensors(batch)) == []
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float64])
+def test_numpy_numbers_are_numbers(number: type) -> None:
+    column = [number(i) for i in range(ROWS)]
+    assert tree.take((torch.zeros(ROWS), column), slice(1, 3))[1] == column[1:3]
+
+
+@pytest.mark.parametrize("lists", [[["a", "b"], ["c", "d"]], [[1, 2, 3], [4, 5]], [[], [None, ("a", 1)]]], ids=repr)
+def test_a_list_of_lists_is_cut_by_rows_and_never_across(lists: list[list[Any]]) -> None:
+    """Two captions for each of two images: the first image keeps both."""
+    batch = {"x": torch.zeros(2), "lists": lists}
+    assert [tree.take(batch, slice(i, i + 1))["lists"] for i in range(2)] == [lists[:1], lists[1:]]
+    three = {"x": torch.zeros(3), "lists": lists}
+    assert tree.take(three, slice(0, 1))["lists"] == lists, "not one for each row: shared"
+
+
+@pytest.mark.parametrize("entries", [[{"id": 1}, {"id": 2}], [np.bool_(True), np.bool_(False)]], ids=repr)
+def test_a_list_of_anything_without_tensors_is_a_column(entries: list[Any]) -> None:
+    """Metadata of the samples: shared whole, zip(outputs, metadata) would give the second piece those of the first."""
+    assert tree.take((torch.zeros(2), entries), slice(1, 2))[1] == entries[1:]
+
+
+def test_requires_grad_and_the_graph_survive() -> None:
+    x = torch.zeros(ROWS, 2, requires_grad=True)
+    tree.take({"x": x * 2}, slice(0, 2))["x"].sum().backward()
+    assert x.grad is not None
+    assert x.grad[:, 0].tolist() == [2, 2, 0, 0, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("batch", "one", "other"),
+    [
+        ((torch.zeros(4), torch.zeros(3, 2)), r"batch\[0\] has 4", r"batch\[1\] has 3 \(shape \(3, 2\)\)"),
+        ({"x": torch.zeros(4), "y": [torch.zeros(5)]}, r"batch\['x'\] has 4", r"batch\['y'\]\[0\] has 5"),
+        (Named(torch.zeros(2), torch.zeros(1)), r"batch\.x has 2", r"batch\.y has 1"),
+        (Data(torch.zeros(2), {"z": torch.zeros(0)}), r"batch\.x has 2", r"batch\.y\['z'\] has 0"),
+        ((torch.zeros(4), torch.tensor(1.0), torch.zeros(3)), r"batch\[0\] has 4", r"batch\[2\] has 3"),
+        ([torch.zeros(4), np.zeros((2, 2))], r"batch\[0\] has 4", r"batch\[1\] has 2"),
+    ],
+)
+def test_rows_that_disagree_name_both_leaves(batch: Any, one: str, other: str) -> None:
+    with pytest.raises(ga.BatchError, match=f"Rows disagree: {one} and {other}"):
+        tree.rows(batch)
+
+
+@pytest.mark.parametrize(
+    "batch", [(), {}, None, 3, "a", ["a", "b"], torch.tensor(1.0), (torch.tensor(1.0), None), Data(1, 2)], ids=repr
+)
+def test_nothing_with_rows(batch: Any) -> None:
+    assert tree.rows_or_none(batch) is None
+    with pytest.raises(ga.BatchError, match=rf"The batch \({type(batch).__name__}\) holds no tensor with a first dim"):
+        tree.rows(batch)
+
+
+def test_no_rows_at_all_is_a_count_too() -> None:
+    assert tree.rows((torch.zeros(0, 2), torch.zeros(0))) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- properties
+
+
+def leaves_of(batch: Any) -> list[Any]:
+    """What is in a batch, by hand: the slow and obvious way, for the nestings made below."""
+    if isinstance(batch, dict):
+        return [leaf for value in batch.values() for leaf in leaves_of(value)]
+    if isinstance(batch, Frozen):
+        return leaves_of(batch.x) + leaves_of(batch.y)
+    if isinstance(batch, (tuple, list)) and any(isinstance(value, Tensor) for value in batch):
+        return [leaf for value in batch for leaf in leaves_of(value)]
+    return [batch]
+
+
+def nested(rows: int) -> st.SearchStrategy[Any]:
+    """Batches of so many rows. Tuples and lists start with a tensor, so that none is taken for a column of strings."""
+    first = torch.arange(rows)
+    leaf = st.sampled_from([first, torch.arange(rows * 6).reshape(rows, 2, 3), torch.tensor(1.0), None, 3,
+                            "text", [f"row {i}" for i in range(rows)], list(range(rows))])  # fmt: skip
+    return st.recursive(
+        leaf,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=2).map(lambda many: (first, *many)),
+            st.lists(inner, max_size=2).map(lambda many: [first, *many]),
+            st.builds(Named, st.just(first), inner),
+            st.builds(Frozen, inner, inner),
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        ),
+        max_leaves=8,
+    ).map(lambda inside: (first, inside))
+
+
+@given(st.data())
+def test_all_pieces_together_are_the_batch(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 7))
+    batch = data.draw(nested(rows))
+    cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
+
+    pieces = [tree.take(batch, slice(start, stop)) for start, stop in pairwise(cuts)]
+
+    assert tree.rows(batch) == rows
+    assert [tree.rows(piece) for piece in pieces] == [b - a for a, b in pairwise(cuts)]
+    for whole, *parts in zip(leaves_of(batch), *map(leaves_of, pieces), strict=True):
+        if isinstance(whole, Tensor) and whole.dim():
+            assert torch.equal(torch.cat(parts), whole)
+        elif isinstance(whole, list):
+            assert [entry for part in parts for entry in part] == whole
+        else:
+            assert all(part is whole for part in parts)
+
+
+@given(st.data())
+def test_an_index_takes_what_indexing_each_leaf_takes(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 6))
+    batch = data.draw(nested(rows))
+    index = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
+
+    piece = tree.take(batch, torch.tensor(index, dtype=torch.long))
+
+    for whole, part in zip(leaves_of(batch), leaves_of(piece), strict=True):
+        if isinstance(whole, Tensor) and whole.dim():
+            assert torch.equal(part, whole[index])
+        elif isinstance(whole, list):
+            assert part == [whole[i] for i in index]
+        else:
+            assert part is whole
+
+
+def test_map_leaves_calls_once_for_each_leaf() -> None:
+    seen: list[Any] = []
+    x, y = example()
+    batch = {"x": x, "more": (y, None, "text", 3), "column": ["a", "b"]}
+    mapped = tree.map_leaves(batch, lambda leaf: seen.append(leaf) or leaf)
+    assert seen == [x, y, None, "text", 3, ["a", "b"]]
+    assert mapped == batch
