@@ -179,6 +179,21 @@ def test_a_loss_that_is_no_function() -> None:
         make(torch.ones(()))
 
 
+def test_a_plain_mean_that_was_not_over_samples() -> None:
+    def loss_fn(model: nn.Module, batch: Pair) -> Tensor:
+        output, counts = model(batch[0]), batch[1] > 0
+        return (output * counts).sum() / counts.sum()
+
+    model, _, train_step = make(loss_fn)
+    y = torch.ones(ROWS, 1, dtype=torch.float64)
+    y[4:6] = -1
+    message = r"divided by: 4, 1 in micro-batches of 4, 3 samples.* would count .* times .*Return the loss with"
+    for call in (train_step, train_step.backward):
+        with pytest.raises(ga.MeanError, match=message):
+            call((X, y))
+    assert_no_gradients(model)
+
+
 @pytest.mark.parametrize("at", [0, 2, 3])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[BaseException]) -> None:

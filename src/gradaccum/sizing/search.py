@@ -1,9 +1,9 @@
 """Which micro-batch size: found while training, from the times of real micro-batches of real batches.
 
 Nothing is run for the search alone: it only decides how a batch that is trained on anyway is cut, and the gradient does
-not depend on that. (Where it does, because BatchNorm sees the micro-batch, nothing is searched: `of_memory_only`.) For
-a batch of n samples the candidates are n, n/2, n/4, ..., 2: pieces of equal size, whatever n. A single sample is run only
-where two do not fit, since models that squeeze() are wrong for it.
+not depend on that. (Where it does, because BatchNorm sees the micro-batch, nothing is searched: `of_memory_only`.) The
+candidates for a batch of n samples are n, n/2, n/4, ..., 2: pieces of equal size, whatever n. A single sample is run
+only where two do not fit, since models that squeeze() are wrong for it.
 
     update 1    one piece of every candidate below n, small ones first: 2 + 2 + 4 + 8 + ... + n/2 = n
     update 2    the whole batch in one piece, unless n/2 was slower for a sample than a smaller one already
