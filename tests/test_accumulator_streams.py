@@ -193,3 +193,14 @@ def test_a_stream_that_two_follow_is_continued() -> None:
                 break
     assert "".join(seen) == "abcdef"
     assert first.updates == second.updates == 3
+
+
+def test_a_stop_iteration_of_ones_own_does_not_end_the_pass_in_silence() -> None:
+    def stops(micro_batch: object) -> float:
+        raise StopIteration
+
+    model = nn.Linear(2, 1)
+    accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2, weights=stops)
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        for _ in accumulator.over([torch.ones(1, 2)] * 2):
+            pass

@@ -142,7 +142,7 @@ def test_the_loss_is_read_at_the_bars_own_pace(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Reading it waits for the device, so it is not done for every update, but for the last."""
-    bar, clock, read = ProgressBar(total=100), Steady(), []
+    bar, clock, read = ProgressBar(total=101), Steady(), []
 
     class Update:
         @property
@@ -152,13 +152,13 @@ def test_the_loss_is_read_at_the_bars_own_pace(
 
     monkeypatch.setattr(bar._bar, "_time", clock)
     bar._bar.last_print_t = bar._bar.start_t = 0.0
-    for _ in range(100):
+    for _ in range(101):
         clock.now += 0.03
         bar.updated(Update())  # type: ignore[arg-type]
     bar.close()
     assert 20 <= len(read) <= 31, "3 seconds at one read each 0.1 seconds"
-    assert read[-1] == 100
-    assert "100.0/100" in capsys.readouterr().err
+    assert read[-1] == 101, "which is not due by itself"
+    assert "101.0/101" in capsys.readouterr().err
 
 
 def test_a_disabled_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

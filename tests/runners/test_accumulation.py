@@ -187,13 +187,6 @@ def test_a_window_without_gradients() -> None:
     assert clean(model, accumulation)
 
 
-def test_discard_tells_how_many() -> None:
-    model, accumulation = made()
-    run(accumulation, model, data(2, 2, 2))
-    assert (accumulation.discard(), accumulation.discard()) == (3, 0)
-    assert clean(model, accumulation)
-
-
 def test_a_left_over_gradient_is_found_before_the_window() -> None:
     model, accumulation = made()
     mean(model, data(2)[0]).backward()

@@ -81,35 +81,43 @@ class LookingAhead(Generic[Item]):
         if self._is_over:
             raise StopIteration
         try:
-            if self._iterator is None:
-                for follower in self._followers:
-                    self._held.enter_context(follower.pass_begins())
-                self._iterator = iter(self._items)
-            else:
-                for follower in self._followers:
-                    follower.micro_batch_ends()
-            if not self._ahead:
-                self._fill(1)
-            if not self._ahead:
-                error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
-                if error is not None:
-                    try:
-                        raise error
-                    finally:
-                        del error
-                self._end(completely=True)
-                raise StopIteration
-            item = self._ahead.popleft()
-            if not self._ahead:
-                self._fill(1)
-            is_last = not self._ahead and self._error is None
-            for follower in self._followers:
-                follower.micro_batch_begins(item, is_last, self.peek)
-        except StopIteration:
-            raise
+            item = self._advance()
+        except StopIteration as error:  # of a follower (its weights= function, say): not the end of the stream
+            self._end(completely=False)
+            raise RuntimeError("a function called for a micro-batch raised StopIteration") from error
         except BaseException:
             self._end(completely=False)
             raise
+        if item is END:
+            self._end(completely=True)
+            raise StopIteration
+        return item
+
+    def _advance(self) -> Item:
+        """The next item, told to all followers, or END."""
+        if self._iterator is None:
+            for follower in self._followers:
+                self._held.enter_context(follower.pass_begins())
+            self._iterator = iter(self._items)
+        else:
+            for follower in self._followers:
+                follower.micro_batch_ends()
+        if not self._ahead:
+            self._fill(1)
+        if not self._ahead:
+            error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
+            if error is None:
+                return END
+            try:
+                raise error
+            finally:
+                del error
+        item = self._ahead.popleft()
+        if not self._ahead:
+            self._fill(1)
+        is_last = not self._ahead and self._error is None
+        for follower in self._followers:
+            follower.micro_batch_begins(item, is_last, self.peek)
         return item
 
     def peek(self, offset: int) -> Any:
