@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -16,7 +15,6 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners import plain
 from gradaccum.runners.accumulation import Accumulation, WeightsFunction, weights_by_name
-from gradaccum.runners.prefetch import on_device
 from gradaccum.sizing.fitting import Fitting, num_rows
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.types import Rows, Split, Update
@@ -36,7 +34,8 @@ class TrainStep:
             batch's own structure, on the model's device.
         micro_batch_size: the largest number of samples one forward sees, at least 1; or "auto": the fastest that fits,
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
-            and changes nothing: the batch is run again in smaller pieces, from the same random state and buffers.
+            and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
+            random numbers from a stream of its own, so that what follows does not depend on how it was cut.
         split: how a batch is cut; `split_by_samples` by default.
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
@@ -195,7 +194,6 @@ class TrainStep:
         fitting.run(
             batch,
             lambda pieces, ran: self._run_pieces(batch, pieces, totals=totals, ran=ran, is_final=fitting.is_settled),
-            lambda pieces: self._forward_only(batch, pieces),
         )
 
     def _run_pieces(
@@ -233,10 +231,3 @@ class TrainStep:
         except BaseException:
             accumulation.discard()
             raise
-
-    def _forward_only(self, batch: Any, pieces: Sequence[Rows]) -> None:
-        with torch.no_grad():
-            for micro_batch in on_device(
-                (self._split.cut(batch, piece) for piece in pieces), self._accumulation.device()
-            ):
-                self._loss_fn(self._model, micro_batch)

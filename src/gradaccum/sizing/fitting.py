@@ -9,14 +9,11 @@ memory.
 What a failure costs is the pieces that had run; failures are rare, since a size that failed is remembered (`search`).
 An attempt is repeated outside of the ``except`` block, with the error's frames cleared: a live traceback keeps the
 failed piece's tensors.
-
-Running out of memory in smaller pieces draws other random numbers than the pieces that were planned would have. The
-gradient is then that of another draw, but what comes after the update must not notice: the state of the generators is
-afterwards what the planned pieces would have left, found by running their forwards once more, without graph.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +26,8 @@ from gradaccum.errors import DoesNotFitError
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.sizing.search import SizeSearch
-from gradaccum.sizing.snapshot import Buffers, RandomState
-from gradaccum.split.by_samples import split_by_samples
+from gradaccum.sizing.snapshot import Buffers, RandomSeed
+from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
 
 logger = logging.getLogger("gradaccum")
@@ -67,38 +64,47 @@ class Fitting:
         """Whether the size has been found."""
         return self._search is not None and not self._search.wants_times
 
-    def run(self, batch: Any, run_pieces: RunPieces, forward_only: Callable[[Sequence[Rows]], None]) -> None:
+    def run(self, batch: Any, run_pieces: RunPieces) -> None:
         """Runs a batch whole, in as many attempts as it takes.
 
         Args:
             batch: the whole batch.
             run_pieces: adds the gradients of these pieces to a new window, and leaves none open if it raises.
-            forward_only: runs the forwards of these pieces without graph.
 
         Raises:
             DoesNotFitError: one sample alone ran out of memory.
         """
+        random_seed = RandomSeed()
+        try:
+            sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
+        except BaseException:
+            self._accumulation.discard()
+            random_seed.undo()
+            raise
+        random_seed.end()
+        self._tell(sizes)
+
+    def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         search = self._started_search()
         largest, elements = self._described(batch)
-        random_state = RandomState.now()
         buffers = Buffers.of(self._accumulation.models)
-        planned: Sequence[Rows] | None = None
         while True:
-            sizes = search.sizes(largest, elements)
-            pieces = self._cut(batch, sizes)
-            planned = pieces if planned is None else planned
+            random_seed.begin()
+            pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
             if not self._agree(failure is not None):
-                break
-            size = num_rows(pieces[failed_at]) if self._cuts_by_samples else sizes[0]
+                search.updated(sizes, elements)
+                return sizes
             message = "another process ran out of memory" if failure is None else str(failure)
             if failure is not None:
                 let_go_of(failure)
+            failed_rows = max(map(num_rows, pieces)) if failure is None else num_rows(pieces[failed_at])
+            size = failed_rows if self._cuts_by_samples else max(sizes)
             failure = None
+            self._accumulation.discard()
             free_memory(self._accumulation.device())
-            random_state.restore()
             buffers.restore()
-            if not search.failed(size, elements) or num_rows(pieces[failed_at]) == 1:
+            if not search.failed(size, elements) or failed_rows == 1:
                 raise DoesNotFitError(self._diagnosis(batch, message))
             logger.warning(
                 "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
@@ -106,10 +112,6 @@ class Fitting:
                 self._in_words(size),
                 message.splitlines()[0] if message else "no message",
             )
-        if pieces is not planned:
-            self._draw_as(planned, random_state, forward_only)
-        search.updated(sizes, elements)
-        self._tell(search, sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """The sizes found so far."""
@@ -130,18 +132,18 @@ class Fitting:
         largest = self._split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
-        rows = max(tree.rows(batch), 1)
+        rows = rows_to_split(batch)
         return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows)
 
-    def _cut(self, batch: Any, sizes: Sequence[int]) -> Sequence[Rows]:
-        if not self._cuts_by_samples or len(set(sizes)) == 1:
-            return self._split.plan(batch, sizes[0])
-        pieces: list[Rows] = []
-        start = 0
-        for size in sizes:
-            pieces.append(slice(start, start + size))
-            start += size
-        return pieces
+    def _cut(self, batch: Any, largest: int, elements: int) -> tuple[Sequence[Rows], Sequence[int]]:
+        """The pieces, and their sizes in the unit of the split."""
+        search = self._started_search()
+        if not self._cuts_by_samples:
+            size = search.size(largest, elements)
+            return self._split.plan(batch, size), [size]
+        sizes = search.sizes(largest, elements)
+        starts = list(itertools.accumulate(sizes, initial=0))
+        return [slice(start, stop) for start, stop in itertools.pairwise(starts)], sizes
 
     def _attempt(
         self, pieces: Sequence[Rows], run_pieces: RunPieces, elements: int
@@ -170,25 +172,8 @@ class Fitting:
             return done_before, error
         return done_before, None
 
-    def _draw_as(
-        self, planned: Sequence[Rows], before: RandomState, forward_only: Callable[[Sequence[Rows]], None]
-    ) -> None:
-        """Leaves the generators as the planned pieces would have left them."""
-        after = RandomState.now()
-        if after.equals(before):
-            return
-        buffers = Buffers.of(self._accumulation.models)
-        before.restore()
-        try:
-            forward_only(planned)
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-            let_go_of(error)
-            after.restore()
-        buffers.restore()
-
-    def _tell(self, search: SizeSearch, sizes: Sequence[int]) -> None:
+    def _tell(self, sizes: Sequence[int]) -> None:
+        search = self._started_search()
         if self._has_told or search.wants_times or not self._cuts_by_samples or not search.seconds:
             return
         self._has_told = True

@@ -11,8 +11,8 @@ import traceback
 
 import torch
 
-# The texts, from c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.cpp, the status names of cuBLAS and cuDNN, and the
-# C++ library.
+# The texts, from c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.cpp, the status names of NVIDIA's libraries,
+# Triton and the C++ library.
 _TEXTS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -25,6 +25,10 @@ _TEXTS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "std::bad_alloc",
 )
 

@@ -13,12 +13,12 @@ only where two do not fit, since models that squeeze() are wrong for it.
 Largest is not fastest: on CPUs, pieces that stay in the cache are (a convolution network on 256 images takes 0.88 of
 the whole batch's time in pieces of 32), and on GPUs the time for a sample is flat long before memory is full.
 
-A size that runs out of memory caps those to come at half of it. After some clean updates the next larger one is tried
-again, as the first piece of an update, where a failure costs that piece alone; after each failure the wait doubles, so
-that in the long run trials cost nothing.
+A size that runs out of memory caps those to come at half of it. After some clean updates twice the cap is tried again,
+as the first piece of an update, where a failure costs that piece alone; after each failure the wait doubles, so that in
+the long run trials cost nothing.
 
-Batches of longer samples get fewer of them: what is found is kept in elements, samples times elements of a sample. What
-is learned for one length afterwards (a cap, say) is remembered for that length, and caps longer ones.
+Batches of longer samples get fewer of them: sizes are kept in elements, samples times elements of a sample. A cap holds
+for samples as long as those that met it, and for longer ones; what fits for long samples fits for shorter ones too.
 
 Known inefficiency: time is measured once a size and update, so on a busy machine a wrong neighbour may win by some
 percent.
@@ -26,26 +26,19 @@ percent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _SAME = 1.03  # times that are closer than this are not told apart
 _CLEARLY_SLOWER = 1.10
+_CLEARLY_MORE = 1.25  # rows than the batch that was searched with: worth another search
 _ENDLESS = 1 << 62  # elements: as many as there are
 _FIRST_WAIT = 8  # updates until a larger size is tried again
 _LONGEST_WAIT = 1024
 _SEARCHED_UPDATES = 3
 _PATIENCE = 8  # updates after which a search ends with what it knows, where no two batches are alike
-
-
-@dataclass(slots=True)
-class _Length:
-    """What is known of batches whose samples have a certain number of elements."""
-
-    cap: int | None = None
-    wait: int = _FIRST_WAIT
-    clean_updates: int = 0
 
 
 @dataclass(slots=True)
@@ -57,142 +50,149 @@ class SizeSearch:
     Attributes:
         seconds: for each size that was run at the length searched at, the least time for one row.
         fastest: the size settled on, in elements; None while searching.
+        caps: by length of the samples (a class of similar ones, see `_length`), the largest size in elements.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
     fastest: int | None = None
+    caps: dict[int, int] = field(default_factory=dict)
+    _is_by_time: bool = True
     _on_trial: int | None = None
+    _wait: int = _FIRST_WAIT
+    _clean_updates: int = 0
     _updates: int = 0
     _searched: int = 0
     _searched_rows: int = 0
-    _searched_elements: int = 0
-    _lengths: dict[int, _Length] = field(default_factory=dict)
+    _searched_elements: int = 1
 
     @staticmethod
     def of_memory_only() -> SizeSearch:
         """The largest size that fits, whatever is fastest."""
-        return SizeSearch(fastest=_ENDLESS)
+        return SizeSearch(fastest=_ENDLESS, _is_by_time=False)
 
     @property
     def wants_times(self) -> bool:
         """Whether the times of pieces are wanted."""
         return self.fastest is None or self._on_trial is not None
 
+    def size(self, rows: int, elements: int) -> int:
+        """The largest size of a piece of a batch; above the cap where a larger one is on trial."""
+        cap = self._cap(elements)
+        size = max(1, min(rows, cap // elements, self._wanted_size(rows, elements)))
+        trial = self._on_trial = self._trial(rows, elements, size)
+        return size if trial is None else trial
+
     def sizes(self, rows: int, elements: int) -> Sequence[int]:
         """The sizes of the pieces of a batch, in the order they are to run; they add up to its rows."""
-        length = self._length(elements)
-        most = rows if length.cap is None else min(rows, length.cap)
-        if self.fastest is None and self._is_searched(rows, elements):
-            return _filled(self._wanted(rows, most), rows)
-        size = min(most, self._size_for(rows, elements))
-        trial = self._on_trial = self._trial(rows, elements, size)
-        if trial is None:
-            return _equal(rows, size)
-        self.seconds.pop(trial, None)
-        self.seconds.pop(size, None)
-        return [trial, *(_equal(rows - trial, size) if trial < rows else [])]
+        is_first = self._searched_rows == 0
+        is_larger = rows > _CLEARLY_MORE * self._searched_rows and elements <= 2 * self._searched_elements
+        if self._is_by_time and (is_first or is_larger):
+            self._start_over(rows, elements)
+        size = self.size(rows, elements)
+        if self._on_trial is not None:
+            before = max(1, self._cap(elements) // elements)
+            self.seconds.pop(size, None)
+            self.seconds.pop(before, None)
+            return [size, *(_equal(rows - size, before) if size < rows else [])]
+        if self.fastest is None and rows == self._searched_rows and elements == self._searched_elements:
+            return self._searched_sizes(rows, max(1, self._cap(elements) // elements))
+        return _equal(rows, size)
 
     def ran(self, size: int, seconds: float, elements: int) -> None:
         """A piece of ``size`` rows ran, in so many seconds."""
-        if self.wants_times and (self._on_trial is not None or elements == self._searched_elements):
-            self.seconds[size] = min(self.seconds.get(size, float("inf")), seconds / size)
+        if self._on_trial is not None or (self.fastest is None and elements == self._searched_elements):
+            self.seconds[size] = min(self.seconds.get(size, math.inf), seconds / size)
 
     def updated(self, sizes: Sequence[int], elements: int) -> None:
         """All pieces of a batch ran."""
-        length = self._length(elements)
-        length.clean_updates += 1
+        self._clean_updates += 1
         self._updates += 1
         if self._on_trial is not None:
-            self._judge(self._on_trial, sizes, length, elements)
+            self._judge(self._on_trial, sizes, elements)
             self._on_trial = None
         elif self.fastest is None:
             self._searched += sum(sizes) == self._searched_rows and elements == self._searched_elements
-            if self._searched >= _SEARCHED_UPDATES or (self._updates >= _PATIENCE and self.seconds):
-                self.fastest = self._best()[0] * self._searched_elements
+            if self.seconds and (self._searched >= _SEARCHED_UPDATES or self._updates >= _PATIENCE):
+                self.fastest = self.best_size() * self._searched_elements
 
     def failed(self, size: int, elements: int) -> bool:
         """A piece of ``size`` rows ran out of memory; tells whether a smaller one can be tried."""
-        length = self._length(elements)
         if self._on_trial is not None and size == self._on_trial:
-            length.wait = min(2 * length.wait, _LONGEST_WAIT)
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
         else:
-            length.cap = size // 2
-        length.clean_updates, self._on_trial = 0, None
+            # Rounded up like the candidates; and at most all the caps there are for shorter samples.
+            self.caps[_length(elements)] = min(-(-size // 2) * elements, self._cap(elements))
+        self._clean_updates, self._on_trial = 0, None
         self.seconds = {tried: seconds for tried, seconds in self.seconds.items() if tried < size}
         return size > 1
 
     def best_size(self) -> int:
-        """The size that was fastest, where the search was made."""
-        return self._best()[0]
+        """The size that was fastest, where the search was made; of those that are as fast, the smallest."""
+        least = min(self.seconds.values())
+        return min(size for size, seconds in self.seconds.items() if seconds <= _SAME * least)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been found, to go on with in another run on the same machine."""
-        caps = {elements: length.cap for elements, length in self._lengths.items() if length.cap is not None}
-        return {"fastest": self.fastest, "caps": caps}
+        return {"fastest": self.fastest, "caps": dict(self.caps), "searched_rows": self._searched_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with what another run has found."""
         self.fastest = state["fastest"]
-        self._lengths = {int(elements): _Length(cap=cap) for elements, cap in state["caps"].items()}
+        self.caps = {int(length): int(cap) for length, cap in state["caps"].items()}
+        self._searched_rows = state["searched_rows"]
 
-    def _length(self, elements: int) -> _Length:
-        """What is known of a length; of a new one, what shorter samples could not do."""
-        found = self._lengths.get(elements)
-        if found is None:
-            caps = [
-                max(1, length.cap * known // elements)
-                for known, length in self._lengths.items()
-                if length.cap is not None and known <= elements
-            ]
-            found = self._lengths[elements] = _Length(cap=min(caps, default=None))
-        return found
+    def _cap(self, elements: int) -> int:
+        length = _length(elements)
+        return min((cap for met_by, cap in self.caps.items() if met_by <= length), default=_ENDLESS)
 
-    def _is_searched(self, rows: int, elements: int) -> bool:
-        """Whether a batch is like the first one: only times of alike batches are compared."""
-        if self._searched_rows == 0:
-            self._searched_rows, self._searched_elements = rows, elements
-        return rows == self._searched_rows and elements == self._searched_elements
+    def _start_over(self, rows: int, elements: int) -> None:
+        """Only times of batches alike are compared, and a larger one has sizes that were never tried."""
+        self.seconds.clear()
+        self.fastest, self._searched, self._updates = None, 0, 0
+        self._searched_rows, self._searched_elements = rows, elements
 
-    def _wanted(self, rows: int, most: int) -> list[int]:
-        """Which sizes to run in a searched update, as far as the batch reaches."""
+    def _wanted_size(self, rows: int, elements: int) -> int:
+        if self.fastest is not None:
+            return self.fastest // elements
+        if self.seconds:  # still searching, at another length
+            return self.best_size() * self._searched_elements // elements
+        return max(2, rows // 8)
+
+    def _searched_sizes(self, rows: int, most: int) -> Sequence[int]:
+        """The pieces of an update that is searched with."""
         candidates = [size for size in _candidates(rows) if size <= most] or [1]
         if self._searched == 0 or not self.seconds:
-            return [size for size in candidates if size < rows] or candidates
-        best, second = self._best()
-        if self._searched == 1:
-            largest = candidates[-1]
-            if self.seconds.get(max(self.seconds), 0.0) <= _SAME * self.seconds[best]:
-                return [largest]
-        return [best, second] * (rows // (best + second) + 1)
-
-    def _best(self) -> tuple[int, int]:
-        """The fastest size and the one after it."""
-        order = sorted(self.seconds, key=lambda size: self.seconds[size])
-        best = min(size for size in order if self.seconds[size] <= _SAME * self.seconds[order[0]])
-        return best, next((size for size in order if size != best), best)
-
-    def _judge(self, trial: int, sizes: Sequence[int], length: _Length, elements: int) -> None:
-        """A size above the cap fitted: it is used from now on, unless it was slower than the one before."""
-        length.cap, length.clean_updates = trial, 0
-        before = sizes[-1] if sizes[-1] in self.seconds else trial
-        if self.seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * self.seconds.get(before, float("inf")):
-            self.fastest = max(self.fastest or 0, trial * elements)
-
-    def _size_for(self, rows: int, elements: int) -> int:
-        if self.fastest is not None:
-            return max(1, self.fastest // max(elements, 1))
-        if self.seconds:  # still searching, at another length
-            return max(1, self._best()[0] * self._searched_elements // max(elements, 1))
-        return max(1, rows // 8)
+            return _filled([size for size in reversed(candidates) if size < rows] or candidates, rows)
+        best = self.best_size()
+        if self._searched == 1 and self.seconds[max(self.seconds)] <= _SAME * self.seconds[best]:
+            return _filled([candidates[-1]], rows)
+        others = (size for size in sorted(self.seconds, key=self.seconds.__getitem__) if size != best)
+        return _filled([best, next(others, best)] * rows, rows)
 
     def _trial(self, rows: int, elements: int, size: int) -> int | None:
         """A size above the cap to begin an update with, where it is wanted and has waited long enough."""
-        length = self._length(elements)
-        if self.fastest is None or length.cap is None or size < length.cap or length.clean_updates < length.wait:
+        most = self._cap(elements) // elements
+        if self.fastest is None or size < min(most, rows) or self._clean_updates < self._wait:
             return None
-        known = self.fastest // max(elements, 1)
-        trial = min(2 * length.cap, rows if known <= length.cap else min(known, rows))
-        return trial if trial > length.cap else None
+        known = self.fastest // elements
+        trial = min(2 * max(most, 1), rows if known <= most else min(known, rows))
+        return trial if trial > most else None
+
+    def _judge(self, trial: int, sizes: Sequence[int], elements: int) -> None:
+        """A size above the cap fitted: it is used from now on, unless it was slower than the one before."""
+        fits = trial * elements
+        for length, cap in self.caps.items():
+            if length <= _length(elements) and cap < fits:
+                self.caps[length] = fits
+        self._clean_updates = 0
+        before = self.seconds.get(sizes[-1], math.inf)
+        if self.seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * before:
+            self.fastest = max(self.fastest or 0, fits)
+
+
+def _length(elements: int) -> int:
+    """The class of samples of about this many elements: two to each doubling."""
+    return round(2 * math.log2(elements))
 
 
 def _candidates(rows: int) -> list[int]:
@@ -204,15 +204,19 @@ def _candidates(rows: int) -> list[int]:
 
 
 def _filled(wanted: Sequence[int], rows: int) -> list[int]:
-    """The wanted sizes as long as they fit into the batch, and the rest in equal pieces not above the largest."""
+    """The wanted sizes as far as they fit into the batch, and the rest in equal pieces not above the largest."""
     sizes: list[int] = []
     left = rows
     for size in wanted:
-        if size > left:
-            break
-        sizes.append(size)
-        left -= size
-    return sorted(sizes + _equal(left, max(sizes, default=left))) if left else sizes
+        if size <= left:
+            sizes.append(size)
+            left -= size
+    sizes.sort()
+    if left == 1 and sizes and sizes[0] < sizes[-1]:  # no piece of one
+        sizes[0] += 1
+    elif left:
+        sizes += _equal(left, max(sizes, default=left))
+    return sorted(sizes)
 
 
 def _equal(rows: int, most: int) -> list[int]:

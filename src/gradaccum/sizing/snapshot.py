@@ -1,4 +1,4 @@
-"""What running micro-batches changes besides gradients: random state and buffers. Taken before, to be put back."""
+"""What running micro-batches changes besides gradients: random state and buffers."""
 
 from __future__ import annotations
 
@@ -35,28 +35,67 @@ class RandomState:
         )
 
 
+class RandomSeed:
+    """A random stream of its own for each update, so that what comes after does not depend on how it was cut.
+
+    With one stream, how many numbers an update draws would depend on its number of pieces; with sizes that are chosen
+    by time, the data order of the next epoch would then depend on how busy the machine is. So the pieces of an update
+    draw from generators seeded with one number of the CPU's stream, and afterwards all streams are one number further;
+    or, where nothing was drawn, where they were.
+    """
+
+    def __init__(self) -> None:
+        self._before = RandomState.now()
+        stream = torch.Generator()
+        stream.set_state(self._before.cpu)
+        # CUDA generators use all of it, the CPU's 32 bits.
+        self._seed = int(torch.randint(0, 1 << 62, (), generator=stream))
+        self._seeded = self._before
+
+    def begin(self) -> None:
+        """Seeds the generators, for the first attempt as for every other."""
+        torch.default_generator.manual_seed(self._seed)
+        for index in self._before.cuda:
+            torch.cuda.default_generators[index].manual_seed(self._seed)
+        self._seeded = RandomState.now()
+
+    def end(self) -> None:
+        """Leaves the generators one number further; untouched, where no piece drew anything."""
+        drew = not self._seeded.equals(RandomState.now())
+        self._before.restore()
+        if drew:
+            torch.randint(0, 1 << 62, ())
+            for index in self._before.cuda:
+                torch.rand((), device=f"cuda:{index}")
+
+    def undo(self) -> None:
+        """Leaves the generators as they were, for an update that was not made."""
+        self._before.restore()
+
+
 @dataclass(frozen=True, slots=True)
 class Buffers:
     """Copies of the models' buffers, such as BatchNorm's running statistics."""
 
-    places: Sequence[tuple[nn.Module, str, Tensor, Tensor]]
+    places: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
     @staticmethod
     def of(models: Iterable[nn.Module]) -> Buffers:
         """Copies of all buffers as they are: their module, name, and the tensor itself with its copy."""
         copies: dict[int, Tensor] = {}
-        places: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        places: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
         for model in models:
             for module in model.modules():
                 for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        copied = copies.setdefault(id(buffer), buffer.detach().clone())
-                        places.append((module, name, buffer, copied))
+                    if buffer is not None and id(buffer) not in copies:
+                        copies[id(buffer)] = buffer.detach().clone()
+                    places.append((module, name, buffer, None if buffer is None else copies[id(buffer)]))
         return Buffers(places)
 
     def restore(self) -> None:
         """Puts the values back into the buffers, and the buffers into their modules, which may have got others."""
         with torch.no_grad():
             for module, name, buffer, copied in self.places:
-                buffer.copy_(copied)
+                if buffer is not None and copied is not None:
+                    buffer.copy_(copied)
                 module._buffers[name] = buffer
