@@ -184,7 +184,7 @@ class SizeSearch:
         for length, cap in self.caps.items():
             if length <= _length(elements) and cap < fits:
                 self.caps[length] = fits
-        self._clean_updates = 0
+        self._clean_updates, self._wait = 0, max(self._wait // 2, _FIRST_WAIT)
         before = self.seconds.get(sizes[-1], math.inf)
         if self.seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * before:
             self.fastest = max(self.fastest or 0, fits)

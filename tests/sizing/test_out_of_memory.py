@@ -1,0 +1,131 @@
+"""Which errors mean that memory ran out, and that what they held is let go of."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from gradaccum.errors import DoesNotFitError
+from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go_of
+
+# As torch and its libraries write them.
+SAID = {
+    "CUDA": "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.31 GiB",
+    "CUDA call": "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA driver": "CUDA driver error: out of memory",
+    "Triton": "Triton Error [CUDA]: out of memory",
+    "HIP": "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.98 GiB",
+    "MPS": "MPS backend out of memory (MPS allocated: 9.05 GB, other allocations: 1.11 MB, max allowed: 9.07 GB).",
+    "XPU": "XPU out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 15.91 GiB.",
+    "CPU": "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)",
+    "CPU, Windows": "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to "
+    "allocate 4000000000000 bytes.",
+    "cuBLAS": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN": "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN 9": "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "C++": "std::bad_alloc",
+}
+
+OTHERWISE = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 2x5)"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+    RuntimeError("the cache is out of memory slots of its own"),
+    RuntimeError("view size is not compatible with input tensor's size and stride (at least one dimension spans across "
+                 "two contiguous subspaces)"),
+    RuntimeError(""),
+    ValueError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    KeyError("std::bad_alloc"),
+    OSError(12, "Cannot allocate memory"),
+    KeyboardInterrupt(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SAID.values(), ids=SAID)
+def test_what_says_that_memory_ran_out(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("?"), MemoryError(), MemoryError("Unable to allocate")])
+def test_errors_of_their_own_kind(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHERWISE, ids=lambda error: str(error)[:40] or type(error).__name__)
+def test_what_does_not(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_the_text_of_this_torch() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+
+
+def test_our_own_verdict_is_a_memory_error() -> None:
+    assert issubclass(DoesNotFitError, MemoryError)
+
+
+class Piece:
+    """Stands for a tensor of the failed piece."""
+
+
+def fail(kept: list[weakref.ref[Piece]]) -> None:
+    piece = Piece()
+    kept.append(weakref.ref(piece))
+    raise MemoryError("in the middle")
+
+
+def caught_from(kept: list[weakref.ref[Piece]]) -> BaseException:
+    try:
+        fail(kept)
+    except MemoryError as error:
+        return error
+    raise AssertionError
+
+
+def test_an_error_keeps_its_frames_until_it_is_let_go_of() -> None:
+    kept: list[weakref.ref[Piece]] = []
+    error = caught_from(kept)
+    assert kept[0]() is not None  # so that the next line shows something
+    let_go_of(error)
+    assert kept[0]() is None
+    assert str(error) == "in the middle"
+
+
+@pytest.mark.parametrize("is_cause", [False, True])
+def test_so_do_the_errors_behind_it(is_cause: bool) -> None:
+    kept: list[weakref.ref[Piece]] = []
+
+    def wrapped() -> BaseException:
+        try:
+            try:
+                fail(kept)
+            except MemoryError as inner:
+                if is_cause:
+                    raise RuntimeError("std::bad_alloc") from inner
+                raise RuntimeError("std::bad_alloc")  # noqa: B904 - that is the case
+        except RuntimeError as outer:
+            return outer
+        raise AssertionError
+
+    error = wrapped()
+    assert kept[0]() is not None
+    let_go_of(error)
+    assert kept[0]() is None
+
+
+def test_errors_that_refer_to_each_other_end() -> None:
+    one, other = MemoryError("one"), MemoryError("other")
+    one.__context__, other.__context__ = other, one
+    let_go_of(one)
+
+
+def test_nothing_to_free_on_the_cpu() -> None:
+    free_memory(torch.device("cpu"))
