@@ -1,4 +1,4 @@
-"""Memory that runs out on purpose: layers that raise what torch raises, and a clock that tells how long a piece took."""
+"""Memory that runs out on purpose: layers that raise what torch raises, and a clock for how long a piece took."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Scarce(nn.Module):
 
 @dataclass
 class Clock:
-    """A clock that stands still but for what is done: each piece takes ``fixed`` seconds and ``per_row`` for each row."""
+    """A clock that stands still but for what is done: a piece takes ``fixed`` seconds and ``per_row`` for each row."""
 
     fixed: float = 1.0
     per_row: float = 0.0

@@ -13,7 +13,7 @@ from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go
 # As torch and its libraries write them.
 SAID = {
     "CUDA": "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.31 GiB",
-    "CUDA call": "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA call": "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other",
     "CUDA driver": "CUDA driver error: out of memory",
     "Triton": "Triton Error [CUDA]: out of memory",
     "HIP": "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.98 GiB",

@@ -16,7 +16,7 @@ from oracle import SINGLE
 pytest.importorskip("resource", reason="this system cannot cap a process's address space")
 
 # 512 rows keep 8 activations of 16,384 fp32 numbers each: 256 MiB. The cap leaves 96 MiB above what is mapped when all
-# else is there; what the libraries keep for themselves was made by then, since the same was trained without a cap before.
+# else is there; what the libraries keep for themselves was made by then: the same was trained without a cap before.
 ROWS = 512
 ROOM_BYTES = 96 << 20
 
@@ -38,7 +38,8 @@ def loss_fn(model, batch):
     return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 def trained(model, size):
-    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), loss_fn, micro_batch_size=size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=size)
     updates = [step(batch) for batch in batches]
     return {
         "sizes": [update.micro_batch_size for update in updates],
@@ -74,7 +75,7 @@ print(json.dumps(made))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's address space")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="nothing here tells a process's address space")
 def test_a_batch_that_cannot_fit_is_trained_in_pieces_that_do() -> None:
     environment = {
         **os.environ,

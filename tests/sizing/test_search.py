@@ -351,9 +351,7 @@ def test_a_search_of_memory_only_stays_one() -> None:
     by_time=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_sizes_add_up_and_fit_whatever_happens(
-    batches: list[tuple[int, int, int]], by_time: bool, seed: int
-) -> None:
+def test_sizes_add_up_and_fit_whatever_happens(batches: list[tuple[int, int, int]], by_time: bool, seed: int) -> None:
     search = SizeSearch() if by_time else SizeSearch.of_memory_only()
     machine = Machine(lambda n: 5.0 + n, noise=0.5, random=random.Random(seed))
     for rows, elements, limit in batches:

@@ -142,15 +142,17 @@ def test_a_mask_by_its_name_needs_no_other_proof(name: str) -> None:
     assert cut({"ids": batch["ids"], "other": mask}, [8.0, 1.0, 4.0], [0])["ids"].shape == (1, WIDTH)
 
 
-def test_a_mask_that_is_the_costs_needs_no_other_length() -> None:
-    mask = real([3]).long()
-    assert cut((torch.randint(5, 99, (1, WIDTH)) * mask, mask), [3], [0])[0].shape == (1, 3)
+def test_a_mask_that_is_added_is_a_field_like_any_other() -> None:
+    added = torch.where(real(LENGTHS), 0.0, -torch.inf)
+    assert torch.equal(cut({"attention_mask": added}, list(LENGTHS), PIECE)["attention_mask"], added[PIECE, :3])
 
 
-def test_an_empty_sample() -> None:
-    batch = everything([5, 0, 7, 0, 5, 1])
-    assert cut(batch, [5, 0, 7, 0, 5, 1], [1, 5])["ids"].shape == (2, 1)
-    assert cut(batch, [5, 0, 7, 0, 5, 1], [1, 3])["ids"].shape == (2, 1), "one column stays"
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_an_empty_sample(left: bool) -> None:
+    lengths = [5, 0, 7, 0, 5, 1]
+    batch = everything(lengths, left=left)
+    assert cut(batch, list(lengths), [1, 5])["ids"].shape == (2, 1)
+    assert cut(batch, list(lengths), [1, 3])["ids"].shape == (2, 1), "one column stays"
 
 
 def test_a_piece_of_the_longest_keeps_what_it_needs() -> None:
@@ -216,7 +218,7 @@ def test_nestings(nest: Any) -> None:
     assert shapes == [(2, 3), (2, 3, 3)]
 
 
-# ------------------------------------------------------------------------------------------------------- left as it is
+# -------------------------------------------------------------------------------------------------------- left as it is
 def ending_alike() -> tuple[Any, list[float]]:
     """Sequences of one length without padding, that all end in the same token."""
     ids = torch.randint(5, 99, (6, WIDTH))
@@ -255,6 +257,48 @@ def real_past_the_lengths() -> tuple[Any, list[float]]:
     return {**everything(), "classes": torch.randn(6, WIDTH)}, list(LENGTHS)
 
 
+def full_but_cheaper() -> tuple[Any, list[float]]:
+    """A sample fills the width, and costs less than others that do not."""
+    return everything([5, 2, WIDTH, 3]), [5, 2, 4, 3]
+
+
+def all_padding_but_not_free() -> tuple[Any, list[float]]:
+    """A sample whose tokens all look like padding."""
+    return {"ids": everything([5, 0, 7, 3])["ids"]}, [5, 4, 7, 3]
+
+
+def real_past_the_mask_of_one() -> tuple[Any, list[float]]:
+    """In a batch of one sample every field is the same for all of them."""
+    return {"attention_mask": real([3]).long(), "ids": torch.arange(WIDTH)[None]}, [3]
+
+
+def squares_without_a_mask() -> tuple[Any, list[float]]:
+    return {"ids": everything()["ids"]}, [float(length**2) for length in LENGTHS]
+
+
+def end_token_without_loss() -> tuple[Any, list[float]]:
+    """The costs count an end token that looks like padding, and has no loss."""
+    with_loss = real([length - 1 for length in LENGTHS])
+    return {"ids": torch.randint(5, 99, with_loss.shape) * with_loss, "loss_mask": with_loss}, list(LENGTHS)
+
+
+def costs_all_alike() -> tuple[Any, list[float]]:
+    batch = everything()
+    return {"ids": batch["ids"], "mask": batch["mask"]}, [1.0] * 6
+
+
+def one_length() -> tuple[Any, list[float]]:
+    """Padded alike, or ending alike: one length does not tell, and no mask has a name."""
+    return {name: field for name, field in everything([3] * 6).items() if "mask" not in name}, [3] * 6
+
+
+def both_sides() -> tuple[Any, list[float]]:
+    """The costs go with lengths from the right and with lengths from the left; it can only be one."""
+    costs = [9 + length for length in LENGTHS]
+    mask = real(costs, width=16) & real(costs, width=16, left=True)
+    return {"features": torch.randn(mask.shape) * mask}, [float(cost) for cost in costs]
+
+
 def one_value_past_the_lengths() -> tuple[Any, list[float]]:
     batch = everything()
     batch["features"][1, 5, 2] = 1e-9
@@ -289,7 +333,9 @@ def images() -> tuple[Any, list[float]]:
 
 def last_column_of_the_cheapest() -> tuple[Any, list[float]]:
     """Of unpadded rows one is the cheapest, and its last column is a run of one: no proof of anything."""
-    return {"x": torch.randn(6, WIDTH)}, [WIDTH - 1, *[WIDTH] * 5]
+    x = torch.randn(6, WIDTH)
+    x[0, 1] = x[0, 0]
+    return {"x": x}, [WIDTH - 1, *[WIDTH] * 5]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +343,8 @@ def last_column_of_the_cheapest() -> tuple[Any, list[float]]:
     [
         ending_alike, starting_alike, prompts, other_costs, other_costs_and_mask, real_past_the_lengths,
         one_value_past_the_lengths, image_as_wide, padded_with_the_end_token, not_a_number, strings, images,
-        last_column_of_the_cheapest,
+        last_column_of_the_cheapest, one_length, both_sides, full_but_cheaper, all_padding_but_not_free,
+        real_past_the_mask_of_one, squares_without_a_mask, end_token_without_loss, costs_all_alike,
     ],
 )  # fmt: skip
 def test_nothing_is_trimmed_without_certainty(make: Any) -> None:
@@ -337,14 +384,19 @@ def test_no_real_column_is_cut_off_where_costs_count_them(made: tuple[dict[str, 
     width = batch["0"].shape[1]
     for starts, stops in find_padding(batch, lengths).real.values():
         for start, stop, length in zip(starts.tolist(), stops.tolist(), lengths, strict=True):
-            assert (start <= width - length) if left else (stop >= length)
+            assert (start <= width - length) if left else (stop >= length)  # the padded side
 
 
 @given(st.lists(st.integers(0, WIDTH), min_size=2, max_size=8), st.booleans(), st.integers(0, 9_999))
-def test_all_shared_padding_goes(lengths: list[int], left: bool, seed: int) -> None:
+def test_all_shared_padding_goes_and_nothing_else(lengths: list[int], left: bool, seed: int) -> None:
     torch.manual_seed(seed)
     batch = everything(lengths, left=left)
-    if len(set(lengths)) == 1 or min(lengths) > WIDTH - 2:
-        return  # nothing to tell padding by, or next to none of it
-    for row, length in enumerate(lengths):
-        assert cut(batch, list(lengths), [row])["features"].shape[1] == max(length, 1)
+    padding = find_padding(batch, lengths)
+    filled = {length for length in lengths if length}
+    if len(filled) < 2 or min(lengths) > WIDTH - 2:  # nothing to tell padding by, or next to none of it
+        assert padding.real == {}
+        return
+    starts, stops = padding.real[WIDTH]
+    counts = torch.tensor(lengths)
+    assert starts.tolist() == (WIDTH - counts if left else torch.zeros_like(counts)).tolist()
+    assert stops.tolist() == (torch.full_like(counts, WIDTH) if left else counts).tolist()

@@ -14,8 +14,10 @@ missing from the gradient without a word. So three things have to come together:
 3. **No veto.** In every field, every dimension of that width is constant past the lengths, sample by sample; or the
    field is the same for all samples (positions, a causal mask). One that is not holds something real there.
 
-A width that fails is left as it is, on that side. Where costs are counts of real columns, nothing real is ever cut off,
-whatever the values are: a length that is believed is never below its cost.
+A width that fails is left as it is, on that side; so is one that only the costs call padded on both sides. Where costs
+are counts of real columns, nothing real is cut off on the padded side, whatever the values are: a length that is
+believed is never below its cost. On the other side it would take samples that begin, or end, in runs of one value just
+as long as the costs want them.
 
 What is not known here is whether the model looks at padding; see `split_by_cost`.
 """
@@ -87,11 +89,11 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
         return Padding(real={}, doubt="the batch holds tensors that are not strided")
     claims = list(_claims(batch, fields, costs))
     lengths: dict[tuple[int, Side], list[int]] = {}
+    by_name: dict[int, bool] = {}
     doubt = ""
-    may_be_sums = not any(_is_explained(claim, costs) for claim in claims)
     for width, side in dict.fromkeys((claim.width, claim.side) for claim in claims):
         here = [claim for claim in claims if (claim.width, claim.side) == (width, side)]
-        elsewhere = [claim for claim in claims if claim.width != width] if may_be_sums else []
+        elsewhere = [claim for claim in claims if claim.width != width]
         believed = [claim for claim in here if _is_believed(claim, costs, elsewhere)]
         if not believed:
             doubt = doubt or f"the costs do not go with the lengths that are seen along a dimension of {width}"
@@ -104,6 +106,11 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
             doubt = f"a field of shape {tuple(veto.shape)} is not constant where others are padded"
         else:
             lengths[width, side] = longest
+            by_name[width] = by_name.get(width, True) and any(claim.is_named for claim in believed)
+    for width, is_certain in by_name.items():
+        if not is_certain and all((width, side) in lengths for side in Side):
+            doubt = f"the costs go with lengths along a dimension of {width} from the left and from the right"
+            del lengths[width, Side.LEFT], lengths[width, Side.RIGHT]
     real: dict[int, tuple[Tensor, Tensor]] = {}
     for width in {width for width, _ in lengths}:
         full = [width] * len(costs)
@@ -230,12 +237,9 @@ def _is_explained(claim: _Claim, costs: Sequence[float]) -> bool:
     for cost, length in zip(costs, lengths, strict=True):
         if (length == width and cost + constant < width) or (length == 0 and cost > 0):
             return False
-    # Empty samples are padding all over, and prove nothing. One length may be chance: of sequences that are all alike,
-    # and end alike. A mask that is the costs is none.
+    # Empty samples are padding all over and prove nothing. Nor does one length: sequences that are alike end alike.
     filled = {length for length in lengths if length > 0}
-    different = filled if constant == 0 else filled - {width}
-    is_told = len(different) > 1 or (constant == 0 and _is_mask(claim.field))
-    return is_told and min(filled, default=width) <= width - MIN_PADDED
+    return len(filled) > 1 if constant == 0 else len(filled - {width}) > 2
 
 
 def _is_ranked(claim: _Claim, costs: Sequence[float]) -> bool:
@@ -252,4 +256,6 @@ def _is_ranked(claim: _Claim, costs: Sequence[float]) -> bool:
 # ---------------------------------------------------------------------------------------------------------- 3. the veto
 def _is_padded(field: Tensor, dim: int, side: Side, lengths: Sequence[int]) -> bool:
     own = _lengths(field, dim, side)
-    return bool((own <= torch.tensor(lengths, device=own.device)).all()) or bool((field == field[:1]).all())
+    if bool((own <= torch.tensor(lengths, device=own.device)).all()):
+        return True
+    return len(set(lengths)) > 1 and bool((field == field[:1]).all())
