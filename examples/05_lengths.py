@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gradaccum as ga
 
 PADDING = 0
-MAX_CHARACTERS = 512  # of one micro-batch: rows times the longest
+MAX_CHARACTERS = 4 * 299  # rows times the longest of one micro-batch: as many as in 4 of the longest speeches
 
 Batch = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class CharacterModel(nn.Module):
 
 
 def num_characters(batch: Batch) -> Tensor:
-    return (batch["inputs"] != PADDING).sum(dim=1)
+    return (batch["targets"] != PADDING).sum(dim=1)
 
 
 def loss_fn(model: CharacterModel, batch: Batch) -> ga.Loss:
@@ -50,9 +50,7 @@ texts = (Path(__file__).parent / "data" / "speeches.txt").read_text(encoding="ut
 numbers = {character: i for i, character in enumerate(sorted(set("".join(texts))), start=1)}
 speeches = [torch.tensor([numbers[character] for character in text[:300]]) for text in texts]
 padded = nn.utils.rnn.pad_sequence(speeches, batch_first=True, padding_value=PADDING)
-# Each character, and the one that follows it; the last of a speech is followed by nothing, and is no input.
-inputs = padded[:, :-1].where(padded[:, 1:] != PADDING, PADDING)
-batch = {"inputs": inputs, "targets": padded[:, 1:]}
+batch = {"inputs": padded[:, :-1], "targets": padded[:, 1:]}  # each character, and the one that follows it
 
 model = CharacterModel(len(numbers) + 1)
 lengths_model, whole_batch_model = copy.deepcopy(model), copy.deepcopy(model)
@@ -66,7 +64,7 @@ start = time.perf_counter()
 train_step(batch)
 before = time.perf_counter() - start
 
-# After: speeches of like length, at most 512 characters at a time.
+# After: speeches of like length, on the same memory.
 optimizer = torch.optim.SGD(lengths_model.parameters(), lr=0.5)
 by_length = ga.split_by_cost(num_characters, MAX_CHARACTERS)
 train_step = ga.TrainStep(lengths_model, optimizer, loss_fn, split=by_length)
@@ -80,7 +78,7 @@ print(f"loss {float(update.loss):.4f} over {int(update.weight)} characters, {upd
 
 # The same on the whole batch, in plain torch.
 optimizer = torch.optim.SGD(whole_batch_model.parameters(), lr=0.5)
-nn.functional.cross_entropy(whole_batch_model(inputs), padded[:, 1:], ignore_index=PADDING).backward()
+nn.functional.cross_entropy(whole_batch_model(batch["inputs"]), batch["targets"], ignore_index=PADDING).backward()
 optimizer.step()
 
 exact = nn.utils.parameters_to_vector(whole_batch_model.parameters()).detach()

@@ -3,6 +3,8 @@
 Two names to learn: `Accumulator` for your own loop over micro-batches, `TrainStep` for whole batches in hand.
 """
 
+import typing as _typing
+
 from gradaccum.accumulator import Accumulator
 from gradaccum.errors import (
     BatchError,
@@ -23,12 +25,14 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
-from gradaccum.planning.make import plan
-from gradaccum.planning.plan import Plan
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.train_step import TrainStep
 from gradaccum.types import Job, Update
+
+if _typing.TYPE_CHECKING:
+    from gradaccum.planning.make import plan
+    from gradaccum.planning.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -59,3 +63,19 @@ __all__ = [
     "split_by_cost",
     "split_by_samples",
 ]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Tools are imported when they are first asked for: training does not wait for them."""
+    if name == "plan":
+        from gradaccum.planning.make import plan as found
+    elif name == "Plan":
+        from gradaccum.planning.plan import Plan as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

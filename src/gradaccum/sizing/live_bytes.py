@@ -1,9 +1,9 @@
 """How many bytes of tensors are alive: counted op by op, or asked of the allocator where there is one that counts.
 
 `LiveBytes` sees every operation below autograd and keeps a weak reference to each storage that an operation allocates.
-Storages, not tensors: views share theirs, and autograd's saved tensors, which Python never sees, hold on to theirs. torch
-keeps the Python object of a storage alive as long as the storage itself, so a weak reference to it ends when the memory
-is given back, in whatever thread that is. Fake tensors have storages of a size and no memory, and are counted alike.
+Storages, not tensors: views share theirs, and autograd's saved tensors, which Python never sees, hold on to theirs.
+torch keeps the Python object of a storage alive as long as the storage itself, so a weak reference to it ends when the
+memory is given back, in whatever thread that is. Fake tensors have storages with a size and no memory: counted alike.
 
 What is counted is what was allocated between two operations. Not counted: what an operation allocates and frees inside
 itself (a convolution's workspace), rounding and fragmentation by the allocator, memory that is not torch's (numpy's,
@@ -267,7 +267,7 @@ def _resizes_seen(resized: Callable[[UntypedStorage, int], None]) -> Iterator[No
         resized(storage, before)
         return result
 
-    UntypedStorage.resize_ = resize_
+    UntypedStorage.resize_ = resize_  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

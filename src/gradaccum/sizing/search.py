@@ -31,7 +31,6 @@ percent.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +79,7 @@ class SizeSearch:
     @property
     def seconds(self) -> dict[int, float]:
         """What a row takes in pieces of each size that was run."""
-        return {size: statistics.median(times[1:] or times) for size, times in self.times.items()}
+        return {size: _median(times[1:] or times) for size, times in self.times.items()}
 
     @property
     def wants_times(self) -> bool:
@@ -204,6 +203,12 @@ class SizeSearch:
         seconds = self.seconds
         if seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * seconds.get(sizes[-1], math.inf):
             self.fastest = max(self.fastest or 0, fits)
+
+
+def _median(times: Sequence[float]) -> float:
+    ascending = sorted(times)
+    middle = len(ascending) // 2
+    return (ascending[middle] + ascending[-1 - middle]) / 2
 
 
 def _length(elements: int) -> int:

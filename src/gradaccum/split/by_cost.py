@@ -21,10 +21,10 @@ from gradaccum.types import Rows, Split
 logger = logging.getLogger(__name__)
 
 # By default a piece counts as much as this part of the budget, in time, besides what it runs. A micro-batch is made so
-# large that a device is busy in it: at 95% of its throughput its fixed time is 1/20 of it. Measured on one CPU thread,
-# against micro-batches of 64 to 1,024 tokens: 27 tokens (23 M parameters) and 184 (0.1 M) for two transformers. It
-# need not be met: for lengths exp(4 + 0.8 z), 256 samples and a budget of 2,048, a plan made for 1/20 takes at most 4%
-# more time than the best one for any fixed time from 1/128 to 1/5 of the budget.
+# large that a device is busy in it: at 95% of its throughput its fixed time is 1/20 of it. Measured on one CPU thread
+# with micro-batches of 64 to 1,024 tokens: as much as 27 tokens (transformer of 23 M parameters), 184 (0.1 M), or 1,250
+# (a GRU, which is all steps). It need not be met: for lengths exp(4 + 0.8 z), 256 samples and a budget of 2,048, a plan
+# made for 1/20 takes at most 5% more time than the best one where the fixed time is 1/128 to 1/5 of the budget.
 PIECES_PER_BUDGET = 20
 
 
@@ -33,7 +33,7 @@ def split_by_cost(
 ) -> Split:
     """Packs samples of like cost into micro-batches, and trims the padding that all samples of one share.
 
-    A batch padded to its longest sample mostly runs padding: 7.2 tokens for each real one at log-normal lengths. Cut
+    A batch padded to its longest sample mostly runs padding: 7.5 tokens for each real one at log-normal lengths. Cut
     into pieces of like length, each padded to its own longest, it has the same gradient for 1.07. The pieces are those
     with the least
 
@@ -71,7 +71,7 @@ def split_by_cost(
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8], [9, 0, 0, 0], [5, 6, 7, 0]])}
-        >>> split = ga.split_by_cost(lambda batch: (batch["input_ids"] != 0).sum(1), 8)
+        >>> split = ga.split_by_cost(lambda batch: (batch["input_ids"] != 0).sum(1), 8, piece_cost=2)
         >>> pieces = split.plan(batch, split.largest(batch))
         >>> [split.cut(batch, rows)["input_ids"].tolist() for rows in pieces]
         [[[5, 6, 7, 8], [5, 6, 7, 0]], [[5, 6], [9, 0]]]
