@@ -43,9 +43,12 @@ def rows_or_none(batch: Any) -> int | None:
     if type(batch) is tuple or type(batch) is list:  # (x, y) is what most loops see; asked once a micro-batch
         count = None
         for leaf in batch:
-            if not isinstance(leaf, Tensor) or not leaf.dim() or (count is not None and leaf.size(0) != count):
+            if not isinstance(leaf, Tensor) or not leaf.dim():
                 break
-            count = leaf.size(0)
+            here = leaf.size(0)
+            if here != count and count is not None:
+                break
+            count = here
         else:
             return count
     first: int | None = None

@@ -113,17 +113,21 @@ class Normaliser:
         Returns:
             The root to run backward from and the gradient it starts with; None where it weighs nothing.
         """
-        weight = loss.weight
+        return self.seed_root(loss.root, loss.weight, is_mean=loss.is_mean, name=name)
+
+    def seed_root(
+        self, root: Tensor, weight: Weight | None, *, is_mean: bool, name: str = SINGLE
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same for what a `Loss` is made of."""
         if isinstance(weight, Tensor):
             weight = host_number(weight)
-        self._add(name, loss, weight)
+        self._add(name, root, weight, is_mean=is_mean)
         share: Number = 1.0
         if weight is not None:
-            if _is_nothing(weight, loss) or not loss.root.requires_grad:
+            if (is_mean and _is_nothing(weight)) or not root.requires_grad:
                 return None
-            expected = self._expected_total(name, weight, in_half=loss.root.dtype in _HALF)
-            share = (weight if loss.is_mean else 1.0) / expected
-        return loss.root, self._seeds.of(share, loss.root)
+            share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in _HALF)
+        return root, self._seeds.of(share, root)
 
     def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
         """The same for several terms; what weighs nothing is left out."""
@@ -185,7 +189,7 @@ class Normaliser:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""
         return {name: _mean(term.parts, term.weight) for name, term in self._terms.items()}
 
-    def _add(self, name: str, loss: Loss, weight: Number | None) -> None:
+    def _add(self, name: str, root: Tensor, weight: Number | None, *, is_mean: bool) -> None:
         term = self._terms.get(name)
         if term is None:
             if self._terms and SINGLE in (name, *self._terms):
@@ -204,7 +208,7 @@ class Normaliser:
         else:
             term.weight = term.weight + weight
         # Detached: no graph is kept alive by what is only reported.
-        term.parts.append((loss.root.detach(), weight if loss.is_mean and weight is not None else 1.0))
+        term.parts.append((root.detach(), weight if is_mean and weight is not None else 1.0))
 
     def _expected_total(self, name: str, weight: Number, *, in_half: bool) -> Number:
         if self._totals is not None:
@@ -271,14 +275,14 @@ def _is_same(one: Number | None, other: Number | None) -> bool:
     return one == other
 
 
-def _is_nothing(weight: Number, loss: Loss) -> bool:
-    """Whether the micro-batch adds nothing to this term.
+def _is_nothing(weight: Number) -> bool:
+    """Whether a mean is over nothing, and so adds nothing to its term.
 
-    A mean over nothing is 0 / 0, and a backward of it makes NaN however it is seeded, so it must not be run. For a
-    count on a device that is the one wait for the device. A sum over nothing is run: it is 0 by itself, or belongs to
-    the whole all the same (smoothed labels whose own classes have no weight).
+    It is 0 / 0, and a backward of it makes NaN however it is seeded, so it must not be run. For a count on a device
+    this is the one wait for the device. A sum over nothing is run: it is 0 by itself, or belongs to the whole all the
+    same (smoothed labels whose own classes have no weight).
     """
-    return loss.is_mean and not weight
+    return not weight
 
 
 def _mean(parts: list[tuple[Tensor, Number]], weight: Number | None) -> Tensor:

@@ -170,7 +170,10 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
-            if isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
+            if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
+                seeded = normaliser.seed_root(loss, samples, is_mean=True)  # as as_loss would
+                roots, seeds = ((), ()) if seeded is None else ((seeded[0],), (seeded[1],))
+            elif isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
                 seeded = normaliser.seed(as_loss(loss, samples, weights))
                 roots, seeds = ((), ()) if seeded is None else ((seeded[0],), (seeded[1],))
             else:
