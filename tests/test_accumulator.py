@@ -141,9 +141,7 @@ def test_a_schedule_that_gives_no_size(size: Any) -> None:
 
 def test_micro_batches_that_do_not_add_up_to_the_batch_size() -> None:
     model, _, accumulator = make(batch_size=8)
-    message = (
-        r"do not add up to batch_size=8: there were 5 samples, and the next micro-batch has 5\..*of 10 samples"
-    )
+    message = r"do not add up to batch_size=8: there were 5 samples, and the next micro-batch has 5\..*of 10 samples"
     with pytest.raises(ga.WindowError, match=message):
         train(accumulator, model, pairs(5, 5))
     assert_no_gradients(model)
@@ -331,3 +329,35 @@ def test_a_new_pass_ends_the_one_before() -> None:
         train(accumulator, model, pairs(1, 1))
     assert list(first) == []
     assert accumulator.samples == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def test_a_state_is_counted_on_from() -> None:
+    model, _, before = make(micro_batches=3)
+    train(before, model, pairs(2, 1, 2, 3))
+    state = before.state_dict()
+    assert state == {"updates": 2, "micro_batches": 4, "samples": 8}
+    model, _, after = make(micro_batches=2)
+    after.load_state_dict(state)
+    assert [update.index for update in train(after, model, pairs(5, 1))] == [3]
+    assert after.state_dict() == {"updates": 3, "micro_batches": 6, "samples": 14}
+
+
+def test_no_state_in_mid_window() -> None:
+    model, _, accumulator = make(micro_batches=3, tail="carry")
+    state = accumulator.state_dict()
+    train(accumulator, model, pairs(2, 3))
+    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches \(5 samples\).*Save right after"):
+        accumulator.state_dict()
+    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches.*Load before training"):
+        accumulator.load_state_dict(state)
+    accumulator.flush()
+    assert accumulator.state_dict()["updates"] == 1
+
+
+def test_a_state_that_is_none() -> None:
+    _, _, accumulator = make(micro_batches=3)
+    with pytest.raises(ga.StateError, match=r"no count of micro_batches, samples; .*holds updates, other"):
+        accumulator.load_state_dict({"updates": 1, "other": 2})

@@ -167,6 +167,14 @@ def test_only_the_own_models_get_gradients(use_reentrant: bool | None, uses: str
     assert accumulator.updates == 2
 
 
+def test_a_frozen_layer_before_another_model() -> None:
+    generator, judge = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)), Judge()
+    accumulator = accumulator_of(generator)
+    train(accumulator, micro_batches(2), lambda x: judge(generator(x)).mean())
+    assert accumulator.updates == 1
+    assert judge.layer.weight.grad is None
+
+
 def test_other_models_behind_a_reentrant_checkpoint_are_refused() -> None:
     generator, judge = nn.Linear(3, 3), Judge(use_reentrant=True)
     accumulator = accumulator_of(generator)

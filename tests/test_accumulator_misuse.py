@@ -229,6 +229,29 @@ def test_losses_that_cannot_be_accumulated(name: str) -> None:
     assert setup.accumulator.updates == 1, "the window was discarded, and the next one is whole"
 
 
+def test_an_error_that_the_loop_goes_on_after_has_discarded_its_window() -> None:
+    setup = Setup(micro_batches=2)
+    updates: list[ga.Update] = []
+    for x in setup.accumulator.over(stream(1, 2, 3, 4)):
+        try:
+            update = setup.accumulator.backward(setup.loss(x) if len(x) != 2 else setup.model(x))
+        except ga.LossError:
+            setup.assert_no_gradients()
+            continue
+        if update:
+            updates.append(update)
+    assert [update.samples for update in updates] == [7], "of the third and the fourth, not of the first and the third"
+
+
+def test_an_error_outside_of_a_pass_has_discarded_the_window() -> None:
+    setup = Setup(micro_batches=2)
+    setup.accumulator.backward(setup.loss(torch.ones(1, 3)))
+    with pytest.raises(ga.LossError, match="needs a scalar"):
+        setup.accumulator.backward(setup.model(torch.ones(2, 3)))
+    setup.assert_no_gradients()
+    assert setup.accumulator.flush() is None
+
+
 def test_a_model_frozen_altogether_while_training() -> None:
     setup = Setup()
     setup.model.requires_grad_(False)
@@ -352,34 +375,3 @@ def test_models_and_optimizers_that_do_not_belong_together() -> None:
         make(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ga.ParameterError, match=r"nothing to train: none of the 2 parameters"):
         make(model.requires_grad_(False), torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-# --------------------------------------------------------------------------------------------------------------- states
-
-
-def test_a_state_is_counted_on_from() -> None:
-    before, after = Setup(), Setup(micro_batches=2)
-    before.train(stream(2, 1, 2, 3))
-    state = before.accumulator.state_dict()
-    assert state == {"updates": 2, "micro_batches": 4, "samples": 8}
-    after.accumulator.load_state_dict(state)
-    after.train(stream(5, 1))
-    assert after.accumulator.state_dict() == {"updates": 3, "micro_batches": 6, "samples": 14}
-
-
-def test_no_state_in_mid_window() -> None:
-    setup = Setup(tail="carry")
-    state = setup.accumulator.state_dict()
-    setup.train(stream(2, 3))
-    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches \(5 samples\).*Save right after"):
-        setup.accumulator.state_dict()
-    with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches.*Load before training"):
-        setup.accumulator.load_state_dict(state)
-    setup.accumulator.flush()
-    assert setup.accumulator.state_dict()["updates"] == 1
-
-
-def test_a_state_that_is_none() -> None:
-    setup = Setup()
-    with pytest.raises(ga.StateError, match=r"no count of micro_batches, samples; .*holds updates, other"):
-        setup.accumulator.load_state_dict({"updates": 1, "other": 2})

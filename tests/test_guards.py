@@ -51,7 +51,7 @@ def test_one_or_many() -> None:
         (nn.Linear(1, 1).parameters(), "a generator"),
         ({"a": nn.Linear(1, 1)}, "a dict"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_model(given: Any, described: str) -> None:
     with pytest.raises(

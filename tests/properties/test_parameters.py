@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from oracle import ROWS, WAYS, Made, assert_same, assert_same_gradients, whole_batches
-from tasks import CLASSES, FEATURES, WORDS, Batch, make_batch
+from tasks import CLASSES, FEATURES, WORDS, Batch, make_batch, pieces
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 BATCHES = [make_batch(ROWS, seed=1), make_batch(ROWS, seed=2)]
@@ -299,7 +299,8 @@ def test_a_parameter_group_added_while_training_is_trained_from_then_on() -> Non
             model.third.bias.zero_()
         model.forward = lambda batch: model.third(type(model).forward(model, batch))
         optimizer.add_param_group({"params": model.third.parameters()})
-        step(BATCHES[1])
+        for batch in (BATCHES[1], *pieces(BATCHES[0], [9, 4])):  # smaller ones, whose sums are corrected at the end
+            step(batch)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     own, whole = make("used twice"), make("used twice")

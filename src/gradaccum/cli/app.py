@@ -66,3 +66,34 @@ def demo(
         if not plot.absolute().parent.is_dir():
             raise typer.BadParameter(f"{plot}: there is no folder {plot.parent}.", param_hint="--plot")
     raise typer.Exit(0 if run_demo(plot=plot) else 1)
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="path/to/file.py:function or package.module:function.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The budget: 24GiB, 24GB, 512MiB. Default: what the device has.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Count without running anything on a device.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="With --estimate: the device to estimate for, such as cuda.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the plan as a page.")] = None,
+) -> None:
+    """What fits: memory and throughput at each micro-batch size, and which one to take.
+
+    The function returns ga.Job(model, loss_fn, batch, optimizer=...). Model and optimizer are left as they were.
+
+    Exit status: 0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.
+    """
+    from gradaccum.cli.plan import run_plan
+    from gradaccum.report.html import template
+
+    if html is not None:  # before the work, not after it
+        template("The option --html")
+        if not html.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{html}: there is no folder {html.parent}.", param_hint="--html")
+    fits = run_plan(target, memory=memory, estimate=estimate, device=device, html=html)
+    raise typer.Exit(0 if fits else 1)

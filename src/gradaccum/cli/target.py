@@ -1,0 +1,107 @@
+"""What a command works on: a function of the user's, named on the command line, that returns a `Job`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gradaccum.errors import GradAccumError
+from gradaccum.types import Job
+
+_MOST_SHOWN = 8
+
+
+class TargetError(GradAccumError, ValueError):
+    """The target on the command line does not lead to a job."""
+
+
+def load_job(target: str) -> Job:
+    """Imports the module of a target and calls its function.
+
+    What the user's own code raises passes through, with its traceback.
+
+    Args:
+        target: ``path/to/file.py:function`` or ``package.module:function``. A file finds what lies beside it, a module
+            what lies in the working directory.
+
+    Raises:
+        TargetError: there is no such file, module or function, or it returns something else than a job.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise TargetError(
+            f"{target!r} does not name a function. Write path/to/file.py:function or package.module:function; the "
+            "function takes no arguments and returns ga.Job(model, loss_fn, batch)."
+        )
+    module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    function = _function(module, name, place)
+    job = function()
+    if not isinstance(job, Job):
+        raise TargetError(
+            f"{target} returned {type(job).__name__}, and has to return a job: ga.Job(model, loss_fn, batch, "
+            "optimizer=...)."
+        )
+    return job
+
+
+def _file(path: Path) -> ModuleType:
+    path = path.absolute()
+    if not path.is_file():
+        raise TargetError(f"There is no file {path}. The part of the target before the last colon is its path.")
+    _look_in(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "the suffix .py has a loader"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # dataclasses and pickle look modules up by their name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    finally:
+        if before is not None:  # a file may be called like a module that everybody uses
+            sys.modules[path.stem] = before
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    _look_in(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that the user's module imports
+        raise TargetError(
+            f"There is no module {error.name!r}, neither installed nor in {Path.cwd()}. For a file write its path with "
+            f".py: {name.replace('.', '/')}.py:function"
+        ) from error
+
+
+def _look_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = [key for key, value in functions if value.__module__ == module.__name__]
+        there = f"It has {', '.join(own[:_MOST_SHOWN])}." if own else "It has no functions."
+        raise TargetError(f"{place} has no function {name!r}. {there}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise TargetError(
+            f"{place}:{name} cannot be called without arguments ({error}), which is all that a command line can do. "
+            "Give its parameters defaults."
+        ) from error
+    return function

@@ -1,0 +1,88 @@
+"""Peaks of a model that is not run: forward and backward on fake tensors, counted as if they were real."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from gradaccum.planning.borrowed import borrowed
+from gradaccum.planning.cuda_kernels import AsOnCuda
+from gradaccum.planning.fakes import WithWorkspaces, fake_micro_batch, fake_mode, fake_of
+from gradaccum.planning.findings import Findings, first_that_runs, sizes_to_accumulate
+from gradaccum.planning.probe import Probe, Task
+from gradaccum.sizing.live_bytes import LiveBytes
+
+_CUDA_BLOCK_BYTES = 512
+_OFF_THE_LINE = 0.01  # by how much a size in the middle may be, for the line to be taken as straight
+_MOST_CORRECTIONS = 4
+
+
+def block_bytes(device: torch.device) -> int:
+    """What the device's allocator rounds every size up to."""
+    return _CUDA_BLOCK_BYTES if device.type == "cuda" else 1
+
+
+def is_cuda_elsewhere(task: Task) -> bool:
+    """Whether tensors of the CPU stand in for those of a CUDA device."""
+    return task.target.type == "cuda" and task.device.type == "cpu"
+
+
+def estimate(
+    task: Task, sizes: Sequence[int], *, optimizers: Sequence[Optimizer], spare: int | None = None, step_bytes: int = 0
+) -> Findings:
+    """Runs a few sizes on fake tensors, and all of them where memory turns out not to be affine in the size.
+
+    Args:
+        task: with the device to estimate for.
+        sizes: ascending, at most the batch's.
+        optimizers: see `borrowed`.
+        spare: bytes for all that `Findings` counts; sizes about which it decides are run as well.
+        step_bytes: see `Findings`.
+
+    Raises:
+        Exception: whatever the model raises when it is shown tensors without data.
+    """
+    found = Findings(task.batch_size, list(sizes), step_bytes)
+    mode = fake_mode()
+
+    def micro_batch(size: int) -> Any:
+        return fake_micro_batch(task.batch, size, mode=mode, device=task.device)
+
+    stand_in = functools.partial(fake_of, mode=mode, device=task.device)
+    kernels = AsOnCuda() if is_cuda_elsewhere(task) else nullcontext()
+    meter = LiveBytes(rounded_to=block_bytes(task.target))
+    with borrowed(task.models, optimizers, stand_in), mode, WithWorkspaces(), kernels, meter:
+        probe = Probe(task, micro_batch=micro_batch, meter=meter)
+        accumulated, note = first_that_runs(sizes_to_accumulate(sizes, task.batch_size), probe.warm_up)
+        if note:
+            found.without_a_single_sample(note)
+        found.take_note_of(probe)
+        _take_peaks(found, probe, accumulated)
+        for _ in range(_MOST_CORRECTIONS):
+            decisive = None if spare is None else found.curve().largest(spare, task.batch_size)
+            if decisive is None or decisive == task.batch_size or decisive in found.peaks:
+                break
+            found.peaks[decisive] = probe.peak(decisive, is_whole=False)
+    return found
+
+
+def _take_peaks(found: Findings, probe: Probe, accumulated: Sequence[int]) -> None:
+    # The second size rather than the first: a single sample can be a special case (nothing to broadcast).
+    first = accumulated[1 if len(accumulated) > 3 else 0]
+    last = max(found.batch_size, accumulated[-1])
+    for size in (first, last):
+        found.peaks[size] = probe.peak(size, is_whole=False)
+    between = [size for size in accumulated if size not in found.peaks]
+    if between:
+        middle = min(between, key=lambda size: abs(size - last / 2))
+        expected = found.curve().at(middle)
+        found.peaks[middle] = probe.peak(middle, is_whole=False)
+        if abs(found.peaks[middle] - expected) > _OFF_THE_LINE * found.peaks[middle]:
+            for size in accumulated:
+                found.peaks[size] = probe.peak(size, is_whole=False)
+    found.whole = probe.peak(found.batch_size, is_whole=True)

@@ -1,0 +1,136 @@
+"""What an optimizer holds and what its step takes, for any optimizer: a fake copy of it steps on fake parameters.
+
+State is made at the first step, so nothing can be asked of an optimizer that has not stepped; and a formula for each
+class would be wrong for the next one. The copy is torch's own deep copy, told beforehand what stands for each tensor.
+Where the step asks a tensor for its number (Adafactor and Adagrad do, for how often they have stepped), it is told 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradaccum import tree
+from gradaccum.planning.cuda_kernels import step_as_on_cuda
+from gradaccum.planning.fakes import can_be_faked, fake_mode, fake_of
+from gradaccum.sizing.live_bytes import LiveBytes, storages_of
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerMemory:
+    """Bytes of all optimizers together.
+
+    Attributes:
+        state: what stays between updates.
+        step: what a step needs besides, at most.
+        unknown: class names of optimizers whose step could not be run; they are counted as they are now.
+    """
+
+    state: int = 0
+    step: int = 0
+    unknown: tuple[str, ...] = ()
+
+
+def optimizer_memory(
+    optimizers: Sequence[Optimizer],
+    *,
+    device: torch.device | None = None,
+    as_on_cuda: bool = False,
+    rounded_to: int = 1,
+) -> OptimizerMemory:
+    """Counts state and temporaries of one step of each optimizer, which all parameters take part in.
+
+    Args:
+        optimizers: not touched, nor is their parameters' memory.
+        device: where parameters are taken to be; each where it is by default. Some optimizers run another kernel there.
+        as_on_cuda: whether the device stands in for a CUDA device.
+        rounded_to: see `LiveBytes`.
+    """
+    state, step, unknown = 0, 0, list[str]()
+    for optimizer in optimizers:
+        try:
+            state_of_one, step_of_one = _after_a_step(optimizer, device, as_on_cuda, rounded_to)
+        except Exception:  # noqa: BLE001  # a step that needs numbers, a closure, or a kernel that knows no fakes
+            state_of_one, step_of_one = _num_bytes(_tensors(optimizer.state)), 0
+            unknown.append(type(optimizer).__name__)
+        state += state_of_one
+        step = max(step, step_of_one)
+    return OptimizerMemory(state, step, tuple(unknown))
+
+
+def _after_a_step(
+    optimizer: Optimizer, device: torch.device | None, as_on_cuda: bool, rounded_to: int
+) -> tuple[int, int]:
+    mode = fake_mode()
+    fakes = _fakes(optimizer, mode, device)
+    parameters = [fakes[id(p)] for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    with mode:
+        clone = _copied(optimizer, fakes)
+        if as_on_cuda:
+            step_as_on_cuda(clone)
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        before = _num_bytes(_tensors(clone.state))
+        with torch.enable_grad(), _MadeUpNumbers(), LiveBytes(rounded_to=rounded_to) as live:
+            clone.step()
+    return before + live.current, live.peak - live.current
+
+
+class _MadeUpNumbers(TorchDispatchMode):
+    """Has a number for every fake tensor that is asked for it: what an optimizer allocates seldom depends on it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            dtype = args[0].dtype
+            return 1.0 if dtype.is_floating_point else dtype != torch.bool and 1
+
+
+def _fakes(optimizer: Optimizer, mode: FakeTensorMode, device: torch.device | None) -> dict[int, Tensor]:
+    """By the id of each tensor of the optimizer, parameters without their gradients, what stands for it."""
+    fakes: dict[int, Tensor] = {}
+    for tensor in _tensors([optimizer.param_groups, optimizer.state]):
+        where = tensor.device if device is None or tensor.dim() == 0 else device
+        if not can_be_faked(where):
+            raise NotImplementedError(f"this build of torch does not know the device {where}")
+        fakes[id(tensor)] = fake_of(tensor, mode=mode, device=where)
+    return fakes
+
+
+def _copied(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
+    """A copy on fake tensors, with none of the hooks.
+
+    torch copies what every optimizer has; what a class of its own adds is copied here. An attribute ``step`` is the
+    wrapper of a learning-rate schedule, which counts the calls.
+    """
+    memo: dict[int, Any] = dict(fakes)
+    clone: Optimizer = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():
+        if name not in vars(clone) and name != "step":
+            setattr(clone, name, copy.deepcopy(value, memo))
+    return clone
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists and dicts."""
+    if isinstance(value, dict):  # keys as well: an optimizer's state is by parameter, but has what belongs to it only
+        return [tensor for entry in value.values() for tensor in _tensors(entry)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for entry in value for tensor in _tensors(entry)]
+    return list(tree.tensors(value))
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    storages = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+    return sum(storage.nbytes() for storage in storages.values())
