@@ -38,7 +38,7 @@ def test_the_whole_batch_is_apart() -> None:
     curve = Curve.through({1: 110, 4: 140}, whole=(8, 150))
     assert [curve.at(n) for n in (1, 4, 7, 8, 10)] == [110, 140, 170, 150, 170]
     assert curve.largest(150, 8) == 8
-    assert curve.largest(149, 8) == 4
+    assert [curve.largest(memory, 8) for memory in (149, 140, 139, 110, 109)] == [4, 4, 3, 1, None]
     assert (curve.bytes_per_sample, curve.fixed_bytes) == (10, 100)
 
 

@@ -84,9 +84,35 @@ def test_a_budget_between_two_sizes(method: str) -> None:
         assert plan.row(16).seconds is None
 
 
+def test_a_bend_of_the_curve() -> None:
+    """Up to 25 samples something else is the peak. The size that a budget decides about is found near the bend."""
+
+    def loss_fn(model: Any, data: Any) -> Tensor:
+        torch.zeros(100_000)  # 400 kB, and gone
+        large = model(data[0]).expand(-1, 2_000) * 1.0  # 8 kB a sample, and as much in backward
+        return large.mean()
+
+    model, data = nn.Linear(8, 1), rows_of_8(64)
+    bend = planned(model, loss_fn, data, method="estimate").peak_bytes(2)
+    plan = planned(model, loss_fn, data, method="estimate", memory=bend + 4_000)
+    largest = plan.largest_micro_batch_size
+    assert largest is not None
+    assert 22 <= largest <= 26
+    assert largest == plan.micro_batch_size
+    one_piece = planned(model, loss_fn, data, method="estimate", micro_batch_sizes=[largest])
+    assert plan.row(largest).peak_bytes == one_piece.row(largest).peak_bytes
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_for_nothing(method: str) -> None:
-    plan = planned(method=method, memory=1000)
+    ran: list[int] = []
+
+    def loss_fn(model: Any, data: Any) -> Tensor:
+        ran.append(len(data[0]))
+        return classes_loss(model, data)
+
+    plan = planned(loss_fn=loss_fn, method=method, memory=1000)
+    assert method == "estimate" or max(ran) == 2  # two sizes tell that no other can be expected to fit
     assert plan.micro_batch_size is None
     assert plan.largest_micro_batch_size is None
     assert not any(row.fits for row in plan.rows)
@@ -117,9 +143,20 @@ def test_without_a_budget_an_estimate_has_none() -> None:
     assert "No budget was given" in plan.advice
 
 
-def test_without_a_budget_what_the_machine_has_left() -> None:
+def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
+
+    monkeypatch.setattr("gradaccum.planning.make._left_on", lambda device: 1000)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    assert planned(model, optimizer=optimizer, memory=None).memory == 1000 + own
+    classes_loss(model, rows_of_8()).backward()
+    optimizer.step()
+    assert (
+        planned(model, optimizer=optimizer, memory=None).memory == 1000 + 3 * own
+    )  # gradients and momenta are its own
 
 
 def test_every_kind_of_loss_and_batch() -> None:

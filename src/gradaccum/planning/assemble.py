@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradaccum.planning.curve import Curve
 from gradaccum.planning.estimate import block_bytes, is_cuda_elsewhere
 from gradaccum.planning.findings import Findings
-from gradaccum.planning.optimizer_memory import OptimizerMemory, optimizer_memory
+from gradaccum.planning.optimizer_memory import OptimizerMemory, optimizer_memory, tensors_of
 from gradaccum.planning.plan import Breakdown, Plan, Row
 from gradaccum.planning.probe import Task, num_bytes
 
@@ -62,6 +62,14 @@ def held_by(task: Task, optimizers: Sequence[Optimizer]) -> Held:
             optimizers, device=task.device, as_on_cuda=is_cuda_elsewhere(task), rounded_to=block_bytes(task.target)
         ),
     )
+
+
+def bytes_in_use(task: Task, optimizers: Sequence[Optimizer]) -> int:
+    """What models and optimizers have of the device now, gradients and state included: it is theirs in any budget."""
+    of_models = [tensor for model in task.models for tensor in [*model.parameters(), *model.buffers()]]
+    of_optimizers = [tensor for optimizer in optimizers for tensor in tensors_of(optimizer)]
+    gradients = [tensor.grad for tensor in [*of_models, *of_optimizers] if tensor.is_leaf and tensor.grad is not None]
+    return num_bytes(tensor for tensor in [*of_models, *of_optimizers, *gradients] if tensor.device == task.device)
 
 
 def assemble(

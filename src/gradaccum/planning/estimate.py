@@ -19,7 +19,8 @@ from gradaccum.sizing.live_bytes import LiveBytes
 
 _CUDA_BLOCK_BYTES = 512
 _OFF_THE_LINE = 0.01  # by how much a size in the middle may be, for the line to be taken as straight
-_MOST_CORRECTIONS = 4
+_AS_EXPECTED = 0.001
+_MOST_CORRECTIONS = 6
 
 
 def block_bytes(device: torch.device) -> int:
@@ -63,19 +64,15 @@ def estimate(
             found.without_a_single_sample(note)
         found.take_note_of(probe)
         _take_peaks(found, probe, accumulated)
-        for _ in range(_MOST_CORRECTIONS):
-            decisive = None if spare is None else found.curve().largest(spare, task.batch_size)
-            if decisive is None or decisive == task.batch_size or decisive in found.peaks:
-                break
-            found.peaks[decisive] = probe.peak(decisive, is_whole=False)
+        if spare is not None:
+            _correct_the_largest(found, probe, spare)
     return found
 
 
 def _take_peaks(found: Findings, probe: Probe, accumulated: Sequence[int]) -> None:
-    # The second size rather than the first: a single sample can be a special case (nothing to broadcast).
-    first = accumulated[1 if len(accumulated) > 3 else 0]
+    # The second size as well: a single sample can be a special case (nothing to broadcast), off everybody else's line.
     last = max(found.batch_size, accumulated[-1])
-    for size in (first, last):
+    for size in dict.fromkeys((*accumulated[:2], last)):
         found.peaks[size] = probe.peak(size, is_whole=False)
     between = [size for size in accumulated if size not in found.peaks]
     if between:
@@ -83,6 +80,22 @@ def _take_peaks(found: Findings, probe: Probe, accumulated: Sequence[int]) -> No
         expected = found.curve().at(middle)
         found.peaks[middle] = probe.peak(middle, is_whole=False)
         if abs(found.peaks[middle] - expected) > _OFF_THE_LINE * found.peaks[middle]:
-            for size in accumulated:
+            for size in between:
                 found.peaks[size] = probe.peak(size, is_whole=False)
     found.whole = probe.peak(found.batch_size, is_whole=True)
+
+
+def _correct_the_largest(found: Findings, probe: Probe, spare: int) -> None:
+    """Runs the largest size that fits, as far as is known, and others near it, until a size takes what was expected."""
+    for _ in range(_MOST_CORRECTIONS):
+        curve = found.curve()
+        size = curve.largest(spare, found.batch_size)
+        if size is None or size == found.batch_size:
+            return
+        if size in found.peaks:  # between it and the next one there may be a bend, and more that fits
+            size = (size + min(other for other in found.peaks if other > size)) // 2
+            if size in found.peaks:
+                return
+        found.peaks[size] = probe.peak(size, is_whole=False)
+        if abs(found.peaks[size] - curve.at(size)) <= _AS_EXPECTED * found.peaks[size]:
+            return

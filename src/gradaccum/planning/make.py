@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gradaccum import guards, tree
 from gradaccum.errors import BatchError, ParameterError, UnsupportedError, WindowError
-from gradaccum.planning.assemble import Asked, Held, assemble, held_by
+from gradaccum.planning.assemble import Asked, assemble, bytes_in_use, held_by
 from gradaccum.planning.estimate import estimate
 from gradaccum.planning.fakes import can_be_faked
 from gradaccum.planning.findings import default_sizes
@@ -137,7 +137,10 @@ def _estimated(task: Task, asked: Asked, *, notes: list[str]) -> Plan:
 
 def _measured(task: Task, asked: Asked, *, notes: list[str]) -> Plan:
     held = held_by(task, asked.optimizers)
-    memory = _left_on(task.device, held) if asked.memory is None else asked.memory
+    memory = asked.memory
+    if memory is None:
+        left = _left_on(task.device)
+        memory = None if left is None else left + bytes_in_use(task, asked.optimizers)
     spare = None if memory is None else memory - held.bytes
     found = measure(
         task, asked.sizes, optimizers=asked.optimizers, spare=spare,
@@ -160,21 +163,21 @@ def _measured(task: Task, asked: Asked, *, notes: list[str]) -> Plan:
     return assemble(task, asked, found, held, memory=memory, method=MEASURE, notes=notes)
 
 
-def _left_on(device: torch.device, held: Held) -> int | None:
-    """What this training could use of a device: what is free, and what it has of it already."""
+def _left_on(device: torch.device) -> int | None:
+    """What this process could still use of a device; None where nobody tells."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         cap = round(total * torch.cuda.get_per_process_memory_fraction(device))
         allocated = torch.cuda.memory_allocated(device)
         usable = min(free + torch.cuda.memory_reserved(device), cap) - allocated
-        return round(_USABLE * usable) + held.parameters + held.buffers
+        return round(_USABLE * usable)
     if device.type == "cpu":
         try:
             with open("/proc/meminfo", encoding="ascii") as lines:
                 kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         except (OSError, StopIteration, ValueError):  # not Linux
             return None
-        return kibibytes * 1024 + held.parameters + held.buffers
+        return kibibytes * 1024
     return None
 
 

@@ -66,6 +66,11 @@ def optimizer_memory(
     return OptimizerMemory(state, step, tuple(unknown))
 
 
+def tensors_of(optimizer: Optimizer) -> list[Tensor]:
+    """Its parameters and its state as it is now."""
+    return _tensors([optimizer.param_groups, optimizer.state])
+
+
 def _after_a_step(
     optimizer: Optimizer, device: torch.device | None, as_on_cuda: bool, rounded_to: int
 ) -> tuple[int, int]:
@@ -100,7 +105,7 @@ class _MadeUpNumbers(TorchDispatchMode):
 def _fakes(optimizer: Optimizer, mode: FakeTensorMode, device: torch.device | None) -> dict[int, Tensor]:
     """By the id of each tensor of the optimizer, parameters without their gradients, what stands for it."""
     fakes: dict[int, Tensor] = {}
-    for tensor in _tensors([optimizer.param_groups, optimizer.state]):
+    for tensor in tensors_of(optimizer):
         where = tensor.device if device is None or tensor.dim() == 0 else device
         if not can_be_faked(where):
             raise NotImplementedError(f"this build of torch does not know the device {where}")
