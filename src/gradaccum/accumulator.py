@@ -23,8 +23,9 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
-from gradaccum.runners.accumulation import Accumulation, WeightsFunction, add_weights, logger, weights_by_name
+from gradaccum.runners.accumulation import Accumulation, logger
 from gradaccum.runners.looking_ahead import END, FAILED, Follower, LookingAhead
+from gradaccum.runners.weights import WeightsFunction, add_weights, weights_by_name
 from gradaccum.types import Update
 from gradaccum.window_size import Schedule, WindowSize
 
@@ -122,17 +123,17 @@ class Accumulator:
     @property
     def updates(self) -> int:
         """Updates so far, skipped ones too."""
-        return self._accumulation.updates
+        return self._accumulation.counters.updates
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches that went into updates so far."""
-        return self._accumulation.micro_batches
+        return self._accumulation.counters.micro_batches
 
     @property
     def samples(self) -> int:
         """Samples that went into updates so far."""
-        return self._accumulation.samples
+        return self._accumulation.counters.samples
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.

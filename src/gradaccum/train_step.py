@@ -13,8 +13,10 @@ from gradaccum import guards
 from gradaccum.errors import WindowError
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
-from gradaccum.runners import plain
-from gradaccum.runners.accumulation import Accumulation, WeightsFunction, weights_by_name
+from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.plain import Plain
+from gradaccum.runners.runner import Runner
+from gradaccum.runners.weights import WeightsFunction, weights_by_name
 from gradaccum.sizing.fitting import Fitting, num_rows
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.types import Rows, Split, Update
@@ -85,11 +87,12 @@ class TrainStep:
                 f"loss_fn is a {type(loss_fn).__name__}, and is called for every micro-batch. Pass a function "
                 "loss_fn(model, micro_batch) that returns the loss."
             )
-        self._model = model
-        self._loss_fn = loss_fn
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         self._split = split_by_samples() if split is None else split
         self._weights = weights
+        self._runner: Runner = Plain(
+            loss_of=lambda micro_batch: loss_fn(model, micro_batch), split=self._split, weights=weights
+        )
         self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
         self._fitting = Fitting(self._split, self._accumulation) if micro_batch_size == "auto" else None
         total = progress if not isinstance(progress, bool) else None
@@ -98,17 +101,17 @@ class TrainStep:
     @property
     def updates(self) -> int:
         """Updates so far, skipped ones too."""
-        return self._accumulation.updates
+        return self._accumulation.counters.updates
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches that went into updates so far."""
-        return self._accumulation.micro_batches
+        return self._accumulation.counters.micro_batches
 
     @property
     def samples(self) -> int:
         """Samples that went into updates so far."""
-        return self._accumulation.samples
+        return self._accumulation.counters.samples
 
     def __call__(self, batch: Any) -> Update:
         """One update from one whole batch.
@@ -218,16 +221,7 @@ class TrainStep:
                 self._bar.inside(done, len(sizes))
 
         try:
-            plain.run(
-                accumulation,
-                lambda micro_batch: self._loss_fn(self._model, micro_batch),
-                batch,
-                pieces,
-                split=self._split,
-                weights=self._weights,
-                device=accumulation.device(),
-                ran=has_run,
-            )
+            self._runner.run(accumulation, batch, pieces, ran=has_run)
         except BaseException:
             accumulation.discard()
             raise

@@ -12,7 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD
 
 import gradaccum as ga
-from gradaccum.runners.accumulation import Accumulation, add_weights, weights_by_name
+from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.weights import add_weights, weights_by_name
 
 FP64 = 1e-12
 
@@ -82,7 +83,8 @@ def test_counters_and_the_window_so_far() -> None:
         assert accumulation.is_open
         assert (accumulation.open_micro_batches, accumulation.open_samples) == (2, 6)
         assert accumulation.close().index == index
-    assert (accumulation.updates, accumulation.micro_batches, accumulation.samples) == (2, 4, 12)
+    counters = accumulation.counters
+    assert (counters.updates, counters.micro_batches, counters.samples) == (2, 4, 12)
 
 
 def test_rows_that_cannot_be_seen() -> None:
@@ -92,7 +94,7 @@ def test_rows_that_cannot_be_seen() -> None:
         accumulation.add(ga.Loss.mean(mean(model, data(4)[0]), over=4), samples=samples)
     update = accumulation.close()
     assert (update.samples, update.micro_batch_size, update.micro_batches) == (None, None, 2)
-    assert accumulation.samples == 4
+    assert accumulation.counters.samples == 4
 
 
 def test_a_micro_batch_heavier_than_the_whole_was_expected_to_be() -> None:
@@ -210,7 +212,7 @@ def test_a_window_that_weighs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert update.loss.isnan()
     assert torch.equal(model.weight, before)
     assert "update 1 was skipped: the weight of its batch is 0" in caplog.text
-    assert accumulation.updates == 1, "the index counts on"
+    assert accumulation.counters.updates == 1, "the index counts on"
 
 
 def test_a_gradient_that_is_not_finite(caplog: pytest.LogCaptureFixture) -> None:
@@ -305,7 +307,7 @@ def test_closed_into_grad(scaled: bool) -> None:
     torch.testing.assert_close(loss.value, mean(model, torch.cat(batches)).detach(), rtol=FP64, atol=FP64)
     assert (loss.weight, loss.is_mean) == (5, True)
     assert not loss.root.requires_grad
-    assert accumulation.updates == 0
+    assert accumulation.counters.updates == 0
     assert not accumulation.is_open
 
 

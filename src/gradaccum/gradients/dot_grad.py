@@ -89,16 +89,16 @@ class DotGrad:
         if foreign:  # and from now on: later losses may go through it again
             self._only_own = self.parameters
 
-    def add(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
-        """Runs the backward of one micro-batch, started with ``seeds``.
+    def add(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...], *, also: Sequence[Tensor] = ()) -> None:
+        """Runs the backward of one micro-batch, started with ``seeds``; leaves in ``also`` get gradients too.
 
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
         """
         self._check_untouched()
-        inputs: tuple[nn.Parameter, ...] = ()
+        inputs: tuple[Tensor, ...] = ()
         if self._only_own is not None:
-            inputs = tuple(parameter for parameter in self._only_own if parameter.requires_grad)
+            inputs = (*(parameter for parameter in self._only_own if parameter.requires_grad), *also)
             if not inputs:  # which the engine would read as "all leaves"
                 return
         # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take as

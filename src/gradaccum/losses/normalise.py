@@ -23,7 +23,7 @@ Counts on the host are Python numbers here. Counts on a device stay there: no ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -141,6 +141,15 @@ class Normaliser:
             _require_one_weight(losses)
         found = [self.seed(loss, name) for name, loss in losses.items()]
         return [one for one in found if one is not None]
+
+    def expect_all_of(self, micro_losses: Sequence[Mapping[str, Loss]]) -> None:
+        """Takes the totals from all losses of the window, which are at hand before the first backward."""
+        totals: dict[str, Number] = {}
+        for losses in micro_losses:
+            for name, loss in losses.items():
+                if loss.weight is not None:
+                    totals[name] = totals.get(name, 0) + host_number(loss.weight)
+        self._totals = totals
 
     @property
     def correction(self) -> Number | None:

@@ -18,26 +18,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards
-from gradaccum.errors import LossError, StateError
+from gradaccum.errors import LossError
 from gradaccum.gradients.dot_grad import DotGrad
-from gradaccum.losses.loss import Loss, Weight, checked_weight
+from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
-from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds, host_number
+from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds
 from gradaccum.losses.terms import as_loss, as_terms
 from gradaccum.progress import plan_line
+from gradaccum.runners.counters import Counters
 from gradaccum.types import Update
 from gradaccum.update import Updater
 
 logger = logging.getLogger("gradaccum")
-
-WeightsFunction = Callable[[Any], Mapping[str, Weight] | Weight]
-"""From a batch, or a micro-batch, to what the means of its loss are taken over."""
-
-
-def weights_by_name(weights: Mapping[str, Weight] | Weight) -> dict[str, Weight]:
-    """What a `WeightsFunction` returned, a single loss's count under `SINGLE`."""
-    named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
-    return {name: checked_weight(weight, name="weights=") for name, weight in named.items()}
 
 
 class Accumulation:
@@ -51,9 +43,7 @@ class Accumulation:
         scaler: see `Updater`.
 
     Attributes:
-        updates: windows closed so far, skipped ones too.
-        micro_batches: micro-batches that went into updates so far.
-        samples: rows that went into updates so far.
+        counters: what went into updates so far.
     """
 
     def __init__(
@@ -80,9 +70,7 @@ class Accumulation:
         self._last_total = 0.0
         self._has_told = self._has_told_of_split = False
         self._sizes: list[int | None] = []
-        self.updates = 0
-        self.micro_batches = 0
-        self.samples = 0
+        self.counters = Counters()
 
     @property
     def is_open(self) -> bool:
@@ -191,6 +179,48 @@ class Accumulation:
         self._sizes.append(samples)
         self._known_samples += samples or 0
 
+    def add_together(
+        self, losses: Sequence[tuple[Any, int, Mapping[str, Weight] | None]], *, also: Sequence[Tensor] = ()
+    ) -> None:
+        """Runs one backward over several losses of one window, all of its losses: their totals are known by now.
+
+        Counts no micro-batches, since who has all losses at once knows better what ran.
+
+        Args:
+            losses: each a `Loss`, a 0-d tensor or a dict of these; the rows it is over; and what its plain tensors are
+                means over, where the user has said so.
+            also: leaves besides the parameters whose gradients are wanted.
+        """
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before anything is added to it"
+        try:
+            terms = [
+                as_terms(loss, samples, weights)
+                if isinstance(loss, Mapping)
+                else {SINGLE: as_loss(loss, samples, weights)}
+                for loss, samples, weights in losses
+            ]
+            normaliser.expect_all_of(terms)
+            seeded = [one for several in terms for one in normaliser.seeds(several)]
+            if seeded:
+                roots, seeds = zip(*seeded, strict=True)
+                self._run_backward(normaliser, roots, seeds, also=also)
+        except BaseException:
+            self.discard()
+            raise
+
+    def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Runs the backward of outputs whose gradients are known, as they are: seeded and scaled already."""
+        if outputs:
+            if self._looks_for_foreign:
+                self._gradients.look_for_foreign_leaves(outputs)
+            self._gradients.add(tuple(outputs), tuple(gradients))
+
+    def count(self, samples: int | None) -> None:
+        """Counts a micro-batch that went into the window."""
+        self._sizes.append(samples)
+        self._known_samples += samples or 0
+
     def close(self) -> Update:
         """The update from what has been added."""
         try:
@@ -208,7 +238,8 @@ class Accumulation:
         if normaliser.is_empty:
             skipped: bool | Tensor = True
             logger.warning(
-                "update %d was skipped: the weight of its batch is 0, there is nothing to learn from", self.updates + 1
+                "update %d was skipped: the weight of its batch is 0, there is nothing to learn from",
+                self.counters.updates + 1,
             )
         elif not parameters:
             raise self._no_gradient()
@@ -216,7 +247,7 @@ class Accumulation:
             applied = self._updater.apply(parameters, normaliser.correction)
             grad_norm, skipped = applied.grad_norm, applied.skipped
             if skipped is True:
-                logger.warning("update %d was skipped: its gradient is not finite", self.updates + 1)
+                logger.warning("update %d was skipped: its gradient is not finite", self.counters.updates + 1)
         return self._finish(normaliser, grad_norm, skipped)
 
     def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
@@ -246,39 +277,12 @@ class Accumulation:
         return lost
 
     def state_dict(self) -> dict[str, int]:
-        """The counters.
-
-        Raises:
-            StateError: a window is open, whose gradients would be lost.
-        """
-        if self.open_micro_batches:
-            raise StateError(
-                f"A window is open, with {self.open_micro_batches} micro-batches ({self.open_samples} samples) added "
-                "up and not applied; a state saved now would lose their gradients. Save right after an update."
-            )
-        return {"updates": self.updates, "micro_batches": self.micro_batches, "samples": self.samples}
+        """The counters; refused while a window is open."""
+        return self.counters.state_dict(open_micro_batches=self.open_micro_batches, open_samples=self.open_samples)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on counting from a state.
-
-        Raises:
-            StateError: it is not one, or a window is open.
-        """
-        if self.open_micro_batches:
-            raise StateError(
-                f"A window is open, with {self.open_micro_batches} micro-batches added up; loading would mix them into "
-                "the first update of another run. Load before training starts."
-            )
-        names = ("updates", "micro_batches", "samples")
-        held = state if isinstance(state, Mapping) else {}
-        missing = [name for name in names if type(held.get(name)) is not int or held[name] < 0]
-        if missing:
-            raise StateError(
-                f"The state has no count of {', '.join(missing)}; it is a {type(state).__name__} that holds "
-                f"{', '.join(map(str, held)) or 'none of them'}. Load what state_dict() of an Accumulator or a "
-                "TrainStep returned."
-            )
-        self.updates, self.micro_batches, self.samples = (state[name] for name in names)
+        """Goes on counting from a state; refused while a window is open."""
+        self.counters.load_state_dict(state, open_micro_batches=self.open_micro_batches)
 
     def set_aside(self) -> list[Tensor | None]:
         """Takes gradients that are there away, for `close_into_grad` to put back."""
@@ -291,9 +295,10 @@ class Accumulation:
     def _finish(self, normaliser: Normaliser, grad_norm: Tensor | None, skipped: bool | Tensor) -> Update:
         sizes = self._sizes
         is_known = None not in sizes
-        self.updates += 1
-        self.micro_batches += len(sizes)
-        self.samples += self._known_samples
+        counters = self.counters
+        counters.updates += 1
+        counters.micro_batches += len(sizes)
+        counters.samples += self._known_samples
         weight = normaliser.weight
         self._last_total = weight if isinstance(weight, (int, float)) else 0.0
         means: dict[str, Tensor] = {}
@@ -309,7 +314,7 @@ class Accumulation:
             "skipped": lambda: bool(skipped),
         }
         update = Update(
-            index=self.updates,
+            index=counters.updates,
             weight=weight,
             grad_norm=grad_norm,
             samples=self._known_samples if is_known else None,
@@ -325,7 +330,14 @@ class Accumulation:
         self._looks_for_foreign = False
         return update
 
-    def _run_backward(self, normaliser: Normaliser, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...]) -> None:
+    def _run_backward(
+        self,
+        normaliser: Normaliser,
+        roots: tuple[Tensor, ...],
+        seeds: tuple[Tensor, ...],
+        *,
+        also: Sequence[Tensor] = (),
+    ) -> None:
         scaler = self._updater.loss_scale
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
@@ -334,7 +346,7 @@ class Accumulation:
         rescale = normaliser.take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        self._gradients.add(roots, seeds)
+        self._gradients.add(roots, seeds, also=also)
 
     def _check_means(self, loss: Any, samples: int, weights: Mapping[str, Weight]) -> None:
         """Plain tensors are taken as means over samples: that they were."""
@@ -374,9 +386,3 @@ class Accumulation:
 def _sum_of(means: Mapping[str, Tensor]) -> Tensor:
     values = list(means.values())
     return values[0] if len(values) == 1 else torch.stack(values).sum()
-
-
-def add_weights(so_far: Mapping[str, Weight], more: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Counts by name, added up."""
-    names = list(so_far) + [name for name in more if name not in so_far]
-    return {name: host_number(so_far.get(name, 0)) + host_number(more.get(name, 0)) for name in names}

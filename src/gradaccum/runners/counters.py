@@ -1,0 +1,59 @@
+"""What training counts across windows, and saves: updates, micro-batches and samples, never "steps"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gradaccum.errors import StateError
+
+_NAMES = ("updates", "micro_batches", "samples")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts of everything that went into updates so far.
+
+    Attributes:
+        updates: windows closed, skipped ones too.
+        micro_batches: in these windows.
+        samples: rows in these windows, as far as they could be seen.
+    """
+
+    updates: int = 0
+    micro_batches: int = 0
+    samples: int = 0
+
+    def state_dict(self, *, open_micro_batches: int, open_samples: int) -> dict[str, int]:
+        """The counts.
+
+        Raises:
+            StateError: a window is open, whose gradients would be lost.
+        """
+        if open_micro_batches:
+            raise StateError(
+                f"A window is open, with {open_micro_batches} micro-batches ({open_samples} samples) added "
+                "up and not applied; a state saved now would lose their gradients. Save right after an update."
+            )
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def load_state_dict(self, state: Mapping[str, int], *, open_micro_batches: int) -> None:
+        """Goes on counting from a state.
+
+        Raises:
+            StateError: it is not one, or a window is open.
+        """
+        if open_micro_batches:
+            raise StateError(
+                f"A window is open, with {open_micro_batches} micro-batches added up; loading would mix them into "
+                "the first update of another run. Load before training starts."
+            )
+        held = state if isinstance(state, Mapping) else {}
+        missing = [name for name in _NAMES if type(held.get(name)) is not int or held[name] < 0]
+        if missing:
+            raise StateError(
+                f"The state has no count of {', '.join(missing)}; it is a {type(state).__name__} that holds "
+                f"{', '.join(map(str, held)) or 'none of them'}. Load what state_dict() of an Accumulator or a "
+                "TrainStep returned."
+            )
+        self.updates, self.micro_batches, self.samples = (state[name] for name in _NAMES)
