@@ -21,7 +21,7 @@ from _common import write_results
 from torch import nn
 
 import gradaccum as ga
-from gradaccum.sizing.live_bytes import measured_peak
+from gradaccum.memory.live_bytes import measured_peak
 
 MICRO_BATCH = 8
 TIMES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]

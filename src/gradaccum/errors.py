@@ -8,6 +8,7 @@
     ├── WindowError (ValueError)         sizes that make no window: below 1, larger than an epoch, not adding up
     ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train
     ├── MisuseError (RuntimeError)       something was called by hand that would break the window
+    ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
     ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory
     ├── StateError (ValueError)          a state that cannot be saved or loaded
     ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
@@ -51,6 +52,10 @@ class ParameterError(GradAccumError, ValueError):
 
 class MisuseError(GradAccumError, RuntimeError):
     """A call by hand that would change the gradient of an open window."""
+
+
+class ReplayError(GradAccumError, RuntimeError):
+    """A forward that had to be run twice gave other outputs the second time."""
 
 
 class DoesNotFitError(GradAccumError, MemoryError):

@@ -14,8 +14,7 @@ from gradaccum.errors import WindowError
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
-from gradaccum.runners.plain import Plain
-from gradaccum.runners.runner import Runner
+from gradaccum.runners.choose import Combine, choose_runner
 from gradaccum.runners.weights import WeightsFunction, weights_by_name
 from gradaccum.sizing.fitting import Fitting, num_rows
 from gradaccum.split.by_samples import split_by_samples
@@ -39,6 +38,16 @@ class TrainStep:
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
             random numbers from a stream of its own, so that what follows does not depend on how it was cut.
         split: how a batch is cut; `split_by_samples` by default.
+        forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
+            Dice over the batch): ``forward(model, micro_batch)`` returns the outputs, any nesting of tensors whose
+            index 0 is the sample.
+        batch_loss: ``batch_loss(outputs, batch)`` returns the loss of the whole batch, of whose size no micro-batch
+            need be. ``outputs`` are detached from the model and in the batch's order, ``batch`` is on the model's
+            device. An ``nn.Module`` may own parameters, a temperature say; they belong into the optimizer.
+        combine: "sum" where outputs are statistics that add up over samples, of any shape: they are summed instead of
+            concatenated, and take the memory of one.
+        kept_graphs: of how many micro-batches the graph is kept from the forward that ``batch_loss`` needs to the
+            backward; the others are run forward twice, with the same random numbers. None for as many as fit.
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
@@ -50,6 +59,7 @@ class TrainStep:
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
         WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1.
+        LossError: it is not said what the loss is, or said twice.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -67,10 +77,14 @@ class TrainStep:
         self,
         model: nn.Module | Sequence[nn.Module],
         optimizer: Optimizer | Sequence[Optimizer],
-        loss_fn: Callable[[Any, Any], Any],
+        loss_fn: Callable[[Any, Any], Any] | None = None,
         *,
         micro_batch_size: int | Literal["auto"] = "auto",
         split: Split | None = None,
+        forward: Callable[[Any, Any], Any] | None = None,
+        batch_loss: Callable[[Any, Any], Any] | None = None,
+        combine: Combine = "concat",
+        kept_graphs: int | None = None,
         weights: WeightsFunction | None = None,
         clip_norm: float | None = None,
         scheduler: Any = None,
@@ -82,19 +96,27 @@ class TrainStep:
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
-        if not callable(loss_fn):
-            raise WindowError(
-                f"loss_fn is a {type(loss_fn).__name__}, and is called for every micro-batch. Pass a function "
-                "loss_fn(model, micro_batch) that returns the loss."
-            )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         self._split = split_by_samples() if split is None else split
         self._weights = weights
-        self._runner: Runner = Plain(
-            loss_of=lambda micro_batch: loss_fn(model, micro_batch), split=self._split, weights=weights
+        models = guards.as_sequence(model, nn.Module, name="model")
+        if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
+            models.append(batch_loss)
+        self._accumulation = Accumulation(models, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        self._runner = choose_runner(
+            model,
+            models,
+            loss_fn=loss_fn,
+            forward=forward,
+            batch_loss=batch_loss,
+            combine=combine,
+            kept_graphs=kept_graphs,
+            split=self._split,
+            weights=weights,
         )
-        self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
-        self._fitting = Fitting(self._split, self._accumulation) if micro_batch_size == "auto" else None
+        self._fitting: Fitting | None = None
+        if micro_batch_size == "auto":
+            self._fitting = Fitting(self._split, self._accumulation, by_time=batch_loss is None)
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 

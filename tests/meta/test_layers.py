@@ -14,7 +14,10 @@ MAX_LINES = 400
 # From the ground up. A room is a file or a folder directly under the package.
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("words", frozenset({"errors", "types", "tree"})),
-    ("stages", frozenset({"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size"})),
+    (
+        "stages",
+        frozenset({"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size", "memory"}),
+    ),
     ("runners", frozenset({"runners", "sizing"})),
     ("pipeline", frozenset({"accumulator", "train_step"})),
     ("tools", frozenset({"audit", "planning", "noise"})),

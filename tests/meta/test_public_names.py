@@ -21,7 +21,7 @@ PUBLIC = {
     "GradAccumError", "LossError", "MeanError", "UnknownLossError", "BatchError", "WindowError", "ParameterError",
     "MisuseError", "StateError", "UnsupportedError", "MissingExtraError",
     # warnings
-    "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", "DoesNotFitError",
+    "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", "DoesNotFitError", "ReplayError",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import gradaccum as ga
 from architectures import ARCHITECTURES, OPTIMIZERS, Architecture
 from gradaccum import tree
-from gradaccum.sizing.live_bytes import LiveBytes
+from gradaccum.memory.live_bytes import LiveBytes
 
 ROWS = 24
 SIZES = (2, 8, 24)  # of equal pieces: a batch is cut evenly, whatever size is asked for

@@ -147,7 +147,7 @@ def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPa
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
 
-    monkeypatch.setattr("gradaccum.planning.make._left_on", lambda device: 1000)
+    monkeypatch.setattr("gradaccum.planning.make.available_bytes", lambda device: 1000)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     own = sum(parameter.nbytes for parameter in model.parameters())

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gradaccum.memory.live_bytes import LiveBytes
 from gradaccum.planning.optimizer_memory import OptimizerMemory, optimizer_memory
-from gradaccum.sizing.live_bytes import LiveBytes
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 

@@ -734,7 +734,7 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
     where: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor where someone keeps the errors, as tools that report them do."""
-    monkeypatch.setattr("gradaccum.sizing.out_of_memory.gc.collect", lambda: 0)  # it must not be needed
+    monkeypatch.setattr("gradaccum.memory.out_of_memory.gc.collect", lambda: 0)  # it must not be needed
     made: list[weakref.ref[Any]] = []
     alive: list[list[bool]] = []
 

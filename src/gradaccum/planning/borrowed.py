@@ -24,8 +24,8 @@ from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum.sizing.live_bytes import storages_of
-from gradaccum.sizing.snapshot import RandomState
+from gradaccum.memory.live_bytes import storages_of
+from gradaccum.runners.snapshot import RandomState
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 # Buffers up to here are copied: the kernels of BatchNorm write theirs without saying so. Larger ones (a quantised

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from gradaccum.memory.live_bytes import LiveBytes
 from gradaccum.planning.borrowed import borrowed
 from gradaccum.planning.cuda_kernels import AsOnCuda
 from gradaccum.planning.fakes import WithWorkspaces, fake_micro_batch, fake_mode, fake_of
 from gradaccum.planning.findings import Findings, first_that_runs, sizes_to_accumulate
 from gradaccum.planning.probe import Probe, Task
-from gradaccum.sizing.live_bytes import LiveBytes
 
 _CUDA_BLOCK_BYTES = 512
 _OFF_THE_LINE = 0.01  # by how much a size in the middle may be, for the line to be taken as straight

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gradaccum.memory.out_of_memory import is_out_of_memory
 from gradaccum.planning.curve import Curve
 from gradaccum.planning.probe import Probe
-from gradaccum.sizing.out_of_memory import is_out_of_memory
 
 _MOST_SIZES = 12
 

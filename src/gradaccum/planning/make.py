@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradaccum import guards, tree
 from gradaccum.errors import BatchError, ParameterError, UnsupportedError, WindowError
+from gradaccum.memory.available import available_bytes
 from gradaccum.planning.assemble import Asked, assemble, bytes_in_use, held_by
 from gradaccum.planning.estimate import estimate
 from gradaccum.planning.fakes import can_be_faked
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 MEASURE, ESTIMATE = "measure", "estimate"
 # Of what a CUDA device has free: what cannot be had in one piece stays out of a budget that nobody gave.
-_USABLE = 0.95
 
 
 def plan(
@@ -139,7 +139,7 @@ def _measured(task: Task, asked: Asked, *, notes: list[str]) -> Plan:
     held = held_by(task, asked.optimizers)
     memory = asked.memory
     if memory is None:
-        left = _left_on(task.device)
+        left = available_bytes(task.device)
         memory = None if left is None else left + bytes_in_use(task, asked.optimizers)
     spare = None if memory is None else memory - held.bytes
     found = measure(
@@ -161,24 +161,6 @@ def _measured(task: Task, asked: Asked, *, notes: list[str]) -> Plan:
         found.gradient_bytes = found.gradient_bytes or estimated.gradient_bytes
         notes.append(f"Micro-batches of {min(found.failed)} ran out of memory; peaks above that are estimated.")
     return assemble(task, asked, found, held, memory=memory, method=MEASURE, notes=notes)
-
-
-def _left_on(device: torch.device) -> int | None:
-    """What this process could still use of a device; None where nobody tells."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        cap = round(total * torch.cuda.get_per_process_memory_fraction(device))
-        allocated = torch.cuda.memory_allocated(device)
-        usable = min(free + torch.cuda.memory_reserved(device), cap) - allocated
-        return round(_USABLE * usable)
-    if device.type == "cpu":
-        try:
-            with open("/proc/meminfo", encoding="ascii") as lines:
-                kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration, ValueError):  # not Linux
-            return None
-        return kibibytes * 1024
-    return None
 
 
 def _elsewhere(task: Task, device: str | torch.device | None) -> tuple[Task, list[str]]:

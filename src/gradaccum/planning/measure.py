@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradaccum import tree
+from gradaccum.memory.live_bytes import measured_peak
+from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.planning.borrowed import SavedBeforeWriting, borrowed, sharing_memory
 from gradaccum.planning.findings import Findings, first_that_runs, sizes_to_accumulate
 from gradaccum.planning.probe import Probe, Task
-from gradaccum.sizing.live_bytes import measured_peak
-from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go_of
 
 _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 

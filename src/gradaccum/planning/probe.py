@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradaccum import tree
 from gradaccum.losses.terms import as_loss, as_terms
-from gradaccum.sizing.live_bytes import Meter, storages_of
+from gradaccum.memory.live_bytes import Meter, storages_of
 
 _MOST_REPEATS = 20
 _SECONDS_PER_SIZE = 0.3

@@ -23,10 +23,10 @@ import torch
 
 from gradaccum import tree
 from gradaccum.errors import DoesNotFitError
+from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.runners.accumulation import Accumulation
-from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go_of
+from gradaccum.runners.snapshot import Buffers, RandomSeed
 from gradaccum.sizing.search import SizeSearch
-from gradaccum.sizing.snapshot import Buffers, RandomSeed
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
 
@@ -48,12 +48,21 @@ class Fitting:
         split: how batches are cut. Only for cutting by samples are sizes compared by time; others have a budget that
             the user has chosen, which is kept unless memory runs out.
         accumulation: whose models' buffers are put back, and on whose device memory is freed.
+        by_time: whether the fastest size is searched; otherwise the largest one that fits is taken.
         agree: from whether this process ran out of memory to whether any has, where there are several.
     """
 
-    def __init__(self, split: Split, accumulation: Accumulation, *, agree: Callable[[bool], bool] = bool) -> None:
+    def __init__(
+        self,
+        split: Split,
+        accumulation: Accumulation,
+        *,
+        by_time: bool = True,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         self._split = split
         self._accumulation = accumulation
+        self._by_time = by_time
         self._agree = agree
         self._cuts_by_samples = type(split) is type(split_by_samples())
         self._search: SizeSearch | None = None
@@ -123,7 +132,7 @@ class Fitting:
 
     def _started_search(self) -> SizeSearch:
         if self._search is None:
-            by_time = self._cuts_by_samples and not self._accumulation.has_coupled_layers()
+            by_time = self._by_time and self._cuts_by_samples and not self._accumulation.has_coupled_layers()
             self._search = SizeSearch() if by_time else SizeSearch.of_memory_only()
         return self._search
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradaccum.errors import DoesNotFitError
-from gradaccum.sizing.out_of_memory import free_memory, is_out_of_memory, let_go_of
+from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 
 # As torch and its libraries write them.
 SAID = {

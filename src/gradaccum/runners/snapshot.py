@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,22 +80,36 @@ class Buffers:
     places: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
     @staticmethod
-    def of(models: Iterable[nn.Module]) -> Buffers:
-        """Copies of all buffers as they are: their module, name, and the tensor itself with its copy."""
+    def of(models: Iterable[nn.Module], *, only: Callable[[Tensor], bool] | None = None) -> Buffers:
+        """Copies of buffers as they are: their module, name, and the tensor itself with its copy.
+
+        Args:
+            models: whose buffers.
+            only: which ones to copy; all of them without it.
+        """
         copies: dict[int, Tensor] = {}
         places: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
         for model in models:
             for module in model.modules():
                 for name, buffer in module._buffers.items():
+                    if buffer is not None and only is not None and not only(buffer):
+                        continue
                     if buffer is not None and id(buffer) not in copies:
                         copies[id(buffer)] = buffer.detach().clone()
                     places.append((module, name, buffer, None if buffer is None else copies[id(buffer)]))
         return Buffers(places)
 
-    def restore(self) -> None:
-        """Puts the values back into the buffers, and the buffers into their modules, which may have got others."""
+    def restore(self, *, among: Buffers | None = None) -> None:
+        """Puts the values back into the buffers, and the buffers into their modules, which may have got others.
+
+        Args:
+            among: only in the places that are also these.
+        """
+        asked = None if among is None else {(id(module), name) for module, name, _, _ in among.places}
         with torch.no_grad():
             for module, name, buffer, copied in self.places:
+                if asked is not None and (id(module), name) not in asked:
+                    continue
                 if buffer is not None and copied is not None:
                     buffer.copy_(copied)
                 module._buffers[name] = buffer

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from gradaccum.sizing.live_bytes import AllocatorBytes, LiveBytes, measured_peak, storages_of
+from gradaccum.memory.live_bytes import AllocatorBytes, LiveBytes, measured_peak, storages_of
 
 KB = 1000  # bytes of 250 floats
 

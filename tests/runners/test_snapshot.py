@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradaccum.sizing.snapshot import Buffers, RandomSeed, RandomState
+from gradaccum.runners.snapshot import Buffers, RandomSeed, RandomState
 
 
 def test_the_random_state_is_put_back() -> None:
