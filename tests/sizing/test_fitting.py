@@ -138,9 +138,9 @@ def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
     other = undisturbed(net)
     batches = [make_batch(seed=i) for i in range(3)]
     optimizer = sgd(net)
-    step = ga.TrainStep(net, optimizer, mse)
-    with known_times(clock := Clock(fixed=0, per_row=1)):  # all alike, so that pieces stay small
-        step._loss_fn = counting(clock, mse, rows_of)
+    clock = Clock(fixed=0, per_row=1)  # all alike, so that pieces stay small
+    step = ga.TrainStep(net, optimizer, counting(clock, mse, rows_of))
+    with known_times(clock):
         memory.countdown = at
         made, updates = whole_in_hand(step, net, optimizer, batches)
     assert memory.failures == 1

@@ -136,7 +136,7 @@ class _Window:
     def _first_pass(self, at_most: int) -> None:
         kept = self._runner.kept
         device = self._accumulation.device()
-        is_counted = kept.is_known(self._elements)
+        is_counted = at_most == 0 or kept.is_known(self._elements)
         if is_counted:
             self.num_kept = min(at_most, kept.number(self._sizes, device))
         else:  # the first one's graph is counted, and with it is known how many fit
@@ -181,8 +181,8 @@ class _Window:
             else:
                 with self._replay.again(index), torch.enable_grad():
                     again = list(tree.tensors(self._forward(index)))
-                drift.compare(again, self._outputs.seen(index, self._pieces[index]))
-                self._push(index, again)
+                    drift.compare(again, self._outputs.seen(index, self._pieces[index]))
+                    self._push(index, again)  # before buffers are put back, which this graph may have saved
             self._accumulation.count(self._sizes[index])
             ran(done)
         drift.check()

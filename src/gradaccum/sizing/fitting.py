@@ -187,7 +187,9 @@ class Fitting:
             return
         self._has_told = True
         size = search.best_size()
-        rates = ", ".join(f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()))
+        rates = ", ".join(
+            f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()) if seconds
+        )
         logger.info(
             "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
             size,
