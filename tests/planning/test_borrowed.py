@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradaccum.memory.fakes import fake_mode, fake_of
 from gradaccum.planning.borrowed import SavedBeforeWriting, borrowed, sharing_memory
-from gradaccum.planning.fakes import fake_mode, fake_of
 
 
 class Busy(nn.Module):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.optim import Optimizer
 
+from gradaccum.memory.optimizer_memory import OptimizerMemory, optimizer_memory, tensors_of
 from gradaccum.planning.curve import Curve
 from gradaccum.planning.estimate import block_bytes, is_cuda_elsewhere
 from gradaccum.planning.findings import Findings
-from gradaccum.planning.optimizer_memory import OptimizerMemory, optimizer_memory, tensors_of
 from gradaccum.planning.plan import Breakdown, Plan, Row
 from gradaccum.planning.probe import Task, num_bytes
 

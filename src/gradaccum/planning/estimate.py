@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from gradaccum.memory.cuda_kernels import AsOnCuda
+from gradaccum.memory.fakes import WithWorkspaces, fake_micro_batch, fake_mode, fake_of
 from gradaccum.memory.live_bytes import LiveBytes
 from gradaccum.planning.borrowed import borrowed
-from gradaccum.planning.cuda_kernels import AsOnCuda
-from gradaccum.planning.fakes import WithWorkspaces, fake_micro_batch, fake_mode, fake_of
 from gradaccum.planning.findings import Findings, first_that_runs, sizes_to_accumulate
 from gradaccum.planning.probe import Probe, Task
 

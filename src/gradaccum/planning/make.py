@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from gradaccum import guards, tree
 from gradaccum.errors import BatchError, ParameterError, UnsupportedError, WindowError
 from gradaccum.memory.available import available_bytes
+from gradaccum.memory.fakes import can_be_faked
 from gradaccum.planning.assemble import Asked, assemble, bytes_in_use, held_by
 from gradaccum.planning.estimate import estimate
-from gradaccum.planning.fakes import can_be_faked
 from gradaccum.planning.findings import default_sizes
 from gradaccum.planning.measure import measure
 from gradaccum.planning.plan import Plan

@@ -26,6 +26,7 @@ from gradaccum.errors import DoesNotFitError
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.runners.snapshot import Buffers, RandomSeed
+from gradaccum.sizing.reserve import state_reserved
 from gradaccum.sizing.search import SizeSearch
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
@@ -85,7 +86,8 @@ class Fitting:
         """
         random_seed = RandomSeed()
         try:
-            sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
+            with state_reserved(self._accumulation.optimizers, self._accumulation.device()):
+                sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
         except BaseException:
             self._accumulation.discard()
             random_seed.undo()
@@ -187,9 +189,7 @@ class Fitting:
             return
         self._has_told = True
         size = search.best_size()
-        rates = ", ".join(
-            f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()) if seconds
-        )
+        rates = ", ".join(f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()) if seconds)
         logger.info(
             "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
             size,

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import tree
+from gradaccum.memory.cuda_kernels import step_as_on_cuda
+from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of
 from gradaccum.memory.live_bytes import LiveBytes, storages_of
-from gradaccum.planning.cuda_kernels import step_as_on_cuda
-from gradaccum.planning.fakes import can_be_faked, fake_mode, fake_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gradaccum.memory.cuda_kernels import AsOnCuda
 from gradaccum.memory.live_bytes import LiveBytes
-from gradaccum.planning.cuda_kernels import AsOnCuda
 
 ROWS, HEADS, TIME, WIDTH = 2, 4, 64, 16
 VALUES = ROWS * HEADS * TIME * WIDTH

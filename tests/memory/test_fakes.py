@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gradaccum.planning.fakes import WithWorkspaces, can_be_faked, fake_micro_batch, fake_mode, fake_of
+from gradaccum.memory.fakes import WithWorkspaces, can_be_faked, fake_micro_batch, fake_mode, fake_of
 
 CPU = torch.device("cpu")
 

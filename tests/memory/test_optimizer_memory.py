@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradaccum.memory.live_bytes import LiveBytes
-from gradaccum.planning.optimizer_memory import OptimizerMemory, optimizer_memory
+from gradaccum.memory.optimizer_memory import OptimizerMemory, optimizer_memory
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 
