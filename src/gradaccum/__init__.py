@@ -13,6 +13,7 @@ from gradaccum.errors import (
     DoesNotFitError,
     GradAccumError,
     GradAccumWarning,
+    InexactError,
     LossError,
     MeanError,
     MissingExtraError,
@@ -32,6 +33,8 @@ from gradaccum.train_step import TrainStep
 from gradaccum.types import Job, Update
 
 if _typing.TYPE_CHECKING:
+    from gradaccum.auditing.make import audit
+    from gradaccum.auditing.report import Culprit, Report
     from gradaccum.planning.make import plan
     from gradaccum.planning.plan import Plan
 
@@ -41,10 +44,12 @@ __all__ = [
     "Accumulator",
     "BatchError",
     "BatchNormWarning",
+    "Culprit",
     "DiscardedWindowWarning",
     "DoesNotFitError",
     "GradAccumError",
     "GradAccumWarning",
+    "InexactError",
     "Job",
     "Loss",
     "LossError",
@@ -54,12 +59,14 @@ __all__ = [
     "ParameterError",
     "Plan",
     "ReplayError",
+    "Report",
     "StateError",
     "TrainStep",
     "UnknownLossError",
     "UnsupportedError",
     "Update",
     "WindowError",
+    "audit",
     "criterion",
     "plan",
     "split_by_cost",
@@ -73,6 +80,12 @@ def __getattr__(name: str) -> _typing.Any:
         from gradaccum.planning.make import plan as found
     elif name == "Plan":
         from gradaccum.planning.plan import Plan as found
+    elif name == "audit":
+        from gradaccum.auditing.make import audit as found
+    elif name == "Report":
+        from gradaccum.auditing.report import Report as found
+    elif name == "Culprit":
+        from gradaccum.auditing.report import Culprit as found
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

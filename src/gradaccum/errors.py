@@ -11,6 +11,7 @@
     ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
     ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory
     ├── StateError (ValueError)          a state that cannot be saved or loaded
+    ├── InexactError (AssertionError)    an audit found that accumulation is not the whole batch
     ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
     └── MissingExtraError (ImportError)  an optional dependency is needed for what was asked
 
@@ -64,6 +65,10 @@ class DoesNotFitError(GradAccumError, MemoryError):
 
 class StateError(GradAccumError, ValueError):
     """A state that cannot be saved now, or does not fit what it is loaded into."""
+
+
+class InexactError(GradAccumError, AssertionError):
+    """An audit found that the accumulated update is not the whole batch's."""
 
 
 class UnsupportedError(GradAccumError, NotImplementedError):

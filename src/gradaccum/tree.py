@@ -53,7 +53,7 @@ def rows_or_none(batch: Any) -> int | None:
             return count
     first: int | None = None
     first_path = ""
-    for path, leaf in _leaves(batch, "batch"):
+    for path, leaf in named_leaves(batch, "batch"):
         if not _has_rows(leaf):
             continue
         here = int(leaf.shape[0])
@@ -108,7 +108,7 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Every tensor in the batch, depth first."""
-    return (leaf for _, leaf in _leaves(batch, "batch") if isinstance(leaf, Tensor))
+    return (leaf for _, leaf in named_leaves(batch, "batch") if isinstance(leaf, Tensor))
 
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
@@ -149,20 +149,21 @@ def _rebuilt_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any
     return clone
 
 
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+def named_leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every leaf with the code that leads to it, depth first; ``path`` is that of the tree itself."""
     if isinstance(tree, Tensor) or _is_column(tree):
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{path}[{key!r}]")
+            yield from named_leaves(value, f"{path}[{key!r}]")
     elif isinstance(tree, (tuple, list)):
         names = getattr(tree, "_fields", None)
         for i, value in enumerate(tree):
-            yield from _leaves(value, f"{path}.{names[i]}" if names else f"{path}[{i}]")
+            yield from named_leaves(value, f"{path}.{names[i]}" if names else f"{path}[{i}]")
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             if hasattr(tree, field.name):
-                yield from _leaves(getattr(tree, field.name), f"{path}.{field.name}")
+                yield from named_leaves(getattr(tree, field.name), f"{path}.{field.name}")
     else:
         yield path, tree
 

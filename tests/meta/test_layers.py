@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ),
     ("runners", frozenset({"runners", "sizing"})),
     ("pipeline", frozenset({"accumulator", "train_step"})),
-    ("tools", frozenset({"audit", "planning", "noise"})),
+    ("tools", frozenset({"auditing", "planning", "noise"})),
     ("edges", frozenset({"report", "integrations", "testing", "cli"})),
 )
 LEVEL = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in rooms}

@@ -17,9 +17,11 @@ PUBLIC = {
     "split_by_cost", "split_by_samples",
     # what fits, and a training run for the command line
     "Plan", "plan", "Job",
+    # is it exact
+    "audit", "Report", "Culprit",
     # errors
     "GradAccumError", "LossError", "MeanError", "UnknownLossError", "BatchError", "WindowError", "ParameterError",
-    "MisuseError", "StateError", "UnsupportedError", "MissingExtraError",
+    "MisuseError", "StateError", "InexactError", "UnsupportedError", "MissingExtraError",
     # warnings
     "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", "DoesNotFitError", "ReplayError",
 }  # fmt: skip

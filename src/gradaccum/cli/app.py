@@ -69,6 +69,29 @@ def demo(
 
 
 @app.command()
+def audit(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="path/to/file.py:function or package.module:function.")
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as a page.")] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples that one forward sees. Default: the job's own, or 8."),
+    ] = None,
+) -> None:
+    """Is it exact: the accumulated gradient against the whole batch's, and what keeps them apart.
+
+    The function returns ga.Job(model, loss_fn, batch). The model is left as it was.
+
+    Exit status: 0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.
+    """
+    from gradaccum.cli.audit import run_audit
+
+    _check_page(html)
+    raise typer.Exit(0 if run_audit(target, micro_batch_size=micro_batch_size, html=html) else 1)
+
+
+@app.command()
 def plan(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="path/to/file.py:function or package.module:function.")
@@ -89,11 +112,17 @@ def plan(
     Exit status: 0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.
     """
     from gradaccum.cli.plan import run_plan
+
+    _check_page(html)
+    fits = run_plan(target, memory=memory, estimate=estimate, device=device, html=html)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _check_page(html: Path | None) -> None:
+    """That a page can be written: before the work, not after it."""
     from gradaccum.report.html import template
 
-    if html is not None:  # before the work, not after it
+    if html is not None:
         template("The option --html")
         if not html.absolute().parent.is_dir():
             raise typer.BadParameter(f"{html}: there is no folder {html.parent}.", param_hint="--html")
-    fits = run_plan(target, memory=memory, estimate=estimate, device=device, html=html)
-    raise typer.Exit(0 if fits else 1)

@@ -1,0 +1,289 @@
+"""`audit`: does accumulation make the update the whole batch would have made, and if not, why?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from gradaccum import guards, tree
+from gradaccum.auditing import remedies, search
+from gradaccum.auditing.bench import Gradients, Run
+from gradaccum.auditing.gradients import Runs
+from gradaccum.auditing.in_double import SHORTER
+from gradaccum.auditing.pieces import equal_sizes, ragged_sizes
+from gradaccum.auditing.report import Culprit, Report
+from gradaccum.auditing.states import differences
+from gradaccum.auditing.task import NOTHING, Task, Without
+from gradaccum.auditing.verdicts import BIASED, MISSING, SCALED, compare, relative_error
+from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
+from gradaccum.runners.choose import Combine
+from gradaccum.runners.weights import WeightsFunction
+
+# Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
+# weighted wrongly, 1e-6.
+_EXACT = 1e-10
+# How much more than a change of every parameter in its last bit rounding may move a gradient: it happens in every
+# operation of a forward and backward.
+_OPERATIONS = 1000
+# Where float64 is not possible: by dtype, above what summation orders and kinks of ReLU were seen to do.
+_INEXACT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# How many times the whole batch's own rounding the accumulated gradient's may be, before adding up is to blame.
+_MORE_ROUNDING = 2.0
+
+
+def audit(
+    model: nn.Module | Sequence[nn.Module],
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    batch: Any = None,
+    micro_batch_size: int = 8,
+    *,
+    forward: Callable[[Any, Any], Any] | None = None,
+    batch_loss: Callable[[Any, Any], Any] | None = None,
+    combine: Combine = "concat",
+    weights: WeightsFunction | None = None,
+) -> Report:
+    """Finds out whether accumulation makes the whole batch's update, and what keeps it from that.
+
+    The gradient of the whole batch in one piece is compared with the one `TrainStep` accumulates, in float64 and in the
+    model's own dtype, on copies of the parameters and buffers. Micro-batches are ragged. Random draws for each sample
+    (dropout) are the same on both sides. Where the two differ, suspects are taken out in turn to see what each does.
+    Model, buffers, gradients and random state are left as they were.
+
+    Not seen: hooks on parameters, processes, the optimizer, and state outside of the model and of torch.
+
+    Args:
+        model: one module or a sequence of them, in the mode they train in. Nothing is deep-copied.
+        loss_fn: ``loss_fn(model, micro_batch)``, as for `TrainStep`.
+        batch: a batch that fits in memory in one piece; a few micro-batches tell as much as many.
+        micro_batch_size: the largest number of samples one forward sees; in any case less than the whole batch.
+        forward: ``forward(model, micro_batch)``, in place of ``loss_fn``, where the loss is over the whole batch.
+        batch_loss: ``batch_loss(outputs, batch)``.
+        combine: as for `TrainStep`.
+        weights: ``weights(batch)`` counts what means are taken over, as for `TrainStep`.
+
+    Raises:
+        WindowError: an option that makes no sense.
+        BatchError: rows disagree, or there are fewer than two.
+        ParameterError: there is nothing to train.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        >>> def loss_fn(model, micro_batch):
+        ...     x, y = micro_batch
+        ...     return F.mse_loss(model(x), y)
+        >>> report = ga.audit(model, loss_fn, (torch.randn(12, 4), torch.randn(12, 1)), micro_batch_size=4)
+        >>> report.exact, [(culprit.kind, culprit.where) for culprit in report.culprits]
+        (False, [('batch-norm', '1')])
+    """
+    task = _task(model, loss_fn, batch, micro_batch_size, forward, batch_loss, combine, weights)
+    sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
+    not_checked = _blind_spots(task)
+    runs, whole = _first_run(task, not_checked)
+    _check_finite(whole)
+    own_dtype = _own_dtype(task)
+    accumulated = runs.accumulated(sizes)
+    error = relative_error(accumulated.gradients, whole.gradients)
+    tolerance = _tolerance(runs, whole, own_dtype, error)
+    culprits: list[Culprit] = []
+    if error > tolerance:
+        culprits += search.find(runs, sizes, tolerance=tolerance, not_checked=not_checked)
+    elif differences(whole.after, accumulated.after, tolerance=tolerance):
+        culprits += search.buffers(runs, sizes, NOTHING, lambda _: 0.0, tolerance, known=set())
+    compared, equal_error = accumulated.gradients, error
+    if error > tolerance and equal != sizes:
+        again = runs.accumulated(equal).gradients
+        equal_error = relative_error(again, whole.gradients)
+        if _is_scaled(again, whole.gradients, tolerance):  # ragged pieces hide it: they are not scaled alike
+            compared, error, sizes = again, equal_error, equal
+    own, own_whole, imprecise = _precision(task, runs, sizes, whole, own_dtype, not_checked)
+    culprits += imprecise
+    return Report(
+        exact=not culprits,
+        relative_error=error,
+        tolerance=tolerance,
+        culprits=tuple(culprits),
+        parameters=compare(compared, whole.gradients, tolerance=tolerance),
+        samples=task.rows,
+        micro_batch_sizes=tuple(sizes),
+        equal_sizes_error=equal_error,
+        dtype=_name(torch.float64 if runs.is_double else own_dtype),
+        own_dtype=_name(own_dtype),
+        own_error=own,
+        own_whole_error=own_whole,
+        not_checked=tuple(not_checked),
+        notes=tuple(_notes(task, runs, whole, culprits, micro_batch_size)),
+    )
+
+
+def _task(
+    model: Any,
+    loss_fn: Any,
+    batch: Any,
+    micro_batch_size: Any,
+    forward: Any,
+    batch_loss: Any,
+    combine: Combine,
+    weights: Any,
+) -> Task:
+    if type(micro_batch_size) is not int or micro_batch_size < 1:
+        raise WindowError(
+            f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
+            "least 1. Where it is found while training, pass a size that was found."
+        )
+    if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
+        raise WindowError(
+            f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
+            f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
+            "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
+        )
+    if loss_fn is not None and (forward is not None or batch_loss is not None):
+        raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
+    models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
+    if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # with parameters of its own
+        models.append(batch_loss)
+    guards.refuse_data_parallel(models)
+    named = guards.named_parameters(models)
+    if any(is_lazy(parameter) for _, parameter in named):
+        raise ParameterError(
+            "Some parameters have no shape yet, so there is nothing to copy. Run one forward of the lazy modules first."
+        )
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise ParameterError(
+            f"There is nothing to train: none of the {len(named)} parameters requires a gradient, so there are no two "
+            "gradients to compare. Call parameter.requires_grad_() on those to train."
+        )
+    rows = tree.rows(batch)
+    if rows < 2:
+        raise BatchError(
+            f"The batch has {rows} row{'s' if rows != 1 else ''}, which cannot be cut in two. Pass a batch of a few "
+            "micro-batches: 3 * micro_batch_size samples show as much as more would."
+        )
+    return Task(
+        models=models, model=model, loss_fn=loss_fn, forward=forward, batch_loss=batch_loss, combine=combine,
+        weights=weights, batch=batch, rows=rows, device=named[0][1].device,
+    )  # fmt: skip
+
+
+def _first_run(task: Task, not_checked: list[str]) -> tuple[Runs, Run]:
+    """The whole batch's gradient in float64; where that cannot be, in the model's own dtype."""
+    runs = Runs(task, is_double=True)
+    try:
+        return runs, runs.whole()
+    except Exception as error:  # noqa: BLE001  # a mistake of the user's own comes again in the other dtype
+        reason = (str(error) or repr(error)).splitlines()[0]
+    runs = Runs(task, is_double=False)
+    whole = runs.whole()
+    not_checked.append(f"float64, in which rounding would not hide small faults; the model cannot run in it: {reason}")
+    return runs, whole
+
+
+def _check_finite(whole: Run) -> None:
+    wrong = [
+        name
+        for name, gradient in whole.gradients.items()
+        if gradient is not None
+        and not bool((gradient.coalesce().values() if gradient.is_sparse else gradient).isfinite().all())
+    ]
+    if wrong:
+        raise LossError(
+            f"The whole batch's own gradient is not finite, in {len(wrong)} of {len(whole.gradients)} parameters "
+            f"({wrong[0]}), so there is nothing to compare with. Pass a batch on which the loss and its gradient are "
+            "finite."
+        )
+
+
+def _tolerance(runs: Runs, whole: Run, own_dtype: torch.dtype, error: float) -> float:
+    """What counts as rounding; where it is close, by how the gradient answers to a change in the last bit."""
+    if not runs.is_double:
+        return _INEXACT.get(own_dtype, _EXACT)
+    if not _EXACT < error < 1e-3:
+        return _EXACT
+    nudged = runs.whole(Without(nudge=torch.finfo(torch.float64).eps))
+    moved = relative_error(nudged.gradients, whole.gradients)
+    return max(_EXACT, min(_OPERATIONS * moved, 1e-3))
+
+
+def _precision(
+    task: Task, runs: Runs, sizes: Sequence[int], whole: Run, own_dtype: torch.dtype, not_checked: list[str]
+) -> tuple[float | None, float | None, list[Culprit]]:
+    """What the model's own dtype does to both gradients, each against itself in float64."""
+    if not runs.is_double or own_dtype not in SHORTER:
+        return None, None, []
+    own = Runs(task, is_double=False)
+    own.refused = runs.refused
+    try:
+        own_whole = relative_error(own.whole().gradients, whole.gradients)
+        own_error = relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients)
+    except Exception as error:  # noqa: BLE001  # float64 runs, and this does not: half precision without its kernels
+        reason = (str(error) or repr(error)).splitlines()[0]
+        not_checked.append(f"{_name(own_dtype)}, the model's own dtype: {reason}")
+        return None, None, []
+    is_short = any(_is_short(parameter.dtype) for _, parameter in guards.named_parameters(task.models))
+    is_worse = not own_error <= _MORE_ROUNDING * own_whole
+    if is_short and is_worse and math.isfinite(own_whole):
+        return own_error, own_whole, [remedies.precision(_name(own_dtype), own_error, own_whole)]
+    return own_error, own_whole, []
+
+
+def _is_short(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
+    verdicts = {one.verdict for one in compare(made, expected, tolerance=tolerance)}
+    return SCALED in verdicts and not verdicts & {BIASED, MISSING}
+
+
+def _own_dtype(task: Task) -> torch.dtype:
+    """Of the most elements."""
+    counts: dict[torch.dtype, int] = {}
+    for _, parameter in guards.named_parameters(task.models):
+        if parameter.requires_grad:
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=counts.__getitem__)
+
+
+def _blind_spots(task: Task) -> list[str]:
+    """What these runs do not show."""
+    hooked = [
+        name
+        for name, parameter in guards.named_parameters(task.models)
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    if not hooked:
+        return []
+    shown = f"{hooked[0]} and {len(hooked) - 1} more" if len(hooked) > 1 else hooked[0]
+    return [
+        f"hooks on parameters ({shown}), which run once for each micro-batch: clipping or noise in them is not that of "
+        "the batch's gradient."
+    ]
+
+
+def _notes(task: Task, runs: Runs, whole: Run, culprits: Sequence[Culprit], micro_batch_size: int) -> list[str]:
+    notes: list[str] = []
+    count = len(equal_sizes(task.rows, micro_batch_size))
+    if whole.divisor is not None and abs(whole.divisor - count) < 1e-9:
+        notes.append(
+            f"the loss is divided by {count}, the number of micro-batches, here as in the whole batch. The library "
+            f"divides already, so the gradient is 1/{count} of that of the loss you mean: leave the division out."
+        )
+    if not any(module.training for model in task.models for module in model.modules()):
+        notes.append("the model is in eval mode, in which BatchNorm and dropout do nothing: model.train().")
+    if runs.refused is not None:
+        notes.append("training would stop in the first window with this loss, and say so.")
+    if micro_batch_size >= task.rows:
+        notes.append(
+            f"micro_batch_size={micro_batch_size} takes the whole batch in one piece; it was cut all the same."
+        )
+    if runs.draws.unmatched and not culprits:
+        notes.append("some random draws could not be told apart by sample; they made no difference.")
+    return notes
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,93 @@
+"""How the audit cuts a batch: ragged, since equal pieces hide every mean that was taken over something else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from gradaccum import tree
+from gradaccum.types import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive rows of the batch, and which of its micro-batches they are.
+
+    Attributes:
+        index: 1 for the first micro-batch; 0 for the whole batch.
+        start: first row.
+        stop: the row after the last.
+    """
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+def whole(rows: int) -> Piece:
+    """All rows in one piece."""
+    return Piece(0, 0, rows)
+
+
+def pieces(sizes: Sequence[int]) -> list[Piece]:
+    """Consecutive pieces of the given sizes."""
+    stops = list(accumulate(sizes))
+    return [Piece(i, stop - size, stop) for i, (size, stop) in enumerate(zip(sizes, stops, strict=True), start=1)]
+
+
+def equal_sizes(rows: int, micro_batch_size: int) -> list[int]:
+    """As a batch is cut for training: at most so many rows each, as equal as can be, two pieces or more."""
+    return _balanced(rows, max(-(-rows // micro_batch_size), 2))
+
+
+def ragged_sizes(rows: int, micro_batch_size: int) -> list[int]:
+    """At most so many rows each, and not all alike; single rows only where there is no other way.
+
+    Example:
+        >>> ragged_sizes(16, 8), ragged_sizes(12, 6), ragged_sizes(13, 4)
+        ([6, 5, 5], [5, 4, 3], [4, 3, 3, 3])
+    """
+    sizes = equal_sizes(rows, micro_batch_size)
+    if sizes[0] == sizes[-1] == micro_batch_size and micro_batch_size > 1:  # full: one piece more leaves room
+        sizes = _balanced(rows, len(sizes) + 1)
+    if sizes[0] == sizes[-1] and 2 < sizes[0] < micro_batch_size:
+        sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] - 1
+    return sizes
+
+
+def _balanced(rows: int, count: int) -> list[int]:
+    size, longer = divmod(rows, count)
+    return [size + (i < longer) for i in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSplit:
+    """Cuts every batch into pieces of the same sizes; each micro-batch is in memory of its own."""
+
+    sizes: tuple[int, ...]
+
+    def largest(self, batch: Any) -> int:
+        """The largest piece."""
+        return max(self.sizes)
+
+    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+        """The pieces, whatever size is asked for."""
+        return [slice(piece.start, piece.stop) for piece in pieces(self.sizes)]
+
+    def cut(self, batch: Any, rows: Rows) -> Any:
+        """A copy, since a loss function may write into its micro-batch."""
+        return copied(tree.take(batch, rows))
+
+
+def copied(batch: Any) -> Any:
+    """The same batch in memory of its own."""
+    return tree.map_leaves(batch, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)

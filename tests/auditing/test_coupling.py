@@ -1,0 +1,90 @@
+"""Modules that couple samples are named, the innermost ones, all of them, and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zoo
+from gradaccum.auditing.coupling import coupled_modules
+from gradaccum.auditing.gradients import Runs
+from gradaccum.auditing.make import _task
+from gradaccum.auditing.task import NOTHING
+
+
+def coupled(model: nn.Module, loss: zoo.LossFunction = zoo.classes, batch: object = None) -> dict[str, bool]:
+    task = _task(model, loss, zoo.vectors() if batch is None else batch, 4, None, None, "concat", None)
+    return coupled_modules(Runs(task, is_double=True), NOTHING)
+
+
+class Outer(nn.Module):
+    """Couples samples between its own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(zoo.FEATURES, 8), nn.Linear(8, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x - x.mean(0))
+
+
+def three_layers() -> nn.Module:
+    return zoo.mlp(nn.BatchNorm1d(8), zoo.BatchAttention(), nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: zoo.mlp(nn.LayerNorm(8), nn.Dropout(0.5)), {}),
+        (lambda: zoo.mlp(nn.BatchNorm1d(8)), {"1": True}),
+        (
+            lambda: zoo.mlp(nn.BatchNorm1d(8), zoo.BatchAttention(), nn.BatchNorm1d(8)),
+            {"1": True, "2": False, "3": True},
+        ),
+        (lambda: nn.Sequential(nn.Sequential(Outer())), {"0.0": False}),
+        (lambda: zoo.mlp(zoo.Experts(0.5)), {"1": False}),
+        (lambda: zoo.mlp(zoo.Experts(2.0)), {}),
+        (zoo.NormalisesByHand, {"NormalisesByHand": True}),
+        (zoo.frozen_statistics, {}),
+    ],
+    ids=["none", "one", "three", "inside", "overflow", "room", "functional", "frozen"],
+)
+def test_modules(model: object, expected: dict[str, bool]) -> None:
+    assert coupled(model()) == expected  # type: ignore[operator]
+
+
+def test_samples_flattened_with_something_else() -> None:
+    model = nn.Sequential(
+        nn.Flatten(0, 1), nn.BatchNorm1d(zoo.FEATURES), nn.Linear(zoo.FEATURES, 3), nn.Unflatten(0, (-1, zoo.TIME))
+    )
+    assert coupled(model, zoo.tokens, zoo.sequences()) == {"1": True}
+    assert coupled(model.eval(), zoo.tokens, zoo.sequences()) == {}
+
+
+def test_samples_in_the_second_dimension() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.head = nn.GRU(zoo.FEATURES, 4), nn.Linear(4, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(x.transpose(0, 1))[0]).transpose(0, 1)
+
+    assert coupled(TimeFirst(), zoo.tokens, zoo.sequences()) == {}
+
+
+def test_code_around_the_model() -> None:
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(model(x - x.mean(0)), y)
+
+    assert coupled(zoo.mlp(), loss_fn) == {"": False}
+
+
+def test_a_feature_as_long_as_the_batch_is_not_taken_for_it() -> None:
+    model = nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), nn.Softmax(1), nn.Linear(zoo.ROWS, zoo.CLASSES))
+    assert coupled(model) == {}
+    assert coupled(nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), zoo.SoftmaxOverBatch())) == {"1": False}
+    assert torch.is_grad_enabled()

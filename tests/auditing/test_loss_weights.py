@@ -1,0 +1,67 @@
+"""Shares solved from gradients: on outputs and on parameters alike, and what they turn out to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from gradaccum.auditing import loss_weights
+from gradaccum.auditing.gradients import Runs
+from gradaccum.auditing.make import _task
+from gradaccum.auditing.task import NOTHING
+
+SIZES = [5, 4, 4]
+
+CASES = {
+    "samples": (zoo.mlp, zoo.classes, zoo.vectors, "samples"),
+    "targets": (zoo._TOKENS, zoo.tokens, zoo.sequences, "targets that are not ignored"),
+    "a mask": (zoo._TOKENS, zoo.masked_mean, zoo.sequences, "what it was divided by"),
+    "class weights": (zoo.mlp, zoo.weighted, zoo.vectors, "the sum of class weights"),
+    "smoothed": (zoo.mlp, zoo.weighted_smoothed, zoo.vectors, "the sum of class weights"),
+    "a sum": (zoo.mlp, zoo.plain_sum, zoo.vectors, "a plain sum"),
+    "told": (zoo._TOKENS, zoo.tokens_told, zoo.sequences, "what it says"),
+    "a penalty besides": (zoo.mlp, zoo.penalised, zoo.vectors, "samples"),
+}
+
+
+def runs_of(model: nn.Module, loss: zoo.LossFunction, batch: object) -> Runs:
+    return Runs(_task(model, loss, batch, 5, None, None, "concat", None), is_double=True)
+
+
+@pytest.mark.parametrize("where", ["outputs", "parameters"])
+@pytest.mark.parametrize(("model", "loss", "batch", "over"), CASES.values(), ids=CASES.keys())
+def test_what_a_loss_is_a_mean_over(
+    model: object, loss: zoo.LossFunction, batch: object, over: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "parameters":
+        monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
+    found = loss_weights.find(runs_of(model(), loss, batch()), SIZES, NOTHING)  # type: ignore[operator]
+    assert (found.kind, found.over) == ("mean", over)
+    assert found.residual < 1e-12
+
+
+def test_the_shares_themselves() -> None:
+    batch = zoo.sequences()
+    found = loss_weights.find(runs_of(zoo._TOKENS(), zoo.tokens, batch), SIZES, NOTHING)
+    counts = torch.stack([(part != -100).sum() for part in batch[1].split(SIZES)]).double()
+    assert found.shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("where", ["outputs", "parameters"])
+@pytest.mark.parametrize("loss", [zoo.dice, zoo.hardest, zoo.root], ids=["dice", "hardest", "root"])
+def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "parameters":
+        monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
+    found = loss_weights.find(runs_of(zoo.mlp(), loss, zoo.vectors()), [4, 3, 3, 3], NOTHING)
+    assert found.kind == "coupled"
+    assert (found.shares is not None) == (loss is zoo.root)  # of which only the size depends on the others
+    assert (found.pull is not None) == (where == "outputs")
+
+
+def test_too_few_parameters_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
+    model = nn.Linear(zoo.FEATURES, 1, bias=False)
+    runs = runs_of(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
+    assert loss_weights.find(runs, [3, 3, 3, 4], NOTHING).kind == "unknown"

@@ -1,0 +1,48 @@
+"""How the audit cuts: every row once, never too many at a time, and not all pieces alike."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradaccum.auditing.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
+
+
+@given(rows=st.integers(2, 300), size=st.integers(1, 64))
+def test_every_row_once_and_two_pieces_or_more(rows: int, size: int) -> None:
+    for cut in (equal_sizes, ragged_sizes):
+        sizes = cut(rows, size)
+        assert sum(sizes) == rows
+        assert len(sizes) > 1
+        assert min(sizes) >= 1
+        assert max(sizes) <= size
+
+
+@given(rows=st.integers(2, 300), size=st.integers(1, 64))
+def test_pieces_are_ragged_unless_they_are_too_small_for_it(rows: int, size: int) -> None:
+    sizes = ragged_sizes(rows, size)
+    assert len(set(sizes)) > 1 or max(sizes) <= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [
+        (16, 8, [6, 5, 5]),
+        (12, 6, [5, 4, 3]),
+        (13, 4, [4, 3, 3, 3]),
+        (7, 64, [4, 3]),
+        (3, 1, [1] * 3),
+        (4, 2, [2, 1, 1]),
+    ],
+)
+def test_examples(rows: int, size: int, expected: list[int]) -> None:
+    assert ragged_sizes(rows, size) == expected
+
+
+def test_micro_batches_are_in_memory_of_their_own() -> None:
+    batch = torch.arange(5.0)
+    split = FixedSplit((3, 2))
+    made = [split.cut(batch, rows) for rows in split.plan(batch, split.largest(batch))]
+    made[1].zero_()
+    assert batch.tolist() == [0, 1, 2, 3, 4]
+    assert [piece.rows for piece in pieces((3, 2))] == [len(one) for one in made]

@@ -1,0 +1,152 @@
+"""A micro-batch draws its own rows of what the whole batch draws; what belongs to no row is drawn anew and reported."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradaccum.auditing.pieces import pieces, whole
+from gradaccum.auditing.replay import Draws, Replay
+
+ROWS, SIZES = 7, (3, 2, 2)
+
+
+def drawn(draw: Callable[[Tensor], Any], x: Tensor, *, shares: bool = False) -> tuple[Any, list[Any], Draws]:
+    """What the whole batch draws, and what its pieces do."""
+    draws = Draws()
+    made: list[Any] = []
+    for cut in ([whole(ROWS)], pieces(SIZES)):
+        replay = Replay(draws, {}, rows=ROWS, shares=shares)
+        with replay:
+            for piece in cut:
+                replay.begin(piece)
+                made.append(draw(x[piece.start : piece.stop]))
+                replay.end()
+    return made[0], made[1:], draws
+
+
+BY_SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "dropout of channels": lambda x: F.dropout1d(x, 0.5),
+    "dropout in place": lambda x: F.dropout(x.clone(), 0.5, inplace=True),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, training=True),
+    "randomized leaky relu": lambda x: F.rrelu(x, training=True),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "multinomial": lambda x: torch.multinomial(x[:, 0].softmax(-1), 2),
+    "multinomial with replacement": lambda x: torch.multinomial(x[:, 0].softmax(-1), 9, replacement=True),
+    "normal": lambda x: torch.normal(x, 0.1) + torch.normal(0.0, x.abs()) + torch.normal(x, x.abs()),
+    "filled": lambda x: x.new_empty(len(x), 3).uniform_(-1, 1) + x.new_empty(len(x), 3).exponential_(2.0),
+    "made": lambda x: torch.rand(len(x), 2) + torch.randn(len(x), 2) + torch.normal(0.0, 1.0, (len(x), 2)),
+    "made alike": lambda x: torch.rand_like(x) + torch.randn_like(x),
+    "integers": lambda x: torch.randint(0, 1000, (len(x),)) + torch.randint_like(x[:, 0, 0], 1000),
+    "gamma": lambda x: torch.distributions.Gamma(x.exp(), 1.0).sample(),
+    "poisson": lambda x: torch.poisson(x.exp()),
+    "generator of its own": lambda x: torch.rand(len(x), generator=torch.Generator().manual_seed(3)),
+    "half precision": lambda x: F.dropout(x.bfloat16(), 0.5).float(),
+    "several draws": lambda x: F.dropout(F.dropout(x, 0.5) + torch.rand(len(x), 1, 1), 0.5),
+}
+
+
+@pytest.mark.parametrize("draw", BY_SAMPLE.values(), ids=BY_SAMPLE.keys())
+def test_rows_of_the_whole_batch(draw: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(ROWS, 4, 5)
+    batch, parts, draws = drawn(draw, x)
+    torch.testing.assert_close(torch.cat(parts), batch, rtol=1e-5, atol=1e-6)  # float32, in other shapes
+    assert not draws.once
+    assert not draws.unmatched
+    assert len(batch.unique(dim=0)) > 1  # something was drawn, and not the same for all
+
+
+def test_samples_in_the_second_dimension_and_flattened_ones() -> None:
+    x = torch.ones(ROWS, 4, 5)
+    batch, parts, draws = drawn(lambda x: F.dropout(x.transpose(0, 1), 0.5), x)
+    assert torch.equal(torch.cat(parts, 1), batch)
+    batch, parts, more = drawn(lambda x: F.dropout(x.flatten(0, 1), 0.5), x)
+    assert torch.equal(torch.cat(parts), batch)
+    assert not draws.unmatched
+    assert not more.unmatched
+
+
+def test_as_many_rows_as_the_data_has() -> None:
+    x = torch.tensor([1.0, 0, 2, 3, 0, 4, 5])
+    batch, parts, draws = drawn(lambda x: F.dropout(x[x > 0], 0.5), x)
+    assert torch.equal(torch.cat(parts), batch)
+    assert not draws.unmatched
+
+
+ONCE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a number": (lambda x: torch.rand(()), "torch.rand"),
+    "a beta": (lambda x: torch.distributions.Beta(0.4, 0.4).sample(), "a Beta or Dirichlet"),
+    "of the features": (lambda x: F.dropout(x[0], 0.5), "dropout or torch.bernoulli"),
+    "a permutation": (lambda x: torch.randperm(len(x)).float().var(), "torch.randperm"),
+    "partners": (lambda x: torch.randint(len(x), (len(x),)), "torch.randint"),
+}
+
+
+@pytest.mark.parametrize(("draw", "said"), ONCE.values(), ids=ONCE.keys())
+def test_once_for_each_forward(draw: Callable[[Tensor], Any], said: str) -> None:
+    x = torch.ones(ROWS, 40)
+    _, parts, draws = drawn(draw, x)
+    assert list(draws.once) == [("the loss", said)]
+    assert not draws.unmatched
+    if said != "torch.randperm":
+        assert not torch.equal(parts[1], parts[2])  # anew in each
+    _, shared, _ = drawn(draw, x, shares=True)
+    assert torch.equal(shared[1], shared[2])
+
+
+def test_the_module_that_draws_is_named() -> None:
+    class Draws1(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rand(())
+
+    model = nn.Sequential(nn.Linear(3, 3), Draws1())
+    draws = Draws()
+    for piece in (whole(ROWS), pieces(SIZES)[0]):
+        replay = Replay(draws, {"": model, "1": model[1]}, rows=ROWS)
+        with replay:
+            replay.begin(piece)
+            model(torch.ones(piece.rows, 3))
+    assert list(draws.once) == [("1", "torch.rand")]
+
+
+@pytest.mark.parametrize("source", ["random", "numpy"])
+def test_generators_that_no_operation_shows(source: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    _, _, draws = drawn(lambda x: random.random() if source == "random" else numpy.random.rand(), torch.ones(ROWS))
+    assert list(draws.once) == [("the loss", "Python's random or NumPy")]
+
+
+def test_the_same_numbers_again_when_the_random_state_is_put_back() -> None:
+    draws = Draws()
+    replay = Replay(draws, {}, rows=ROWS)
+    with replay:
+        replay.begin(whole(ROWS))
+        torch.rand(ROWS)
+        state = torch.get_rng_state()
+        first = torch.rand(ROWS)
+        torch.rand(3)
+        torch.set_rng_state(state)  # as activation checkpointing does
+        assert torch.equal(torch.rand(ROWS), first)
+
+
+def test_draws_are_of_the_right_law() -> None:
+    """1,000 rows of 100: means within 5 standard errors of what they should be."""
+    replay = Replay(Draws(), {}, rows=1000)
+    with replay:
+        replay.begin(whole(1000))
+        uniform, normal = torch.rand(1000, 100), torch.randn(1000, 100)
+        kept = F.dropout(torch.ones(1000, 100), 0.25)
+    assert abs(uniform.mean() - 0.5) < 5 * (1 / 12 / 1e5) ** 0.5
+    assert abs(normal.mean()) < 5 / 1e5**0.5
+    assert abs(normal.std() - 1) < 5 / 2e5**0.5
+    assert abs((kept == 0).float().mean() - 0.25) < 5 * (0.1875 / 1e5) ** 0.5
+    assert kept.max() == pytest.approx(1 / 0.75)
