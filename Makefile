@@ -41,6 +41,8 @@ format: $(STAMP) ## put imports and layout in order
 	@$(BIN)/ruff format .
 
 bench: $(STAMP) ## the library's time against the textbook loop's
+	@$(BIN)/gradaccum bench
+	@echo
 	@$(BIN)/python benchmarks/overhead.py $(ARGS)
 	@echo
 	@echo "Every benchmark, each to be run alone on an idle machine:"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from gradaccum.errors import (
     UnsupportedError,
     WindowError,
 )
+from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation, logger
@@ -51,6 +53,10 @@ class Accumulator:
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
         scaler: ``torch.amp.GradScaler`` for fp16.
+        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
+            then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
+        accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
+            the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         progress: a bar counted in updates for each pass, which also moves inside a window.
 
     Raises:
@@ -85,6 +91,8 @@ class Accumulator:
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        fused: FusedOption = "auto",
+        accumulate_dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
@@ -99,7 +107,15 @@ class Accumulator:
                 'weights= with tail="carry": the totals of a window must be known before its first backward, and a '
                 'part of it would be in the next pass. Use tail="step" or "drop".'
             )
-        self._accumulation = Accumulation(model, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        self._accumulation = Accumulation(
+            model,
+            optimizer,
+            clip_norm=clip_norm,
+            scheduler=scheduler,
+            scaler=scaler,
+            fused=fused,
+            accumulate_dtype=accumulate_dtype,
+        )
         guards.refuse_closures(self._accumulation.optimizers)
         self._tail = tail
         self._weights = weights

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards
 from gradaccum.errors import WindowError
+from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
@@ -54,6 +56,10 @@ class TrainStep:
         clip_norm: largest 2-norm of the batch's gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
         scaler: ``torch.amp.GradScaler`` for fp16.
+        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
+            then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
+        accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
+            the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
 
     Raises:
@@ -89,6 +95,8 @@ class TrainStep:
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        fused: FusedOption = "auto",
+        accumulate_dtype: torch.dtype | None = None,
         progress: bool | int = False,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
@@ -102,7 +110,15 @@ class TrainStep:
         models = guards.as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
             models.append(batch_loss)
-        self._accumulation = Accumulation(models, optimizer, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler)
+        self._accumulation = Accumulation(
+            models,
+            optimizer,
+            clip_norm=clip_norm,
+            scheduler=scheduler,
+            scaler=scaler,
+            fused=fused,
+            accumulate_dtype=accumulate_dtype,
+        )
         self._runner = choose_runner(
             model,
             models,

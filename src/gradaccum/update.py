@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,9 @@ class Updater:
         clip_norm: largest 2-norm over all gradients together; None to not clip.
         schedulers: advanced once for each update that was made.
         scaler: of fp16 training; a disabled one counts as none.
+        narrow: called right before the optimizers step, where gradients are of more precision than these take: gives
+            them the dtype of their parameters. Then nothing is folded into fused optimizers, whose factor would come
+            after the rounding.
 
     Attributes:
         loss_scale: whose ``scale()`` every seed has to pass through; None without fp16 scaling.
@@ -65,6 +68,7 @@ class Updater:
         clip_norm: float | None = None,
         schedulers: Sequence[Any] = (),
         scaler: GradScaler | None = None,
+        narrow: Callable[[], None] | None = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise WindowError(
@@ -83,6 +87,7 @@ class Updater:
         self._order = math.inf if clip_norm is None else 2.0
         self._schedulers = schedulers
         self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
+        self._narrow = narrow
         self.is_stepping = False
 
     def apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
@@ -126,7 +131,7 @@ class Updater:
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
         gradients = [_values(parameter) for parameter in parameters]
-        skips_by_itself = all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
+        skips_by_itself = self._narrow is None and all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
         if self._clip_norm is None and not skips_by_itself:
             return self._step_if(_are_finite(gradients), parameters, correction, None)
         norm = _combined(_norms(gradients, self._order), self._order)
@@ -148,6 +153,8 @@ class Updater:
         """For optimizers that cannot skip by themselves, so that the device has been waited for."""
         if finite:
             _multiply(parameters, factor)
+            finite = self._narrowed(parameters)
+        if finite:
             for optimizer in self._optimizers:
                 optimizer.step()
         return Applied(grad_norm, skipped=not finite)
@@ -160,7 +167,8 @@ class Updater:
         if any(_values(parameter).dtype == torch.float64 for parameter in parameters):
             _multiply(parameters, correction)  # an fp32 scale would cost nine digits
             correction = None
-        if self._clip_norm is None and len(optimizers) == 1 and _skips_by_itself(optimizers[0]):
+        is_plain = self._narrow is None and self._clip_norm is None and len(optimizers) == 1
+        if is_plain and _skips_by_itself(optimizers[0]):
             skipped = self._step_scaled(scaler, optimizers[0], correction, parameters[0].device)
             scaler.update()
             return Applied(None, skipped)
@@ -168,7 +176,7 @@ class Updater:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
         grad_norm = None
-        if self._clip_norm is None and len(optimizers) == 1 and not _is_fused(optimizers[0]):
+        if is_plain and not _is_fused(optimizers[0]):
             skipped = self._step_scaled(scaler, optimizers[0], None, parameters[0].device)
         else:
             # The scaler would skip each optimizer by itself, but half an update is not the batch's.
@@ -177,10 +185,20 @@ class Updater:
             skipped = not math.isfinite(norm.item())
             if not skipped:
                 _multiply(parameters, factor)
+                skipped = not self._narrowed(parameters)
+            if not skipped:
                 for optimizer in optimizers:
                     scaler.step(optimizer)
         scaler.update()
         return Applied(grad_norm, skipped)
+
+    def _narrowed(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Gives the gradients the dtype that the optimizers take; whether they are finite in it, too."""
+        if self._narrow is None:
+            return True
+        self._narrow()
+        in_fp16 = [values for parameter in parameters if (values := _values(parameter)).dtype == torch.float16]
+        return not in_fp16 or _are_finite(in_fp16)  # its largest number is 65,504; bf16 has the range of fp32
 
     def _step_scaled(
         self, scaler: GradScaler, optimizer: Optimizer, correction: float | Tensor | None, device: torch.device

@@ -126,3 +126,20 @@ def _check_page(html: Path | None) -> None:
         template("The option --html")
         if not html.absolute().parent.is_dir():
             raise typer.BadParameter(f"{html}: there is no folder {html.parent}.", param_hint="--html")
+
+
+@app.command()
+def bench(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with the machine's.")
+    ] = None,
+) -> None:
+    """This machine: the library against a hand-written loop. Takes about 10 seconds.
+
+    Exit status: 0, or 2 if it could not run.
+    """
+    from gradaccum.cli.bench import run_bench
+
+    if json is not None and not json.absolute().parent.is_dir():  # before the work, not after it
+        raise typer.BadParameter(f"{json}: there is no folder {json.parent}.", param_hint="--json")
+    run_bench(json_path=json)

@@ -20,11 +20,13 @@ from torch.optim import Optimizer
 from gradaccum import guards
 from gradaccum.errors import LossError
 from gradaccum.gradients.dot_grad import DotGrad
+from gradaccum.gradients.fused.choose import FusedOption, choice_of
+from gradaccum.gradients.wide import checked_accumulate_dtype
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds
 from gradaccum.losses.terms import as_loss, as_terms
-from gradaccum.progress import plan_line
+from gradaccum.runners.announcements import Announcements
 from gradaccum.runners.counters import Counters
 from gradaccum.types import Update
 from gradaccum.update import Updater
@@ -41,6 +43,8 @@ class Accumulation:
         clip_norm: see `Updater`.
         scheduler: one or a sequence of them, advanced once an update; None for none.
         scaler: see `Updater`.
+        fused: see `choice_of`.
+        accumulate_dtype: see `WideSums`.
 
     Attributes:
         counters: what went into updates so far.
@@ -54,7 +58,11 @@ class Accumulation:
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        fused: FusedOption = "auto",
+        accumulate_dtype: torch.dtype | None = None,
     ) -> None:
+        self._fused = choice_of(fused)
+        self._accumulate_dtype = checked_accumulate_dtype(accumulate_dtype)
         self.models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
         self.optimizers: list[Optimizer] = guards.as_sequence(optimizer, Optimizer, name="optimizer")
         guards.refuse_data_parallel(self.models)
@@ -62,13 +70,19 @@ class Accumulation:
         self._schedulers: list[Any] = (
             [] if scheduler is None else list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
         )
-        self._updater = Updater(self.optimizers, clip_norm=clip_norm, schedulers=self._schedulers, scaler=scaler)
+        self._updater = Updater(
+            self.optimizers,
+            clip_norm=clip_norm,
+            schedulers=self._schedulers,
+            scaler=scaler,
+            narrow=None if accumulate_dtype is None else lambda: self._gradients.narrow(),
+        )
         self._means = SampleMeans()
         self._normaliser: Normaliser | None = None
         self._seeds = Seeds()
         self._known_samples = 0
         self._last_total = 0.0
-        self._has_told = self._has_told_of_split = False
+        self._announcements = Announcements(self.models)
         self._sizes: list[int | None] = []
         self.counters = Counters()
 
@@ -89,32 +103,15 @@ class Accumulation:
 
     def has_coupled_layers(self) -> bool:
         """Whether the gradient depends on how a batch is cut, because layers see the micro-batch."""
-        return bool(guards.coupled_batch_norms(self.models))
+        return bool(self._announcements.coupled_layers())
 
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True) -> None:
-        """Logs the plan line, and warns of layers that see the micro-batch; each the first time it has to.
-
-        Args:
-            sizes: rows of each micro-batch of the window to come.
-            updates_per_epoch: None where unknown.
-            is_final: whether later windows will be cut alike; the line waits for that.
-        """
-        is_split = len(sizes) > 1
-        if not is_final and not (is_split and not self._has_told_of_split):
-            return
-        if self._has_told and (self._has_told_of_split or not is_split):
-            return
-        coupled = guards.coupled_batch_norms(self.models)
-        if is_final and not self._has_told:
-            logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch))
-        if coupled and is_split:
-            guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
-        self._has_told = self._has_told or is_final
-        self._has_told_of_split = is_split
+        """See `Announcements.tell`."""
+        self._announcements.tell(sizes, updates_per_epoch=updates_per_epoch, is_final=is_final)
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
@@ -133,7 +130,7 @@ class Accumulation:
         """
         if len(self._optimized) != self._count_optimized():
             self._find_parameters()
-        self._gradients.check_empty()
+        self._gradients.begin()
         self._normaliser = Normaliser(
             seeds=self._seeds, totals=totals, first_share=first_share, at_least=self._last_total
         )
@@ -259,6 +256,7 @@ class Accumulation:
         if not parameters and not normaliser.is_empty:
             raise self._no_gradient()
         self._updater.unscale_into_grad(parameters, normaliser.correction)
+        self._gradients.narrow()
         self._gradients.put_back(aside)
         means = normaliser.means()
         weight = normaliser.weight
@@ -324,7 +322,7 @@ class Accumulation:
             peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
             _later=later,
         )
-        self._gradients.clear()
+        self._gradients.clear(keeps_memory=len(sizes) > 1)
         self._reset()
         self._means.window_closed()
         self._looks_for_foreign = False
@@ -370,7 +368,7 @@ class Accumulation:
     def _find_parameters(self) -> None:
         named = guards.named_parameters(self.models)
         guards.check_parameters(named, self.optimizers)
-        self._gradients = DotGrad(named)
+        self._gradients = DotGrad(named, fused=self._fused, accumulate_dtype=self._accumulate_dtype)
         self._optimized = [
             parameter
             for optimizer in self.optimizers

@@ -1,0 +1,119 @@
+"""What a backward will do to each leaf, read off the graph before it runs.
+
+A loss's graph says exactly which operations use a weight: the edges into the leaf's ``AccumulateGrad``, perhaps through
+a transposition or a cast. Nothing has to be known of the modules, functions or patches that made it.
+
+Reading costs about 0.8 us a node, 0.4 ms for GPT-2 small (measured on one core of an EPYC).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+LEAF = "AccumulateGrad"
+_CAST = "ToCopyBackward0"
+_TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
+_FOLLOWED = _TRANSPOSITIONS | {_CAST, LEAF}
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One operation that reads a leaf.
+
+    Attributes:
+        node: the operation's node, such as ``AddmmBackward0``.
+        position: which of its inputs the leaf is.
+        is_transposed: whether it reads it with its last two dimensions exchanged.
+    """
+
+    node: Any
+    position: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The leaves below some roots, and who reads them.
+
+    Attributes:
+        leaves: the leaf tensors by their node.
+        readers: for each leaf and each transposition or cast: the nodes that read it, and as which input.
+        roots: the nodes that the backward starts from.
+        has_checkpoint: whether a part of the graph is only made in the backward, by a reentrant checkpoint.
+    """
+
+    leaves: dict[Any, Tensor]
+    readers: dict[Any, list[tuple[Any, int]]]
+    roots: frozenset[Any]
+    has_checkpoint: bool
+
+    def uses_of(self, leaf: Any) -> list[Use] | None:
+        """Every operation that reads a leaf, transposed or cast perhaps; None where its way there is another one."""
+        uses: list[Use] = []
+        ways: list[tuple[Any, bool]] = [(leaf, False)]
+        num_dims = self.leaves[leaf].dim()
+        while ways:
+            read, is_transposed = ways.pop()
+            if read in self.roots:
+                return None
+            for node, position in self.readers[read]:
+                kind = type(node).__name__
+                if kind == _CAST:
+                    ways.append((node, is_transposed))
+                elif kind in _TRANSPOSITIONS:
+                    if not _exchanges_last_two(node, kind, num_dims):
+                        return None
+                    ways.append((node, not is_transposed))
+                else:
+                    uses.append(Use(node, position, is_transposed))
+        return uses
+
+
+def read_graph(roots: Iterable[Tensor]) -> Graph:
+    """Walks a graph from its roots down to its leaves."""
+    nodes = [root.grad_fn for root in roots if root.grad_fn is not None]
+    graph_roots = frozenset(nodes)
+    leaves: dict[Any, Tensor] = {}
+    readers: dict[Any, list[tuple[Any, int]]] = {}
+    has_checkpoint = False
+    seen: set[Any] = set(nodes)
+    nodes = list(graph_roots)
+    while nodes:
+        node = nodes.pop()
+        for position, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            kind = type(child).__name__
+            if kind in _FOLLOWED:
+                readers.setdefault(child, []).append((node, position))
+            if child in seen:
+                continue
+            seen.add(child)
+            if kind == LEAF:
+                leaves[child] = child.variable  # type: ignore[attr-defined]
+                continue
+            if "Checkpoint" in kind:
+                has_checkpoint = True
+            nodes.append(child)
+    if any("Checkpoint" in type(root).__name__ for root in graph_roots):
+        has_checkpoint = True
+    return Graph(leaves, readers, graph_roots, has_checkpoint)
+
+
+def _exchanges_last_two(node: Any, kind: str, num_dims: int) -> bool:
+    if kind == "TBackward0":
+        return num_dims == 2
+    if kind == "TransposeBackward0":
+        dims = {_signed(node._saved_dim0) % num_dims, _signed(node._saved_dim1) % num_dims}
+        return dims == {num_dims - 2, num_dims - 1}
+    order: Sequence[int] = [_signed(dim) % num_dims for dim in node._saved_dims]
+    return order == [*range(num_dims - 2), num_dims - 1, num_dims - 2]
+
+
+def _signed(dim: int) -> int:
+    """Some saved dimensions are shown as if they were unsigned: -1 as 2**64 - 1."""
+    return dim - (1 << 64) if dim >= 1 << 63 else dim

@@ -1,0 +1,52 @@
+"""Weights of linear layers: ``F.linear``, ``x @ W``, ``addmm`` (HF's ``Conv1D``), batches of them (experts).
+
+For  y = x W  the gradient is  x^T dy,  and for  y = W x  it is  dy x^T.  Read transposed (``nn.Linear`` multiplies with
+``weight.t()``), it is the transpose of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradaccum.gradients.fused.graph import Use
+from gradaccum.gradients.fused.memory import Memory
+from gradaccum.gradients.fused.product import add_product
+from gradaccum.gradients.fused.saved import can_read_twice, read
+
+# By kind of node: where the two matrices stand among its inputs, and under what names they are saved.
+_PRODUCTS = {
+    "AddmmBackward0": ((1, "mat1"), (2, "mat2")),
+    "MmBackward0": ((0, "self"), (1, "mat2")),
+    "BmmBackward0": ((0, "self"), (1, "mat2")),
+}
+
+
+def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[Tensor], None] | None:
+    """What adds the gradient of this use to ``parameter.grad``, given that of the product; None if unknown."""
+    kind = type(use.node).__name__
+    product = _PRODUCTS.get(kind)
+    if product is None or parameter.dim() != (3 if kind == "BmmBackward0" else 2):
+        return None
+    (left, left_name), (right, right_name) = product
+    if use.position not in (left, right):
+        return None  # the summand of addmm
+    is_left = use.position == left
+    other_name = right_name if is_left else left_name
+    if not can_read_twice(use.node, other_name):
+        return None
+    node: Any = use.node
+    is_transposed = use.is_transposed
+    alpha = node._saved_alpha if kind == "AddmmBackward0" else 1
+
+    def add(gradient: Tensor) -> None:
+        other = read(node, other_name)
+        if is_left:  # dy x^T, transposed x dy^T
+            factors = (other, gradient.mT) if is_transposed else (gradient, other.mT)
+        else:  # x^T dy, transposed dy^T x
+            factors = (gradient.mT, other) if is_transposed else (other.mT, gradient)
+        add_product(parameter, *factors, alpha=alpha, memory=memory)
+
+    return add

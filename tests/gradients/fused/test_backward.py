@@ -1,0 +1,525 @@
+"""Weight gradients added up in place are torch's own, and what cannot be shown to be right is left to torch.
+
+Each case has a model, a loss, and the weights that are to be added up in place. Two backwards on different data are
+added up, by torch and by the library, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from gradaccum.errors import MisuseError
+from gradaccum.gradients.dot_grad import DotGrad
+from gradaccum.gradients.fused.backward import FusedBackward
+from gradaccum.gradients.fused.choose import choice_of
+from oracle import EXACT, assert_same_gradients, gradients_of
+
+WIDTH, ROWS, WORDS = 5, 7, 11
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """``forward(model, x)`` gives anything; ``x`` is (ROWS, WIDTH), or (ROWS, 3) of words for ``reads="words"``."""
+
+    make: Callable[[], nn.Module]
+    forward: Forward = lambda model, x: model(x)
+    in_place: frozenset[str]
+    reads: str = "numbers"
+
+    def data(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.reads == "words":
+            return torch.randint(WORDS, (ROWS, 3), generator=generator)
+        return torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def layers(*, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias))
+
+
+class Matrix(nn.Module):
+    """Parameters ``w`` (WIDTH, 4) and ``b`` (4)."""
+
+    def __init__(self, *shape: int, transposed: bool = False) -> None:
+        super().__init__()
+        shape = shape or (WIDTH, 4)
+        values = torch.randn(*reversed(shape)).t() if transposed else torch.randn(*shape)
+        self.w = nn.Parameter(values)
+        self.b = nn.Parameter(torch.randn(shape[-1]))
+
+
+class Tied(nn.Module):
+    """A language model in which the table is also the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.table(words))))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, WIDTH, 3))
+        self.back = nn.Parameter(torch.randn(2, WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = x.unsqueeze(0).repeat(2, 1, 1)
+        return torch.bmm(torch.tanh(torch.bmm(both, self.w)), self.back.transpose(-1, 1))
+
+
+def frozen(model: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False)
+
+
+def nested(model: Any, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: model[1](model[0](x)), x, use_reentrant=False)
+
+    return checkpoint(lambda x: model[2](inner(x)), x, use_reentrant=False)
+
+
+def not_stopped_early(model: nn.Module, x: Tensor) -> Tensor:
+    with set_checkpoint_early_stop(False):
+        return checkpointed(model, x)
+
+
+def hooked_output(model: Any, x: Tensor) -> Tensor:
+    hidden = model[0](x)
+    hidden.register_hook(lambda gradient: 3 * gradient)
+    hidden.retain_grad()
+    return model[2](hidden)
+
+
+def hooked_modules(model: nn.Module) -> nn.Module:
+    for module in model:  # type: ignore[attr-defined]
+        module.register_full_backward_hook(
+            lambda module, before, after: (2 * before[0],) if before[0] is not None else None
+        )
+    return model
+
+
+def over_samples(model: nn.Module, x: Tensor) -> Tensor:
+    parameters = dict(model.named_parameters())
+    return torch.func.vmap(lambda one: torch.func.functional_call(model, parameters, (one,)))(x)
+
+
+def patched(model: Any) -> nn.Module:
+    """Somebody else's layer in place of torch's, calling what it replaces."""
+    original = model[0].forward
+    model[0].forward = lambda x: 2 * original(x)
+    return model
+
+
+BOTH = frozenset({"0.weight", "2.weight"})
+W = frozenset({"w"})
+
+IN_PLACE: dict[str, Case] = {
+    "linear": Case(make=layers, in_place=BOTH),
+    "linear without bias, so that the first is on the way to nothing": Case(
+        make=lambda: layers(bias=False), in_place=BOTH
+    ),
+    "one sample without a batch": Case(make=layers, forward=lambda m, x: m(x[0]), in_place=BOTH),
+    "three dimensions": Case(make=layers, forward=lambda m, x: m(x.expand(2, ROWS, WIDTH)), in_place=BOTH),
+    "four dimensions": Case(make=layers, forward=lambda m, x: m(x.expand(2, 3, ROWS, WIDTH) + 1), in_place=BOTH),
+    "no rows": Case(make=layers, forward=lambda m, x: m(x[:0]), in_place=BOTH),
+    "strided input": Case(make=layers, forward=lambda m, x: m(x.repeat(1, 2)[:, ::2]), in_place=BOTH),
+    "transposed input": Case(make=layers, forward=lambda m, x: m(x.t().contiguous().t()), in_place=BOTH),
+    "strided gradient": Case(make=layers, forward=lambda m, x: m(x).t()[::2], in_place=BOTH),
+    "input that requires a gradient": Case(make=layers, forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH),
+    "frozen bias": Case(make=lambda: frozen(layers(), "0.bias", "2.bias"), in_place=BOTH),
+    "frozen weight before": Case(make=lambda: frozen(layers(), "0.weight"), in_place=frozenset({"2.weight"})),
+    "frozen weight after": Case(make=lambda: frozen(layers(), "2.weight"), in_place=frozenset({"0.weight"})),
+    "functional linear": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: F.linear(x, m.w), in_place=W),
+    "x W": Case(make=Matrix, forward=lambda m, x: x @ m.w, in_place=W),
+    "W x": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: m.w @ x.t(), in_place=W),
+    "W.T x": Case(make=Matrix, forward=lambda m, x: m.w.T @ x.t(), in_place=W),
+    "x W.mT": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: x @ m.w.mT, in_place=W),
+    "x transposed twice": Case(make=Matrix, forward=lambda m, x: x @ m.w.transpose(-1, 0).permute(-1, -2), in_place=W),
+    "addmm, as HF's Conv1D": Case(make=Matrix, forward=lambda m, x: torch.addmm(m.b, x, m.w), in_place=W),
+    "addmm with factors": Case(
+        make=Matrix, forward=lambda m, x: torch.addmm(m.b, x, m.w, alpha=0.3, beta=2), in_place=W
+    ),
+    "parameter with strides": Case(
+        make=lambda: Matrix(transposed=True), forward=lambda m, x: torch.tanh(x @ m.w), in_place=W
+    ),
+    "both factors are weights": Case(
+        make=lambda: nn.ParameterList([torch.randn(WIDTH, 3), torch.randn(3, 2)]),
+        forward=lambda m, x: x @ (m[0] @ m[1]),
+        in_place=frozenset({"0", "1"}),
+    ),
+    "a matrix times itself": Case(make=lambda: Matrix(WIDTH, WIDTH), forward=lambda m, x: x @ (m.w @ m.w), in_place=W),
+    "cast": Case(make=Matrix, forward=lambda m, x: x.float() @ m.w.float(), in_place=W),
+    "experts": Case(make=Experts, in_place=frozenset({"w", "back"})),
+    "used twice": Case(make=Twice, in_place=frozenset({"layer.weight"})),
+    "embedding": Case(make=lambda: nn.Embedding(WORDS, 4), reads="words", in_place=frozenset({"weight"})),
+    "embedding with padding": Case(
+        make=lambda: nn.Embedding(WORDS, 4, padding_idx=2), reads="words", in_place=frozenset({"weight"})
+    ),
+    "embedding with padding counted from the end": Case(
+        make=lambda: nn.Embedding(WORDS, 4, padding_idx=-1), reads="words", in_place=frozenset({"weight"})
+    ),
+    "tied": Case(make=Tied, reads="words", in_place=frozenset({"table.weight", "body.weight"})),
+    "attention": Case(
+        make=lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
+        forward=lambda m, x: m(x[None, :, :4]),
+        in_place=frozenset(
+            {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
+        ),
+    ),
+    "recurrent, with one use for each step": Case(
+        make=lambda: nn.LSTM(WIDTH, 3),
+        forward=lambda m, x: m(x)[0],
+        in_place=frozenset({"weight_ih_l0", "weight_hh_l0"}),
+    ),
+    "over samples by vmap": Case(make=layers, forward=over_samples, in_place=BOTH),
+    "checkpoint": Case(make=layers, forward=checkpointed, in_place=BOTH),
+    "checkpoint, input with gradient": Case(
+        make=layers, forward=lambda m, x: checkpointed(m, x.requires_grad_()), in_place=BOTH
+    ),
+    "checkpoint of a checkpoint": Case(make=layers, forward=nested, in_place=BOTH),
+    "checkpoint without early stop": Case(make=layers, forward=not_stopped_early, in_place=BOTH),
+    "checkpointed embedding": Case(
+        make=Tied, forward=checkpointed, reads="words", in_place=frozenset({"table.weight", "body.weight"})
+    ),
+    "hooks on outputs": Case(make=layers, forward=hooked_output, in_place=BOTH),
+    "hooks on modules": Case(
+        make=lambda: hooked_modules(layers()), forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH
+    ),
+    "patched forward": Case(make=lambda: patched(layers()), in_place=BOTH),
+}
+
+
+class Doubled(torch.autograd.Function):
+    """Multiplies by twice a weight, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 2 * x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return 2 * gradients[0] @ weight.t(), 2 * x.t() @ gradients[0]
+
+
+class Kind(nn.Parameter):
+    """A parameter of another class than torch's."""
+
+
+class OfAKind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = Kind(torch.randn(WIDTH, 4))
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    model.get_parameter("0.weight").register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    return model
+
+
+def penalised(model: nn.Module, x: Tensor) -> Tensor:
+    """A gradient penalty: the loss contains a gradient."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return torch.cat([out.flatten(), gradient.flatten()])
+
+
+def with_weight_gradient(model: Any, x: Tensor) -> Tensor:
+    """The loss contains the gradient of a weight."""
+    out = model(x)
+    (gradient,) = torch.autograd.grad(out.square().sum(), model[0].weight, create_graph=True)
+    return torch.cat([out.flatten(), gradient.flatten()])
+
+
+def offloaded(model: nn.Module, x: Tensor) -> Tensor:
+    """Saved tensors by hooks that give each out once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> int:
+        kept[len(kept)] = tensor.clone()
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept.pop):
+        return model(x)
+
+
+NONE: frozenset[str] = frozenset()
+
+ASIDE: dict[str, Case] = {
+    "parametrised": Case(
+        make=lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, 4)), nn.Linear(4, 2)),
+        in_place=frozenset({"1.weight"}),
+    ),
+    "orthogonal": Case(make=lambda: parametrizations.orthogonal(nn.Linear(WIDTH, 4)), in_place=NONE),
+    "masked": Case(make=Matrix, forward=lambda m, x: x @ (m.w * (m.w > 0)), in_place=NONE),
+    "hook on the weight": Case(make=lambda: hooked(layers()), in_place=frozenset({"2.weight"})),
+    "parameter of another class": Case(make=OfAKind, forward=lambda m, x: x @ m.w, in_place=NONE),
+    "gradient penalty": Case(make=layers, forward=penalised, in_place=BOTH),
+    "gradient of a weight in the loss": Case(make=layers, forward=with_weight_gradient, in_place=BOTH),
+    "function of its own": Case(make=Matrix, forward=lambda m, x: Doubled.apply(x, m.w), in_place=NONE),
+    "weight decay in the loss": Case(
+        make=Matrix, forward=lambda m, x: torch.cat([(x @ m.w).flatten(), m.w.flatten()]), in_place=NONE
+    ),
+    "part of a weight": Case(make=Matrix, forward=lambda m, x: x @ m.w[:, 1:], in_place=NONE),
+    "weight with its dimensions turned": Case(
+        make=lambda: Matrix(2, WIDTH, 3),
+        forward=lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.permute(0, 2, 1).mT),
+        in_place=W,
+    ),
+    "batch dimension turned": Case(
+        make=lambda: Matrix(WIDTH, 2, 3),
+        forward=lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.transpose(0, 1)),
+        in_place=NONE,
+    ),
+    "matrix as the summand": Case(
+        make=lambda: Matrix(ROWS, 4), forward=lambda m, x: torch.addmm(m.w, x, x.t() @ m.w.detach()), in_place=NONE
+    ),
+    "vector": Case(make=Matrix, forward=lambda m, x: torch.mv(x, m.w[:, 0]) + m.b.sum(), in_place=NONE),
+    "einsum": Case(make=Matrix, forward=lambda m, x: torch.einsum("ri,io->ro", x, m.w), in_place=NONE),
+    "complex": Case(
+        make=lambda: nn.ParameterList([torch.randn(WIDTH, 3, dtype=torch.complex64)]),
+        forward=lambda m, x: torch.view_as_real(x.to(m[0].dtype) @ m[0]),
+        in_place=NONE,
+    ),
+    "sparse embedding": Case(make=lambda: nn.Embedding(WORDS, 4, sparse=True), reads="words", in_place=NONE),
+    "embedding scaled by frequency": Case(
+        make=lambda: nn.Embedding(WORDS, 4, scale_grad_by_freq=True), reads="words", in_place=NONE
+    ),
+    "bag of embeddings": Case(make=lambda: nn.EmbeddingBag(WORDS, 4), reads="words", in_place=NONE),
+    "sparse input": Case(make=Matrix, forward=lambda m, x: torch.sparse.mm(x.to_sparse(), m.w), in_place=NONE),
+    "convolution": Case(
+        make=lambda: nn.Conv1d(1, 3, 2, stride=2, padding=1), forward=lambda m, x: m(x[:, None]), in_place=NONE
+    ),
+    "saved tensors given out once": Case(make=layers, forward=offloaded, in_place=NONE),
+    "reentrant checkpoint": Case(
+        make=layers, forward=lambda m, x: m[2](checkpoint(m[:2], x.requires_grad_(), use_reentrant=True)), in_place=NONE
+    ),
+    "compiled": Case(make=layers, forward=lambda m, x: torch.compile(m, backend="aot_eager")(x), in_place=NONE),
+    "compiled in full": Case(
+        make=layers, forward=lambda m, x: torch.compile(m, backend="aot_eager", fullgraph=True)(x), in_place=NONE
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:.*:DeprecationWarning")
+@pytest.mark.parametrize("name", [*IN_PLACE, *ASIDE])
+def test_the_gradient_is_torchs(name: str) -> None:
+    case = (IN_PLACE | ASIDE)[name]
+    model = case.make()
+    if not any(parameter.is_complex() for parameter in model.parameters()):
+        model = model.double()
+    state = copy.deepcopy(model.state_dict())
+    for seed in (1, 2):
+        case.forward(model, case.data(seed)).pow(2).sum().backward()
+    expected = gradients_of(model)
+
+    model.zero_grad()
+    gradients = DotGrad(model.named_parameters(), fused=choice_of(True))
+    gradients.begin()
+    for seed in (1, 2):
+        loss = case.forward(model, case.data(seed)).pow(2).sum()
+        assert in_place(model, loss) == case.in_place
+        gradients.add((loss,), (torch.ones_like(loss),))
+    tolerance = 1e-5 if name in ("cast", "complex") else EXACT  # both compute in fp32
+    assert_same_gradients(gradients_of(model), expected, tolerance=tolerance)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def in_place(model: nn.Module, loss: Tensor) -> frozenset[str]:
+    plan = FusedBackward(model.parameters(), everywhere()).plan((loss,))
+    chosen = {} if plan is None else plan.in_place
+    return frozenset(name for name, parameter in model.named_parameters() if parameter in chosen)
+
+
+def everywhere() -> Any:
+    choice = choice_of(True)
+    assert choice is not None
+    return choice
+
+
+def run(model: nn.Module, loss: Tensor) -> None:
+    assert FusedBackward(model.parameters(), everywhere()).run((loss,), (torch.ones_like(loss),), None)
+
+
+# --------------------------------------------------------------------------------------------------- what must still be
+
+
+def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
+    model = Tied().double()
+    seen: list[Tensor] = []
+    node_fired: list[bool] = []
+    weight = model.table.weight
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(_copied(parameter.grad)))
+    node: Any = weight.expand_as(weight).grad_fn
+    node = node.next_functions[0][0]  # where DistributedDataParallel listens
+    node.register_hook(lambda *_: node_fired.append(True))
+    words = torch.tensor([[1, 2, 2]])
+    model(words).pow(2).sum().backward()
+    expected = seen.pop()
+    model.zero_grad()
+
+    run(model, model(words).pow(2).sum())
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected)
+    assert len(node_fired) == 2
+
+
+def _copied(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.clone()
+
+
+def test_a_weight_without_any_gradient_from_a_use() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return None
+
+    model = layers()
+    loss = model[2](torch.ones(1, 6)).sum() + Nothing.apply(model[0](torch.ones(1, WIDTH))).sum()
+    run(model, loss)
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+
+
+def test_gradients_of_other_models_are_left_alone() -> None:
+    generator, discriminator = nn.Linear(WIDTH, 4).double(), nn.Linear(4, 1).double()
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    loss = discriminator(generator(x)).sum()
+    loss.backward()
+    expected = gradients_of(generator)
+    generator.zero_grad()
+    discriminator.zero_grad()
+
+    gradients = DotGrad(generator.named_parameters(), fused=choice_of(True))
+    loss = discriminator(generator(x)).sum()
+    gradients.look_for_foreign_leaves((loss,))
+    gradients.add((loss,), (torch.ones_like(loss),))
+    assert_same_gradients(gradients_of(generator), expected)
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
+
+
+def test_several_roots_one_of_them_a_parameter() -> None:
+    scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    model = nn.ModuleDict({"layer": nn.Linear(WIDTH, 2).double()})
+    model.register_parameter("scale", scale)
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    out = model["layer"](x)
+    fused = FusedBackward(model.parameters(), everywhere())
+    seed = torch.ones((), dtype=torch.float64)
+    assert fused.run((out.pow(2).sum(), out.sum(), scale), (seed, -seed, 3 * seed), None)
+    found = gradients_of(model)
+
+    model.zero_grad()
+    out = model["layer"](x)
+    (out.pow(2).sum() - out.sum() + 3 * scale).backward()
+    assert_same_gradients(found, gradients_of(model))
+
+
+def test_a_backward_that_fails_leaves_no_hook_behind() -> None:
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise MisuseError("broken")
+
+    model = layers().double()
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    hidden = model[0](x)
+    broken = model[2](Breaks.apply(hidden)).sum()
+    with pytest.raises(MisuseError, match="broken"):
+        run(model, broken)
+    model.zero_grad()
+    hidden.sum().backward()  # hidden's own node still has its graph, and must not add up twice
+    torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(6, WIDTH))
+
+
+def test_a_graph_that_is_gone_is_torchs_error() -> None:
+    model = layers()
+    loss = model(torch.randn(ROWS, WIDTH)).sum()
+    loss.backward()
+    model.zero_grad()
+    gradients = DotGrad(model.named_parameters(), fused=choice_of(True))
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients.add((loss,), (torch.ones(()),))
+
+
+def test_a_gradient_that_cannot_be_added_to_in_place_is_left_to_torch() -> None:
+    model = nn.Embedding(WORDS, 4)
+    model.weight.grad = torch.ones(WORDS, 4).to_sparse()
+    loss = model(torch.tensor([1])).sum()
+    assert in_place(model, loss) == NONE
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside of autocast", "outside"])
+def test_under_autocast_the_products_are_torchs_before_rounding(inside: bool) -> None:
+    model = layers()
+    x = torch.randn(ROWS, WIDTH)
+
+    def backward(with_library: bool) -> dict[str, Tensor | None]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().pow(2).sum()
+            if inside:
+                run(model, loss) if with_library else loss.backward()
+        if not inside:
+            run(model, loss) if with_library else loss.backward()
+        return gradients_of(model)
+
+    # Torch rounds each product to bf16 before it is added in fp32; here it is not rounded.
+    assert_same_gradients(backward(True), backward(False), tolerance=2.0**-8)
+
+
+def test_inside_of_autocast_a_layer_that_is_not_cast_keeps_its_precision() -> None:
+    model = nn.Linear(WIDTH, 4, bias=False)
+    x = torch.randn(ROWS, WIDTH)
+    loss = model(x).pow(2).sum()
+    loss.backward(retain_graph=True)
+    expected = gradients_of(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, loss)
+    assert_same_gradients(gradients_of(model), expected, tolerance=1e-6)

@@ -1,0 +1,134 @@
+"""A window's gradients are written where the last window's were, unless somebody still has those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradaccum as ga
+from gradaccum.gradients.fused.memory import Memory
+
+
+def kept(dtype: torch.dtype = torch.float32) -> tuple[Memory, nn.Parameter, int]:
+    """A memory with the gradient of one parameter, the parameter, and where the gradient was."""
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    memory = Memory()
+    memory.keep([parameter])
+    where = parameter.grad.data_ptr()
+    parameter.grad = None
+    return memory, parameter, where
+
+
+def test_what_nobody_holds_is_used_again() -> None:
+    memory, parameter, where = kept()
+    assert memory.take(parameter, torch.float32).data_ptr() == where
+
+
+def test_but_once() -> None:
+    memory, parameter, _ = kept()
+    first = memory.take(parameter, torch.float32)
+    assert memory.take(parameter, torch.float32).data_ptr() != first.data_ptr()
+
+
+HOLDS: dict[str, Callable[[Tensor], Any]] = {
+    "a name": lambda gradient: gradient,
+    "a view": lambda gradient: gradient[0],
+    "detached": lambda gradient: gradient.detach(),
+    "numpy": lambda gradient: gradient.numpy(),
+    "its storage": lambda gradient: gradient.untyped_storage(),
+    "dlpack": lambda gradient: gradient.__dlpack__(),
+    "as another's gradient": lambda gradient: _with_gradient(gradient),
+    "a closure": lambda gradient: lambda: gradient,
+    "saved for a backward": lambda gradient: gradient * torch.ones(3, requires_grad=True),
+}
+
+
+def _with_gradient(gradient: Tensor) -> nn.Parameter:
+    other = nn.Parameter(torch.zeros(2, 3))
+    other.grad = gradient
+    return other
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_what_somebody_holds_is_theirs(name: str) -> None:
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    where = parameter.grad.data_ptr()
+    held = HOLDS[name](parameter.grad)
+    memory = Memory()
+    memory.keep([parameter])
+    parameter.grad = None
+    assert memory.take(parameter, torch.float32).data_ptr() != where
+    assert held is not None
+
+
+def test_another_dtype_or_shape_is_new() -> None:
+    memory, parameter, _ = kept()
+    assert memory.take(parameter, torch.float64).dtype == torch.float64
+    memory, parameter, _ = kept()
+    parameter.data = torch.zeros(4, 3)
+    assert memory.take(parameter, torch.float32).shape == (4, 3)
+
+
+def test_new_memory_has_the_parameters_strides() -> None:
+    parameter = nn.Parameter(torch.zeros(3, 2).t())
+    assert Memory().take(parameter, torch.float32).stride() == parameter.stride()
+
+
+def test_nothing_is_kept_when_it_is_freed() -> None:
+    memory, _, _ = kept()
+    memory.free()
+    assert not memory._kept
+
+
+def windows(hold: list[Tensor | None], *, micro_batches: int) -> list[int]:
+    """Where the weight's gradient is in each of three windows."""
+    model = nn.Linear(64, 32, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    places: list[int] = []
+
+    def look(*_: Any) -> None:
+        gradient = model.weight.grad
+        assert gradient is not None
+        places.append(gradient.data_ptr())
+        if hold:
+            hold.append(gradient)
+
+    optimizer.register_step_pre_hook(look)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=micro_batches, fused=True)
+    for x in accumulator.over([torch.randn(3, 64) for _ in range(3 * micro_batches)]):
+        accumulator.backward(model(x).pow(2).mean())
+    return places
+
+
+def test_windows_write_to_the_same_place() -> None:
+    assert len(set(windows([], micro_batches=2))) == 1
+
+
+def test_a_gradient_that_a_user_collects_is_not_overwritten() -> None:
+    collected: list[Tensor | None] = [None]
+    assert len(set(windows(collected, micro_batches=2))) == 3
+    values = [gradient for gradient in collected if gradient is not None]
+    assert not torch.equal(values[0], values[1])
+
+
+def test_without_accumulation_nothing_is_held_between_updates() -> None:
+    model = nn.Linear(64, 32, bias=False)
+    step = ga.TrainStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda m, x: m(x).pow(2).mean(),
+        micro_batch_size=4,
+        fused=True,
+    )
+    step(torch.randn(4, 64))
+    fused = step._accumulation._gradients._fused
+    assert fused is not None
+    assert not fused._memory._kept
+    step(torch.randn(8, 64))
+    assert len(fused._memory._kept) == 1
