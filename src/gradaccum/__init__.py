@@ -27,10 +27,11 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
+from gradaccum.runners.lockstep.gather import gather
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.train_step import TrainStep
-from gradaccum.types import Job, Update
+from gradaccum.types import GhostBatch, Job, Update
 
 if _typing.TYPE_CHECKING:
     from gradaccum.auditing.make import audit
@@ -47,6 +48,7 @@ __all__ = [
     "Culprit",
     "DiscardedWindowWarning",
     "DoesNotFitError",
+    "GhostBatch",
     "GradAccumError",
     "GradAccumWarning",
     "InexactError",
@@ -68,6 +70,7 @@ __all__ = [
     "WindowError",
     "audit",
     "criterion",
+    "gather",
     "plan",
     "split_by_cost",
     "split_by_samples",

@@ -124,8 +124,9 @@ def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int) -> None:
     warnings.warn(
         f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each "
         f"of the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the "
-        f"whole batch's, and running statistics advance {micro_batches} times an update. Freeze them (module.eval()) "
-        "when fine-tuning, or use GroupNorm or LayerNorm.",
+        f"whole batch's, and running statistics advance {micro_batches} times an update. With ga.TrainStep: "
+        'batch_norm="exact" takes the whole batch\'s statistics, "frozen" the running ones (for fine-tuning), '
+        "ga.GhostBatch(n) those of fixed groups. Otherwise freeze them (module.eval()), or use GroupNorm or LayerNorm.",
         BatchNormWarning,
         stacklevel=user_stack_level(),
     )

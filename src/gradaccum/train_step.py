@@ -17,10 +17,10 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.runners.choose import Combine, choose_runner
+from gradaccum.runners.layers import ADVICE, BatchNorm, LayerOptions
 from gradaccum.runners.weights import WeightsFunction, weights_by_name
 from gradaccum.sizing.fitting import Fitting, num_rows
-from gradaccum.split.by_samples import split_by_samples
-from gradaccum.types import Rows, Split, Update
+from gradaccum.types import Activations, Rows, Split, Update
 
 
 class TrainStep:
@@ -50,6 +50,14 @@ class TrainStep:
             concatenated, and take the memory of one.
         kept_graphs: of how many micro-batches the graph is kept from the forward that ``batch_loss`` needs to the
             backward; the others are run forward twice, with the same random numbers. None for as many as fit.
+        batch_norm: what BatchNorm in training mode takes its statistics over: "micro", each micro-batch, which is not
+            the whole batch's gradient and warns once; "exact", the whole batch, by running its micro-batches in
+            lockstep; "frozen", the running statistics, which stay; ``ga.GhostBatch(n)``, groups of n consecutive
+            samples. Running statistics advance once an update.
+        lockstep: runs the micro-batches side by side, so that `gather` in the model's code sees the whole batch. Each
+            then draws random numbers from a stream of its own, seeded from the CPU's.
+        activations: in lockstep the activations of the whole batch wait for the backward: on the "device", on the
+            "host", or not at all: "recompute" runs the model's repeated blocks again.
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
@@ -64,7 +72,8 @@ class TrainStep:
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
-        WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1.
+        WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1, or smaller than a ghost batch; an
+            option is none of its values.
         LossError: it is not said what the loss is, or said twice.
 
     Example:
@@ -91,6 +100,9 @@ class TrainStep:
         batch_loss: Callable[[Any, Any], Any] | None = None,
         combine: Combine = "concat",
         kept_graphs: int | None = None,
+        batch_norm: BatchNorm = "micro",
+        lockstep: bool = False,
+        activations: Activations = "device",
         weights: WeightsFunction | None = None,
         clip_norm: float | None = None,
         scheduler: Any = None,
@@ -105,7 +117,8 @@ class TrainStep:
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
-        self._split = split_by_samples() if split is None else split
+        layers = LayerOptions(batch_norm=batch_norm, lockstep=lockstep, activations=activations)
+        self._split = layers.split(split, max_rows=self._max_rows)
         self._weights = weights
         models = guards.as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
@@ -118,6 +131,7 @@ class TrainStep:
             scaler=scaler,
             fused=fused,
             accumulate_dtype=accumulate_dtype,
+            couples_batch_norms=batch_norm == "micro",
         )
         self._runner = choose_runner(
             model,
@@ -129,10 +143,13 @@ class TrainStep:
             kept_graphs=kept_graphs,
             split=self._split,
             weights=weights,
+            layers=layers,
         )
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
-            self._fitting = Fitting(self._split, self._accumulation, by_time=batch_loss is None)
+            by_time = batch_loss is None and not layers.is_lockstep
+            advice = ADVICE if layers.is_lockstep else ""
+            self._fitting = Fitting(self._split, self._accumulation, by_time=by_time, advice=advice)
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 

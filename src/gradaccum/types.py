@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from gradaccum.errors import WindowError
+
+Activations = Literal["device", "host", "recompute"]
+"""Where the activations of a batch in lockstep wait for the backward."""
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
@@ -78,6 +83,46 @@ class Job:
     micro_batch_size: int | None = None
     forward: Callable[[Any, Any], Any] | None = None
     batch_loss: Callable[[Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GhostBatch:
+    """Groups of ``samples`` consecutive samples of a batch, for `TrainStep`'s ``batch_norm``.
+
+    BatchNorm then takes its statistics over each group: rows 0 to n-1 of the batch, n to 2n-1, and so on. The gradient
+    does not depend on the micro-batch size, since micro-batches hold whole groups. A last group that is shorter is a
+    group of its own, unless it is of one sample: that joins the group before, because one has no variance.
+
+    Attributes:
+        samples: n, at least 2.
+
+    Raises:
+        WindowError: ``samples`` is not that.
+
+    Example:
+        >>> ga.GhostBatch(4).group_sizes(18), ga.GhostBatch(4).group_sizes(17)
+        ([4, 4, 4, 4, 2], [4, 4, 4, 5])
+    """
+
+    samples: int
+
+    def __post_init__(self) -> None:
+        if type(self.samples) is not int or self.samples < 2:
+            raise WindowError(
+                f"ga.GhostBatch({self.samples!r}): BatchNorm's statistics are taken over groups of so many samples, an "
+                "int of at least 2; a single one has no variance. For statistics of each sample use GroupNorm or "
+                "InstanceNorm."
+            )
+
+    def group_sizes(self, rows: int) -> list[int]:
+        """The groups that so many rows are made of."""
+        full, rest = divmod(rows, self.samples)
+        sizes = [self.samples] * full
+        if rest == 1 and full:
+            sizes[-1] += 1
+        elif rest:
+            sizes.append(rest)
+        return sizes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,7 +16,10 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("words", frozenset({"errors", "types", "tree"})),
     (
         "stages",
-        frozenset({"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size", "memory"}),
+        frozenset(
+            {"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size", "memory"}
+            | {"batch_norm"}
+        ),
     ),
     ("runners", frozenset({"runners", "sizing"})),
     ("pipeline", frozenset({"accumulator", "train_step"})),

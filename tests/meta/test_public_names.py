@@ -15,6 +15,8 @@ PUBLIC = {
     "Loss", "criterion",
     # how a batch is cut
     "split_by_cost", "split_by_samples",
+    # layers over the batch
+    "GhostBatch", "gather",
     # what fits, and a training run for the command line
     "Plan", "plan", "Job",
     # is it exact

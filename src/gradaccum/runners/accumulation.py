@@ -45,6 +45,7 @@ class Accumulation:
         scaler: see `Updater`.
         fused: see `choice_of`.
         accumulate_dtype: see `WideSums`.
+        couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
 
     Attributes:
         counters: what went into updates so far.
@@ -60,6 +61,7 @@ class Accumulation:
         scaler: GradScaler | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
+        couples_batch_norms: bool = True,
     ) -> None:
         self._fused = choice_of(fused)
         self._accumulate_dtype = checked_accumulate_dtype(accumulate_dtype)
@@ -82,7 +84,7 @@ class Accumulation:
         self._seeds = Seeds()
         self._known_samples = 0
         self._last_total = 0.0
-        self._announcements = Announcements(self.models)
+        self._announcements = Announcements(self.models, couples_batch_norms=couples_batch_norms)
         self._sizes: list[int | None] = []
         self.counters = Counters()
 
@@ -197,6 +199,8 @@ class Accumulation:
                 else {SINGLE: as_loss(loss, samples, weights)}
                 for loss, samples, weights in losses
             ]
+            for loss, samples, weights in losses if self._means.is_looking else ():
+                self._check_means(loss, samples, weights or {})
             normaliser.expect_all_of(terms)
             seeded = [one for several in terms for one in normaliser.seeds(several)]
             if seeded:

@@ -18,15 +18,17 @@ class Announcements:
 
     Args:
         models: whose layers are looked at.
+        couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
     """
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
+    def __init__(self, models: Sequence[nn.Module], *, couples_batch_norms: bool) -> None:
         self._models = models
+        self._couples_batch_norms = couples_batch_norms
         self._has_told = self._has_told_of_split = False
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
-        return guards.coupled_batch_norms(self._models)
+        return guards.coupled_batch_norms(self._models) if self._couples_batch_norms else []
 
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None, is_final: bool) -> None:
         """Logs the plan line, and warns of layers that see the micro-batch; each the first time it has to.

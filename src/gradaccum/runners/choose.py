@@ -9,6 +9,7 @@ from torch import nn
 
 from gradaccum.errors import LossError, WindowError
 from gradaccum.runners.kept_graphs import KeptGraphs
+from gradaccum.runners.layers import LayerOptions, LossRunner, over_layers
 from gradaccum.runners.plain import Plain
 from gradaccum.runners.runner import Runner
 from gradaccum.runners.two_pass import TwoPass
@@ -29,6 +30,7 @@ def choose_runner(
     kept_graphs: int | None,
     split: Split,
     weights: WeightsFunction | None,
+    layers: LayerOptions,
 ) -> Runner:
     """The runner for a loss of each micro-batch, or for one of the whole batch.
 
@@ -42,6 +44,7 @@ def choose_runner(
         kept_graphs: see there.
         split: what cuts batches.
         weights: see there.
+        layers: what layers over the batch need.
 
     Raises:
         LossError: the options do not say which loss is meant, or say it twice.
@@ -55,7 +58,11 @@ def choose_runner(
                 "loss over all of them; loss_fn sees one micro-batch after another. Pass forward= and batch_loss= in "
                 "place of loss_fn."
             )
-        return Plain(loss_of=lambda micro_batch: function(model, micro_batch), split=split, weights=weights)
+        plain = LossRunner(
+            run_one=lambda micro_batch: function(model, micro_batch),
+            make=lambda run_one: Plain(loss_of=run_one, split=split, weights=weights),
+        )
+        return over_layers(plain, layers, models, split=split, weights=weights)
     if loss_fn is not None:
         raise LossError(
             "loss_fn was given, and forward= or batch_loss= too. Which of the two is the loss? loss_fn sees a "
@@ -79,14 +86,18 @@ def choose_runner(
             f"kept_graphs={kept_graphs!r}: it is how many micro-batches' graphs are kept from the first pass to the "
             "second, an int of at least 0, or None for as many as fit. The gradient does not depend on it."
         )
-    return TwoPass(
-        output_of=lambda micro_batch: output_of(model, micro_batch),
+    kept = KeptGraphs(models, at_most=kept_graphs)
+    sums = combine == "sum"
+    two_pass = LossRunner(
+        run_one=lambda micro_batch: output_of(model, micro_batch),
+        make=lambda run_one: TwoPass(
+            output_of=run_one, batch_loss=loss_of, split=split, sums=sums, models=models, kept=kept
+        ),
         batch_loss=loss_of,
-        split=split,
-        sums=combine == "sum",
-        models=models,
-        kept=KeptGraphs(models, at_most=kept_graphs),
+        sums=sums,
+        keeps_graphs=kept_graphs is not None,
     )
+    return over_layers(two_pass, layers, models, split=split, weights=weights)
 
 
 def _callable(function: Any, name: str, form: str) -> Callable[[Any, Any], Any]:

@@ -49,7 +49,7 @@ class RandomSeed:
         stream = torch.Generator()
         stream.set_state(self._before.cpu)
         # CUDA generators use all of it, the CPU's 32 bits.
-        self._seed = int(torch.randint(0, 1 << 62, (), generator=stream))
+        self._seed = int(torch.randint(0, 1 << 62, (), generator=stream, device="cpu"))
         self._seeded = self._before
 
     def begin(self) -> None:
@@ -64,7 +64,7 @@ class RandomSeed:
         drew = not self._seeded.equals(RandomState.now())
         self._before.restore()
         if drew:
-            torch.randint(0, 1 << 62, ())
+            torch.randint(0, 1 << 62, (), device="cpu")
             for index in self._before.cuda:
                 torch.rand((), device=f"cuda:{index}")
 

@@ -50,6 +50,7 @@ class Fitting:
             the user has chosen, which is kept unless memory runs out.
         accumulation: whose models' buffers are put back, and on whose device memory is freed.
         by_time: whether the fastest size is searched; otherwise the largest one that fits is taken.
+        advice: what can help besides where one sample alone does not fit.
         agree: from whether this process ran out of memory to whether any has, where there are several.
     """
 
@@ -59,11 +60,13 @@ class Fitting:
         accumulation: Accumulation,
         *,
         by_time: bool = True,
+        advice: str = "",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._split = split
         self._accumulation = accumulation
         self._by_time = by_time
+        self._advice = advice
         self._agree = agree
         self._cuts_by_samples = type(split) is type(split_by_samples())
         self._search: SizeSearch | None = None
@@ -216,7 +219,8 @@ class Fitting:
         )
         return (
             "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
-            f"of shape {shapes}; {held}; the rest are activations and temporaries. What can help: gradient "
+            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self._advice}"
+            f"{' Otherwise' if self._advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"

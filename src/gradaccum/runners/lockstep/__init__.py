@@ -1,0 +1,1 @@
+"""Micro-batches in lockstep, for layers that see the whole batch. See README.md."""

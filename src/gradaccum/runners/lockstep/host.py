@@ -1,0 +1,174 @@
+"""What waits for the backward waits in the host's memory.
+
+Tensors that autograd saves are copied out as they are saved and copied back when the backward wants them. On CUDA the
+copies go to and from pinned memory on a stream of their own: out while the forward goes on, and back ahead of need, in
+the reverse of the order in which they were saved. Lockstep saves layer by layer, over all micro-batches, and the
+backward wants them layer by layer, so the order holds but for branches.
+
+Not copied: parameters and buffers, which stay anyway; tensors below `MIN_BYTES`, whose copy costs more than it frees;
+tensors that are not dense. A tensor that is saved twice (BatchNorm's input is needed for the statistics and for
+normalising) is copied once. Two saves are of one tensor if storage, place in it, and version are the same; the storage
+is known by a weak reference, not by its address: memory that has been freed and used again has the same address and
+other values, which made a gradient wrong by half in a prototype.
+
+The idea is that of torch.autograd.graph.save_on_cpu, which copies all of it, every time, in the stream that computes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+MIN_BYTES = 1 << 16
+AHEAD_BYTES = 1 << 28  # on their way back before they are wanted: a few layers' worth
+_MAX_LOOKED_AT = 64
+
+
+class Transfer(Protocol):
+    """Between device and host."""
+
+    def out(self, tensor: Tensor) -> Any:
+        """A copy of the tensor outside of the device's memory."""
+        ...
+
+    def back(self, host: Any) -> tuple[Tensor, Any]:
+        """A copy of that on the device, and what `arrive` needs; the values may still be on their way."""
+        ...
+
+    def arrive(self, tensor: Tensor, sent: Any) -> None:
+        """Makes whoever computes now wait for the values."""
+        ...
+
+
+class Kept:
+    """A saved tensor that is not on the device, or on its way back."""
+
+    __slots__ = ("__weakref__", "back", "host", "index", "num_bytes")
+
+    def __init__(self, host: Any, index: int, num_bytes: int) -> None:
+        self.host = host
+        self.index = index
+        self.num_bytes = num_bytes
+        self.back: tuple[Tensor, Any] | None = None
+
+
+class HostMemory:
+    """Hooks that keep saved tensors in host memory; for one batch.
+
+    Args:
+        models: whose parameters and buffers are left where they are.
+        transfer: how tensors are copied.
+        min_bytes: smaller tensors stay on the device.
+        ahead_bytes: how much may be on its way back before it is wanted.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        transfer: Transfer,
+        *,
+        min_bytes: int = MIN_BYTES,
+        ahead_bytes: int = AHEAD_BYTES,
+    ) -> None:
+        self._transfer = transfer
+        self._min_bytes = min_bytes
+        self._ahead_bytes = ahead_bytes
+        self._stay = {
+            tensor.untyped_storage().data_ptr()  # of memory that stays taken, so that its address says what it is
+            for model in models
+            for tensors in (model.parameters(), model.buffers())
+            for tensor in tensors
+            if tensor.layout is torch.strided
+        }
+        self._copied: dict[int, tuple[weakref.ref[UntypedStorage], dict[Any, weakref.ref[Kept]]]] = {}
+        self._order: list[weakref.ref[Kept]] = []
+        self._ahead: list[weakref.ref[Kept]] = []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While held, what this thread saves is copied out."""
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    def pack(self, tensor: Tensor) -> Tensor | Kept:
+        """What is kept for a saved tensor."""
+        if not self._is_copied(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        known, copies = self._copied.get(id(storage), (None, {}))
+        if known is None or known() is not storage:  # a new one, perhaps under the id of one that is gone
+            copies = {}
+            self._copied[id(storage)] = weakref.ref(storage), copies
+        key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        reference = copies.get(key)
+        kept = None if reference is None else reference()
+        if kept is None:
+            kept = Kept(self._transfer.out(tensor.detach()), len(self._order), tensor.nbytes)
+            copies[key] = weakref.ref(kept)
+            self._order.append(weakref.ref(kept))
+        return kept
+
+    def unpack(self, kept: Tensor | Kept) -> Tensor:
+        """The saved tensor, back on the device."""
+        if isinstance(kept, Tensor):
+            return kept
+        tensor, sent = self._transfer.back(kept.host) if kept.back is None else kept.back
+        kept.back = None
+        self._send_ahead(kept.index)
+        self._transfer.arrive(tensor, sent)
+        return tensor
+
+    def _send_ahead(self, index: int) -> None:
+        """Starts on what was saved before that, which is wanted next."""
+        self._ahead = [one for one in self._ahead if (kept := one()) is not None and kept.back is not None]
+        on_its_way = sum(kept.num_bytes for one in self._ahead if (kept := one()) is not None)
+        for reference in reversed(self._order[max(0, index - _MAX_LOOKED_AT) : index]):
+            kept = reference()
+            if kept is None or kept.back is not None:
+                continue
+            on_its_way += kept.num_bytes
+            if on_its_way > self._ahead_bytes:
+                return
+            kept.back = self._transfer.back(kept.host)
+            self._ahead.append(reference)
+
+    def _is_copied(self, tensor: Tensor) -> bool:
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        storage = tensor.untyped_storage()
+        # An expanded tensor is larger than its memory: a copy would be, too.
+        return self._min_bytes <= tensor.nbytes <= storage.nbytes() and storage.data_ptr() not in self._stay
+
+
+class CudaTransfer:
+    """By pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def out(self, tensor: Tensor) -> Any:
+        """See `Transfer`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given to others before it has been read
+        return host
+
+    def back(self, host: Any) -> tuple[Tensor, Any]:
+        """See `Transfer`; behind the copies out, since they share the stream."""
+        with torch.cuda.stream(self._stream):
+            tensor = host.to(self._device, non_blocking=True)
+            return tensor, self._stream.record_event()
+
+    def arrive(self, tensor: Tensor, sent: Any) -> None:
+        """See `Transfer`."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(sent)
+        tensor.record_stream(current)
