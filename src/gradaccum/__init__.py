@@ -6,6 +6,8 @@ Two names to learn: `Accumulator` for your own loop over micro-batches, `TrainSt
 import typing as _typing
 
 from gradaccum.accumulator import Accumulator
+from gradaccum.checkpoint.checkpoint import Checkpoint
+from gradaccum.data.global_batches import GlobalBatchSampler
 from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
@@ -19,6 +21,7 @@ from gradaccum.errors import (
     MissingExtraError,
     MisuseError,
     ParameterError,
+    RankError,
     ReplayError,
     StateError,
     UnknownLossError,
@@ -45,10 +48,12 @@ __all__ = [
     "Accumulator",
     "BatchError",
     "BatchNormWarning",
+    "Checkpoint",
     "Culprit",
     "DiscardedWindowWarning",
     "DoesNotFitError",
     "GhostBatch",
+    "GlobalBatchSampler",
     "GradAccumError",
     "GradAccumWarning",
     "InexactError",
@@ -60,6 +65,7 @@ __all__ = [
     "MisuseError",
     "ParameterError",
     "Plan",
+    "RankError",
     "ReplayError",
     "Report",
     "StateError",

@@ -16,20 +16,17 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards, tree
-from gradaccum.errors import (
-    DiscardedWindowWarning,
-    MisuseError,
-    UnsupportedError,
-    WindowError,
-)
+from gradaccum.errors import DiscardedWindowWarning, MisuseError
 from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation, logger
 from gradaccum.runners.looking_ahead import END, FAILED, Follower, LookingAhead
+from gradaccum.runners.together import together
 from gradaccum.runners.weights import WeightsFunction, add_weights, weights_by_name
+from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
-from gradaccum.window_size import Schedule, WindowSize
+from gradaccum.window_size import Schedule, WindowSize, check_tail
 
 Item = TypeVar("Item")
 Tail = Literal["step", "drop", "carry"]
@@ -58,6 +55,9 @@ class Accumulator:
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         progress: a bar counted in updates for each pass, which also moves inside a window.
+        sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
+            backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
+            counts the samples of all processes, of which each passes an even share.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -94,19 +94,11 @@ class Accumulator:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         progress: bool = False,
+        sync: Sync = "auto",
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples  # asked several times a micro-batch
-        if tail not in ("step", "drop", "carry"):
-            raise WindowError(
-                f'tail={tail!r}: an incomplete last window can be applied with its true weight (tail="step"), thrown '
-                'away ("drop"), or continued by the next pass ("carry").'
-            )
-        if weights is not None and tail == "carry":
-            raise UnsupportedError(
-                'weights= with tail="carry": the totals of a window must be known before its first backward, and a '
-                'part of it would be in the next pass. Use tail="step" or "drop".'
-            )
+        check_tail(tail, has_weights=weights is not None)
         self._accumulation = Accumulation(
             model,
             optimizer,
@@ -115,7 +107,9 @@ class Accumulator:
             scaler=scaler,
             fused=fused,
             accumulate_dtype=accumulate_dtype,
+            sync=sync,
         )
+        self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
         guards.refuse_closures(self._accumulation.optimizers)
         self._tail = tail
         self._weights = weights
@@ -173,6 +167,7 @@ class Accumulator:
             micro_batch_begins=self._micro_batch_begins,
             micro_batch_ends=self._micro_batch_ends,
             pass_ends=self._pass_ends,
+            wants_again=self._together.wants_filler if self._together.fills else None,
         )
         if isinstance(micro_batches, LookingAhead) and not micro_batches.has_begun:
             shared: LookingAhead[Item] = micro_batches
@@ -210,11 +205,19 @@ class Accumulator:
         if not self._awaits_backward:
             self._begin_outside_of_a_pass()
         self._awaits_backward = False
-        accumulation.add(loss, samples=self._samples, weights=self._counted)
+        if accumulation.ranks is None:
+            accumulation.add(loss, samples=self._samples, weights=self._counted)
+        else:
+            with accumulation.ranks.told():
+                if self._together.is_filler:
+                    self._together.backward_of_filler()
+                else:
+                    accumulation.add(loss, samples=self._samples, weights=self._counted)
         done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
         if self._bar is not None:
             self._bar.inside(done, self._target)
-        if done == self._target or (self._is_last and self._tail == "step"):
+        is_complete = done == self._target or (self._is_last and self._tail == "step")
+        if (is_complete or self._together.is_filler) and self._together.closes:
             return self._close()
         return None
 
@@ -244,11 +247,15 @@ class Accumulator:
         self._updates_before_pass = self.updates
         self._outside.close()
         self._accumulation.look_for_foreign_leaves()
-        return self._accumulation.no_calls_by_hand()
+        return self._together.held(self._accumulation.no_calls_by_hand())
 
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
+        if self._together.is_filler:
+            self._samples, self._is_last, self._awaits_backward = 0, is_last, True
+            self._together.begins(completes=True)
+            return
         if not self._accumulation.is_open:
             self._open(micro_batch, samples, peek)
         if self._counts_samples and (samples is None or self._accumulation.open_samples + samples > self._target):
@@ -257,6 +264,10 @@ class Accumulator:
         self._is_last = is_last
         self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
         self._awaits_backward = True
+        if self._together.fills:
+            before = self._accumulation.open_samples if self._counts_samples else self._accumulation.open_micro_batches
+            done = before + ((samples or 0) if self._counts_samples else 1)
+            self._together.begins(completes=is_last or done == self._target)
 
     def _micro_batch_ends(self) -> None:
         """The next micro-batch is asked for: this one must have had its backward."""
@@ -281,6 +292,8 @@ class Accumulator:
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
+        if completely:
+            self._together.finish()
         if completely and self._tail == "drop":
             if lost and self.updates == self._updates_before_pass:
                 raise self._size.too_short(lost, samples=lost_samples, target=self._target)
@@ -295,7 +308,7 @@ class Accumulator:
             self._tell_lost(accumulation.discard(), samples)
 
     def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
-        target = self._target = self._size.at(self.updates + 1)
+        target = self._target = self._size_of_next()
         totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
@@ -311,7 +324,12 @@ class Accumulator:
         if self._wants_progress and self._bar is None and current is not None:
             self._bar = ProgressBar(total=updates)
         self._accumulation.tell(sizes, updates_per_epoch=updates)
-        self._accumulation.open(totals=totals, first_share=share)
+        self._accumulation.open(totals=totals, first_share=share, samples=sum(size or 0 for size in sizes))
+
+    def _size_of_next(self) -> int:
+        """Of this process's next window, in the unit it is measured in."""
+        size = self._size.at(self.updates + 1)
+        return self._together.share(size) if self._counts_samples else size
 
     def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
         """The weights of a window's micro-batches, added up before its first backward."""
@@ -324,14 +342,15 @@ class Accumulator:
             offset += 1
         return totals
 
-    def _close(self) -> Update:
-        update = self._accumulation.close()
+    def _close(self) -> Update | None:
+        update = self._together.close()
         self._outside.close()
-        if self._bar is not None:
+        if self._bar is not None and update is not None:
             self._bar.updated(update)
         return update
 
     def _begin_outside_of_a_pass(self) -> None:
+        self._together.refuse_outside_of_a_pass(guards.user_line)
         if self._active_pass() is not None:
             raise MisuseError(
                 f"backward() was called at {guards.user_line()} a second time for one micro-batch, whose window may "
@@ -345,7 +364,7 @@ class Accumulator:
             )
         self._samples, self._is_last, self._counted = None, False, None
         if not self._accumulation.is_open:
-            self._target = self._size.at(self.updates + 1)
+            self._target = self._size_of_next()
             self._accumulation.tell([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
             self._outside.enter_context(self._accumulation.no_calls_by_hand())

@@ -10,6 +10,7 @@
     ├── MisuseError (RuntimeError)       something was called by hand that would break the window
     ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
     ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory
+    ├── RankError (RuntimeError)         another process failed, or has gone
     ├── StateError (ValueError)          a state that cannot be saved or loaded
     ├── InexactError (AssertionError)    an audit found that accumulation is not the whole batch
     ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
@@ -61,6 +62,10 @@ class ReplayError(GradAccumError, RuntimeError):
 
 class DoesNotFitError(GradAccumError, MemoryError):
     """One sample alone runs out of memory, so no micro-batch size can help."""
+
+
+class RankError(GradAccumError, RuntimeError):
+    """Another process of the training failed, or has gone."""
 
 
 class StateError(GradAccumError, ValueError):

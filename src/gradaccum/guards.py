@@ -40,6 +40,13 @@ def as_sequence(one_or_many: Any, kind: type, *, name: str) -> list[Any]:
     return list(many)
 
 
+def as_list(one_or_many: Any) -> list[Any]:
+    """The argument as a list, whether it was None, one object or a sequence of them."""
+    if one_or_many is None:
+        return []
+    return list(one_or_many) if isinstance(one_or_many, (list, tuple)) else [one_or_many]
+
+
 def named_parameters(models: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:
     """Every parameter of all models once, shared ones under their first name."""
     if len(models) == 1:
@@ -96,15 +103,14 @@ def refuse_closures(optimizers: Sequence[Optimizer]) -> None:
 
 
 def refuse_data_parallel(models: Sequence[nn.Module]) -> None:
-    """Refuses models whose backend averages gradients over ranks by itself, as long as that is not undone here."""
+    """Refuses models that other processes would be waited for with, where only this one runs them."""
     for model in models:
         for module in model.modules():
             name = type(module).__name__
             if name in ("DistributedDataParallel", "FullyShardedDataParallel") or name.startswith("FSDP"):
                 raise UnsupportedError(
-                    f"The model is wrapped in {name}, which averages gradients over ranks whatever each rank's weight "
-                    "is, in every micro-batch. With unequal ranks that is not the batch's gradient. This version "
-                    "trains in one process; pass the plain module."
+                    f"The model is wrapped in {name}, whose forward and backward wait for other processes, and here "
+                    "one process looks at it by itself. Pass the plain module, before it is wrapped."
                 )
 
 

@@ -13,13 +13,16 @@ _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{
 _BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
 
 
-def plan_line(sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None) -> str:
+def plan_line(
+    sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None, ranks: str | None = None
+) -> str:
     """What one update is made of: ``batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch``.
 
     Args:
         sizes: rows of each micro-batch of a window; None where they cannot be seen.
         coupled_layers: how many layers see the micro-batch instead of the batch.
         updates_per_epoch: None where the length of an epoch is unknown.
+        ranks: how many processes add up what, where there are several; sizes are then those of one.
     """
     count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
     known = [size for size in sizes if size is not None]
@@ -31,7 +34,7 @@ def plan_line(sizes: Sequence[int | None], *, coupled_layers: int, updates_per_e
         batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
     layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
     exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {layers}"
-    parts = [batch, exact]
+    parts = [batch, exact] if ranks is None else [batch, ranks, exact]
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
     return " | ".join(parts)

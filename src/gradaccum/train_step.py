@@ -10,7 +10,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import guards
+from gradaccum import guards, tree
 from gradaccum.errors import WindowError
 from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.losses.loss import Loss, Weight
@@ -20,6 +20,7 @@ from gradaccum.runners.choose import Combine, choose_runner
 from gradaccum.runners.layers import ADVICE, BatchNorm, LayerOptions
 from gradaccum.runners.weights import WeightsFunction, weights_by_name
 from gradaccum.sizing.fitting import Fitting, num_rows
+from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
 
 
@@ -69,6 +70,9 @@ class TrainStep:
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
+        sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
+            backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. Each process
+            passes its own share of the batch, which may differ in size and have zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -110,6 +114,7 @@ class TrainStep:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         progress: bool | int = False,
+        sync: Sync = "auto",
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -132,6 +137,7 @@ class TrainStep:
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             couples_batch_norms=batch_norm == "micro",
+            sync=sync,
         )
         self._runner = choose_runner(
             model,
@@ -144,12 +150,17 @@ class TrainStep:
             split=self._split,
             weights=weights,
             layers=layers,
+            ranks=self._accumulation.ranks,
         )
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
-            by_time = batch_loss is None and not layers.is_lockstep
-            advice = ADVICE if layers.is_lockstep else ""
-            self._fitting = Fitting(self._split, self._accumulation, by_time=by_time, advice=advice)
+            self._fitting = Fitting(
+                self._split,
+                self._accumulation,
+                by_time=batch_loss is None and not layers.is_lockstep,
+                advice=ADVICE if layers.is_lockstep else "",
+                agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
+            )
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 
@@ -183,8 +194,9 @@ class TrainStep:
             MisuseError: a gradient is left over from something else.
         """
         guards.refuse_closures(self._accumulation.optimizers)
-        self._run(batch)
-        update = self._accumulation.close()
+        with self._accumulation.with_others():
+            self._run(batch)
+            update = self._accumulation.close()
         if self._bar is not None:
             self._bar.updated(update)
         return update
@@ -213,8 +225,9 @@ class TrainStep:
         """
         aside = self._accumulation.set_aside()
         try:
-            self._run(batch)
-            loss = self._accumulation.close_into_grad(aside)
+            with self._accumulation.with_others():
+                self._run(batch)
+                loss = self._accumulation.close_into_grad(aside)
         except BaseException:
             self._accumulation.discard()
             self._accumulation.put_back(aside)
@@ -245,7 +258,10 @@ class TrainStep:
     def _run(self, batch: Any) -> None:
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
-            pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
+            if self._accumulation.ranks is not None and not tree.rows(batch):
+                pieces: Sequence[Rows] = []  # an empty share of a batch that other processes have
+            else:
+                pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
             self._run_pieces(batch, pieces, totals=totals)
             return
         fitting = self._fitting
@@ -267,7 +283,12 @@ class TrainStep:
         accumulation = self._accumulation
         sizes = [num_rows(piece) for piece in pieces]
         accumulation.tell(sizes, is_final=is_final)
-        accumulation.open(totals=totals, first_share=(sizes[0], sum(sizes)))
+        accumulation.open(
+            totals=totals,
+            first_share=(sizes[0], sum(sizes)) if sizes else (1, 1),
+            samples=sum(sizes),
+            pieces=len(sizes),
+        )
 
         def has_run(done: int) -> None:
             if ran is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gradaccum.errors import GradAccumError, LossError, WindowError
+from gradaccum.errors import GradAccumError, LossError, UnsupportedError, WindowError
 
 Schedule = int | Callable[[int], int]
 """A size, or a function from the update it is for (1, 2, ...) to a size."""
@@ -105,3 +105,26 @@ class WindowSize:
         schedule = self.batch_size if self.micro_batches is None else self.micro_batches
         assert schedule is not None, "checked at construction"
         return schedule
+
+
+def check_tail(tail: str, *, has_weights: bool) -> None:
+    """That there is such a way to end a pass.
+
+    Args:
+        tail: what becomes of an incomplete last window.
+        has_weights: whether totals are counted before a window's first backward.
+
+    Raises:
+        WindowError: there is none.
+        UnsupportedError: the window would go on in the next pass, and its totals could not be counted.
+    """
+    if tail not in ("step", "drop", "carry"):
+        raise WindowError(
+            f'tail={tail!r}: an incomplete last window can be applied with its true weight (tail="step"), thrown '
+            'away ("drop"), or continued by the next pass ("carry").'
+        )
+    if has_weights and tail == "carry":
+        raise UnsupportedError(
+            'weights= with tail="carry": the totals of a window must be known before its first backward, and a '
+            'part of it would be in the next pass. Use tail="step" or "drop".'
+        )

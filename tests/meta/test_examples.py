@@ -11,6 +11,8 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 MAX_LINES = 100
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")  # for those that say so
+SECONDS_TO_RUN = 240
 CHECKS = ("assert_close", "assert_equal", "assert_exact", "allclose")
 
 
@@ -25,7 +27,13 @@ def complaints(path: Path, *, folder: Path) -> list[str]:
         found.append("it asserts nothing")
     # A script finds its neighbours through its own folder: nothing else is put on the path.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, str(path)], cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *(TORCHRUN if "torchrun" in text else ()), str(path)]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS_TO_RUN
+        )
+    except subprocess.TimeoutExpired:
+        return [*found, f"it still ran after {SECONDS_TO_RUN} s"]
     if done.returncode:
         found.append(f"exit status {done.returncode}:\n{done.stderr}")
     elif "Warning: " in done.stderr:

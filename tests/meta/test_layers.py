@@ -18,11 +18,11 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
         "stages",
         frozenset(
             {"split", "losses", "sync", "gradients", "update", "progress", "guards", "window_size", "memory"}
-            | {"batch_norm"}
+            | {"batch_norm", "data"}
         ),
     ),
     ("runners", frozenset({"runners", "sizing"})),
-    ("pipeline", frozenset({"accumulator", "train_step"})),
+    ("pipeline", frozenset({"accumulator", "train_step", "checkpoint"})),
     ("tools", frozenset({"auditing", "planning", "noise"})),
     ("edges", frozenset({"report", "integrations", "testing", "cli"})),
 )

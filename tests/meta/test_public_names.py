@@ -11,6 +11,8 @@ from gradaccum import errors
 PUBLIC = {
     # the two ways to train, and what they give
     "Accumulator", "TrainStep", "Update",
+    # several processes, and going on after a stop
+    "GlobalBatchSampler", "Checkpoint", "RankError",
     # losses
     "Loss", "criterion",
     # how a batch is cut

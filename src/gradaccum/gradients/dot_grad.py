@@ -116,21 +116,36 @@ class DotGrad:
         if foreign:  # and from now on: later losses may go through it again
             self._only_own = self.parameters
 
-    def add(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...], *, also: Sequence[Tensor] = ()) -> None:
-        """Runs the backward of one micro-batch, started with ``seeds``; leaves in ``also`` get gradients too.
+    def add(
+        self,
+        roots: tuple[Tensor, ...],
+        seeds: tuple[Tensor, ...],
+        *,
+        also: Sequence[Tensor] = (),
+        only: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Runs the backward of one micro-batch.
+
+        Args:
+            roots: where it starts.
+            seeds: the gradients it starts with.
+            also: leaves besides the parameters that get gradients.
+            only: the leaves that get gradients, where these are not the parameters.
 
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
         """
         self._check_untouched()
-        inputs: tuple[Tensor, ...] = ()
-        if self._only_own is not None:
+        inputs: tuple[Tensor, ...] = () if only is None else tuple(only)
+        if only is None and self._only_own is not None:
             inputs = (*(parameter for parameter in self._only_own if parameter.requires_grad), *also)
             if not inputs:  # which the engine would read as "all leaves"
                 return
-        if self._fused is not None:
-            only = None if self._only_own is None else self._own.union(map(id, also))
-            if self._fused.run(roots, seeds, only):
+        if only is not None and not inputs:
+            return
+        if self._fused is not None and only is None:
+            own = None if self._only_own is None else self._own.union(map(id, also))
+            if self._fused.run(roots, seeds, own):
                 self._watch()
                 return
         # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take as

@@ -14,13 +14,14 @@ mechanics").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gradaccum.errors import MeanError
+from gradaccum.losses.normalise import SINGLE
 
 # Terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time.
 _MAX_DEPTH = 16
@@ -62,6 +63,18 @@ class SampleMeans:
         self._seen: dict[str, list[tuple[int, list[tuple[float, bool, TakenOver]]]]] = {}
         self._is_first_window = True
         self.is_looking = True
+
+    def check_all(self, loss: Any, samples: int, weights: Mapping[str, Any]) -> None:
+        """That every plain tensor of a loss is what it is taken for, a mean over samples.
+
+        Args:
+            loss: as the user returned it.
+            samples: rows of the micro-batch.
+            weights: by term, what the user says means are taken over.
+        """
+        for name, plain in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
+            if isinstance(plain, Tensor) and name not in weights:
+                self.check(name, plain, samples)
 
     def check(self, name: str, loss: Tensor, samples: int) -> None:
         """Looks at one micro-batch's plain mean.

@@ -23,7 +23,7 @@ Counts on the host are Python numbers here. Counts on a device stay there: no ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Normaliser:
             ``(1, micro_batches)`` or ``(samples, batch_size)``.
         at_least: the total of the window before, if an unknown one is not expected to be smaller. Expecting too little
             would let fp16 gradients overflow.
+        expected: what an unknown total is taken for, where several processes must take it for the same.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Normaliser:
         totals: Mapping[str, Weight] | None = None,
         first_share: tuple[int, int] = (1, 1),
         at_least: float = 0.0,
+        expected: float | None = None,
     ) -> None:
         self._seeds = Seeds() if seeds is None else seeds
         self._totals = None if totals is None else {name: host_number(total) for name, total in totals.items()}
         self._first_share = first_share
         self._at_least = at_least
-        self._expected: Number | None = None
+        self._expected: Number | None = expected
+        self._is_fixed = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, _Term] = {}
 
@@ -142,23 +145,34 @@ class Normaliser:
         found = [self.seed(loss, name) for name, loss in losses.items()]
         return [one for one in found if one is not None]
 
-    def expect_all_of(self, micro_losses: Sequence[Mapping[str, Loss]]) -> None:
-        """Takes the totals from all losses of the window, which are at hand before the first backward."""
+    def expect_all_of(
+        self,
+        micro_losses: Sequence[Mapping[str, Loss]],
+        *,
+        added_up: Callable[[dict[str, Number]], dict[str, Number]] | None = None,
+    ) -> None:
+        """Takes the totals from all losses of the window, which are at hand before the first backward.
+
+        Args:
+            micro_losses: of this process.
+            added_up: from its totals to those of all processes, where there are several.
+        """
         totals: dict[str, Number] = {}
         for losses in micro_losses:
             for name, loss in losses.items():
                 if loss.weight is not None:
                     totals[name] = totals.get(name, 0) + host_number(loss.weight)
-        self._totals = totals
+        self._totals = totals if added_up is None else added_up(totals)
 
     @property
     def correction(self) -> Number | None:
         """What the gradient has yet to be multiplied by; None where the expectation was right."""
         expected = self._expected
-        if expected is None:
+        if expected is None or not self._terms:
             return None
         total = next(iter(self._terms.values())).weight
-        assert total is not None, "a sum without a divisor is seeded with 1, and expects nothing"
+        if total is None:  # a sum without a divisor is seeded with 1, and expects nothing
+            return None
         if isinstance(total, Tensor) or isinstance(expected, Tensor):
             return expected / total
         return None if total == expected or total == 0 else expected / total
@@ -193,6 +207,17 @@ class Normaliser:
                     f"{seen:g}"
                     f"{factor}. weights= must count over the whole batch what the loss counts over each micro-batch."
                 )
+
+    def share(self) -> dict[str, tuple[Tensor, Number | None]]:
+        """Each term's sum and weight on this process, by name; what `settle` wants to have of all of them."""
+        return {name: (_mean(term.parts, None), term.weight) for name, term in self._terms.items()}
+
+    def settle(self, whole: Mapping[str, tuple[Tensor, Number | None]]) -> None:
+        """From now on the sums and weights are those of all processes together."""
+        whole = whole or {SINGLE: (torch.zeros(()), 0)}  # nobody had anything
+        self._terms = {name: _Term(weight) for name, (_, weight) in whole.items()}
+        for name, (total, _) in whole.items():
+            self._terms[name].parts.append((total, 1.0))
 
     def means(self) -> dict[str, Tensor]:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""
@@ -249,7 +274,9 @@ class Normaliser:
                     # all. What is left to correct is the same for all of them.
                     expected = 2.0 ** math.ceil(math.log2(expected))
             self._expected = expected
-        elif not isinstance(weight, Tensor) and not isinstance(self._expected, Tensor) and weight > self._expected:
+        elif self._is_fixed or isinstance(weight, Tensor) or isinstance(self._expected, Tensor):
+            pass
+        elif weight > self._expected:
             # One micro-batch weighs more than the whole was expected to: seeded with more than 1, it could overflow.
             larger = 2.0 ** math.ceil(math.log2(weight)) * self._first_share[1]
             self._rescale = self._expected / larger

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.normalise import SINGLE, host_number
+from gradaccum.losses.normalise import SINGLE, Normaliser, host_number
 
 
 def as_terms(
@@ -19,6 +19,13 @@ def as_terms(
     if not terms:
         raise LossError("The loss is an empty dict, so there is nothing to learn from. Return at least one term.")
     return {name: as_loss(term, samples, weights, name=name) for name, term in terms.items()}
+
+
+def as_named(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None) -> dict[str, Loss]:
+    """Whatever a user returned, by name: a single loss under `SINGLE`."""
+    if isinstance(loss, Mapping):
+        return as_terms(loss, samples, weights)
+    return {SINGLE: as_loss(loss, samples, weights)}
 
 
 def as_loss(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None, *, name: str = SINGLE) -> Loss:
@@ -47,6 +54,39 @@ def as_loss(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None
             "nothing. Was it computed under torch.no_grad(), detached, or is the whole model frozen?"
         )
     return found
+
+
+def seeded(
+    normaliser: Normaliser, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The roots of a micro-batch's loss that weigh anything, and the gradients their backward starts with."""
+    if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
+        one = normaliser.seed_root(loss, samples, is_mean=True)  # the short way, of most losses: as as_loss would
+    elif isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
+        one = normaliser.seed(as_loss(loss, samples, weights))
+    else:
+        several = normaliser.seeds(as_terms(loss, samples, weights))
+        return tuple(root for root, _ in several), tuple(seed for _, seed in several)
+    return ((), ()) if one is None else ((one[0],), (one[1],))
+
+
+def without_value(losses: Mapping[str, Loss]) -> dict[str, Loss]:
+    """The same losses with value and weight 0, but with their gradient: where another process counts them."""
+    found: dict[str, Loss] = {}
+    for name, loss in losses.items():
+        total = loss.total
+        found[name] = Loss(total - total.detach(), None if loss.weight is None else 0, is_mean=False)
+    return found
+
+
+def no_gradient(parameters: Sequence[nn.Parameter]) -> LossError:
+    """The error for a window from which none of the parameters got a gradient."""
+    trainable = sum(parameter.requires_grad for parameter in parameters)
+    return LossError(
+        f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update with. "
+        "The loss depends on something that requires a gradient, but on none of the model's parameters: was the "
+        "model's output detached on the way?"
+    )
 
 
 def _unusable(loss: Any, name: str) -> LossError:

@@ -1,15 +1,15 @@
 """One window after another: what both ways of training share.
 
-A window is opened with what is known of it ahead, gets its micro-batches' losses one by one, and is closed into an
-update, or discarded. Who decides about its boundary, the user's loop or the batch in hand, is not known here.
+A window is opened with what is known of it ahead, gets losses, and is closed into an update, or discarded. Who decides
+about its boundary, the user's loop or the batch in hand, is not known here.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,16 +18,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards
-from gradaccum.errors import LossError
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.fused.choose import FusedOption, choice_of
 from gradaccum.gradients.wide import checked_accumulate_dtype
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
-from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds
-from gradaccum.losses.terms import as_loss, as_terms
-from gradaccum.runners.announcements import Announcements
+from gradaccum.losses.normalise import Normaliser, Seeds
+from gradaccum.losses.terms import as_named, no_gradient, seeded, without_value
+from gradaccum.runners.counted import Counted, loss_of, update_of
 from gradaccum.runners.counters import Counters
+from gradaccum.runners.over_ranks import OverRanks, over_ranks
+from gradaccum.runners.telling import Telling
+from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
 from gradaccum.update import Updater
 
@@ -46,9 +48,11 @@ class Accumulation:
         fused: see `choice_of`.
         accumulate_dtype: see `WideSums`.
         couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
+        sync: see `detect`.
 
     Attributes:
         counters: what went into updates so far.
+        ranks: the processes that train together with this one; None where there are none.
     """
 
     def __init__(
@@ -62,16 +66,17 @@ class Accumulation:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         couples_batch_norms: bool = True,
+        sync: Sync = "auto",
     ) -> None:
         self._fused = choice_of(fused)
         self._accumulate_dtype = checked_accumulate_dtype(accumulate_dtype)
         self.models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
         self.optimizers: list[Optimizer] = guards.as_sequence(optimizer, Optimizer, name="optimizer")
-        guards.refuse_data_parallel(self.models)
+        self.ranks: OverRanks | None = None
         self._find_parameters()
-        self._schedulers: list[Any] = (
-            [] if scheduler is None else list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
-        )
+        self.ranks = over_ranks(self.models, sync, self._named)
+        self.look_for_foreign_leaves()
+        self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(
             self.optimizers,
             clip_norm=clip_norm,
@@ -79,18 +84,20 @@ class Accumulation:
             scaler=scaler,
             narrow=None if accumulate_dtype is None else lambda: self._gradients.narrow(),
         )
+        if self.ranks is not None and self.ranks.shards:
+            self._updater.total_norm = self.ranks.total_norm
         self._means = SampleMeans()
         self._normaliser: Normaliser | None = None
         self._seeds = Seeds()
         self._known_samples = 0
         self._last_total = 0.0
-        self._announcements = Announcements(self.models, couples_batch_norms=couples_batch_norms)
+        self._telling = Telling(couples_batch_norms=couples_batch_norms)
         self._sizes: list[int | None] = []
         self.counters = Counters()
 
     @property
     def is_open(self) -> bool:
-        """Whether a window has been opened and neither closed nor discarded."""
+        """Whether a window is open."""
         return self._normaliser is not None
 
     @property
@@ -104,16 +111,16 @@ class Accumulation:
         return self._known_samples
 
     def has_coupled_layers(self) -> bool:
-        """Whether the gradient depends on how a batch is cut, because layers see the micro-batch."""
-        return bool(self._announcements.coupled_layers())
+        """Whether layers see the micro-batch, so that the gradient depends on how a batch is cut."""
+        return bool(self._telling.coupled_layers(self.models))
 
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True) -> None:
-        """See `Announcements.tell`."""
-        self._announcements.tell(sizes, updates_per_epoch=updates_per_epoch, is_final=is_final)
+        """See `Telling.tell`."""
+        self._telling.tell(sizes, self.models, self.ranks, updates_per_epoch=updates_per_epoch, is_final=is_final)
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
@@ -124,8 +131,20 @@ class Accumulation:
             is_ours=lambda: self._updater.is_stepping,
         )
 
-    def open(self, *, totals: Mapping[str, Weight] | None = None, first_share: tuple[int, int] = (1, 1)) -> None:
-        """Starts a window; see `Normaliser` for what may be known of it ahead.
+    def with_others(self) -> AbstractContextManager[Any]:
+        """While held, other processes hear of an error here, and engines leave gradients to us."""
+        return nullcontext() if self.ranks is None else self.ranks.trained_with()
+
+    def open(
+        self,
+        *,
+        totals: Mapping[str, Weight] | None = None,
+        first_share: tuple[int, int] = (1, 1),
+        samples: int = 0,
+        pieces: int = 0,
+        is_done: bool = False,
+    ) -> None:
+        """Starts a window; see `Normaliser` and `OverRanks.begin` for what may be known of it ahead on this process.
 
         Raises:
             MisuseError: a gradient is left over from something else.
@@ -133,8 +152,14 @@ class Accumulation:
         if len(self._optimized) != self._count_optimized():
             self._find_parameters()
         self._gradients.begin()
+        last, expected = self._last_total, None
+        if self.ranks is not None:
+            said = {"samples": samples, "pieces": pieces}
+            totals, expected = self.ranks.begin(totals, **said, last_total=last, is_done=is_done)
+            first_share = first_share[0], first_share[1] * self.ranks.ranks.size
+        last = 0.0 if pieces else last  # what a resumed run does not know, and a batch in hand does not need
         self._normaliser = Normaliser(
-            seeds=self._seeds, totals=totals, first_share=first_share, at_least=self._last_total
+            seeds=self._seeds, totals=totals, first_share=first_share, at_least=last, expected=expected
         )
         if self.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device())
@@ -142,7 +167,8 @@ class Accumulation:
 
     def look_for_foreign_leaves(self) -> None:
         """Has the backwards of the next window looked through for parameters of other models."""
-        self._looks_for_foreign = True
+        # Shards are leaves of no graph: FSDP2 brings their gradients over from whole parameters of its own.
+        self._looks_for_foreign = self.ranks is None or not self.ranks.shards
 
     def add(self, loss: Any, *, samples: int | None, weights: Mapping[str, Weight] | None = None) -> None:
         """Runs the backward of one micro-batch's loss, with its share of the whole.
@@ -157,55 +183,48 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
-            if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
-                seeded = normaliser.seed_root(loss, samples, is_mean=True)  # as as_loss would
-                roots, seeds = ((), ()) if seeded is None else ((seeded[0],), (seeded[1],))
-            elif isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
-                seeded = normaliser.seed(as_loss(loss, samples, weights))
-                roots, seeds = ((), ()) if seeded is None else ((seeded[0],), (seeded[1],))
-            else:
-                several = normaliser.seeds(as_terms(loss, samples, weights))
-                roots, seeds = tuple(root for root, _ in several), tuple(seed for _, seed in several)
+            roots, seeds = seeded(normaliser, loss, samples, weights)
             if samples is not None and self._means.is_looking:
-                self._check_means(loss, samples, weights or {})
+                self._means.check_all(loss, samples, weights or {})
             if roots:
                 self._run_backward(normaliser, roots, seeds)
+            elif self.ranks is not None:
+                self.ranks.backward_of_nothing()
         except BaseException:
             before = self.discard()
             if before:
                 logger.warning("a window was discarded with its first %d micro-batches: the next one raised", before)
             raise
-        self._sizes.append(samples)
-        self._known_samples += samples or 0
+        self.count(samples)
 
     def add_together(
-        self, losses: Sequence[tuple[Any, int, Mapping[str, Weight] | None]], *, also: Sequence[Tensor] = ()
+        self,
+        losses: Sequence[tuple[Any, int, Mapping[str, Weight] | None]],
+        *,
+        also: Sequence[Tensor] = (),
+        is_shared: bool = False,
     ) -> None:
-        """Runs one backward over several losses of one window, all of its losses: their totals are known by now.
-
-        Counts no micro-batches, since who has all losses at once knows better what ran.
+        """Runs one backward over all losses of one window, whose totals are known by now; counts no micro-batches.
 
         Args:
-            losses: each a `Loss`, a 0-d tensor or a dict of these; the rows it is over; and what its plain tensors are
-                means over, where the user has said so.
-            also: leaves besides the parameters whose gradients are wanted.
+            losses: each as for `add`, the rows it is over, and its weights.
+            also: leaves besides the parameters that get gradients.
+            is_shared: whether every process has the same losses, which count once.
         """
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
-            terms = [
-                as_terms(loss, samples, weights)
-                if isinstance(loss, Mapping)
-                else {SINGLE: as_loss(loss, samples, weights)}
-                for loss, samples, weights in losses
-            ]
+            terms = [as_named(loss, samples, weights) for loss, samples, weights in losses]
             for loss, samples, weights in losses if self._means.is_looking else ():
-                self._check_means(loss, samples, weights or {})
-            normaliser.expect_all_of(terms)
-            seeded = [one for several in terms for one in normaliser.seeds(several)]
-            if seeded:
-                roots, seeds = zip(*seeded, strict=True)
-                self._run_backward(normaliser, roots, seeds, also=also)
+                self._means.check_all(loss, samples, weights or {})
+            counts_here = self.ranks is None or self.ranks.is_first or not is_shared
+            if not counts_here:
+                terms = [without_value(losses_of_one) for losses_of_one in terms]
+            normaliser.expect_all_of(terms, added_up=None if self.ranks is None else self.ranks.totals)
+            several = [one for losses_of_one in terms for one in normaliser.seeds(losses_of_one)]
+            if several:
+                roots, seeds = zip(*several, strict=True)
+                self._run_backward(normaliser, roots, seeds, also=also, only=None if counts_here else also)
         except BaseException:
             self.discard()
             raise
@@ -224,15 +243,30 @@ class Accumulation:
 
     def close(self) -> Update:
         """The update from what has been added."""
+        update = self.close_with_others()
+        assert update is not None, "a window that is closed here is closed everywhere"
+        return update
+
+    def close_with_others(self, *, is_done: bool = False, drops_incomplete: bool = False) -> Update | None:
+        """The update from what has been added here and on other processes; None where all are done, or it was dropped.
+
+        Args:
+            is_done: this process has no more windows, and only takes part in those of others.
+            drops_incomplete: whether there is no update where some process is done.
+        """
         try:
-            return self._close()
+            return self._close(is_done=is_done, drops_incomplete=drops_incomplete)
         except BaseException:  # no window stays half-open: the next one would find its gradients
             self.discard()
             raise
 
-    def _close(self) -> Update:
+    def _close(self, *, is_done: bool, drops_incomplete: bool) -> Update | None:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
+        counted = self._counted(self._optimized, is_done=is_done)
+        if counted.is_over or (counted.is_incomplete and drops_incomplete):
+            self.discard()
+            return None
         normaliser.check_totals()
         parameters = self._gradients.filled(self._optimized)
         grad_norm = None
@@ -243,32 +277,38 @@ class Accumulation:
                 self.counters.updates + 1,
             )
         elif not parameters:
-            raise self._no_gradient()
+            raise no_gradient(self._optimized)
         else:
-            applied = self._updater.apply(parameters, normaliser.correction)
+            applied = self._updater.apply(parameters, counted.correction)
             grad_norm, skipped = applied.grad_norm, applied.skipped
             if skipped is True:
                 logger.warning("update %d was skipped: its gradient is not finite", self.counters.updates + 1)
-        return self._finish(normaliser, grad_norm, skipped)
+        return self._finish(normaliser, counted, grad_norm, skipped)
+
+    def _counted(self, parameters: Sequence[nn.Parameter], *, is_done: bool = False) -> Counted:
+        """What the window had in all; gradients of other processes are added up here."""
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before it is closed"
+        if self.ranks is not None:
+            return self.ranks.settle(normaliser, parameters, sizes=self._sizes, is_done=is_done)
+        return Counted.of(self._sizes, normaliser.correction)
 
     def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
+        counted = self._counted(self._gradients.parameters)
         normaliser.check_totals()
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
-            raise self._no_gradient()
-        self._updater.unscale_into_grad(parameters, normaliser.correction)
+            raise no_gradient(self._optimized)
+        self._updater.unscale_into_grad(parameters, counted.correction)
         self._gradients.narrow()
         self._gradients.put_back(aside)
-        means = normaliser.means()
-        weight = normaliser.weight
+        loss = loss_of(normaliser)
         self._means.window_closed()
         self._reset()
-        if len(means) > 1:
-            return Loss(_sum_of(means), None, is_mean=False)
-        return Loss(_sum_of(means), None if isinstance(weight, dict) else weight, is_mean=weight is not None)
+        return loss
 
     def discard(self) -> int:
         """Throws the open window away, and tells how many micro-batches it had."""
@@ -294,39 +334,23 @@ class Accumulation:
         """Puts gradients back that were set aside for a window that came to nothing."""
         self._gradients.put_back(aside)
 
-    def _finish(self, normaliser: Normaliser, grad_norm: Tensor | None, skipped: bool | Tensor) -> Update:
-        sizes = self._sizes
-        is_known = None not in sizes
-        counters = self.counters
-        counters.updates += 1
-        counters.micro_batches += len(sizes)
-        counters.samples += self._known_samples
-        weight = normaliser.weight
-        self._last_total = weight if isinstance(weight, (int, float)) else 0.0
-        means: dict[str, Tensor] = {}
-
-        def computed() -> dict[str, Tensor]:
-            if not means:
-                means.update(normaliser.means())
-            return means
-
-        later: dict[str, Callable[[], Any]] = {
-            "loss": lambda: _sum_of(computed()),
-            "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
-            "skipped": lambda: bool(skipped),
-        }
-        update = Update(
-            index=counters.updates,
-            weight=weight,
+    def _finish(
+        self, normaliser: Normaliser, counted: Counted, grad_norm: Tensor | None, skipped: bool | Tensor
+    ) -> Update:
+        self.counters.updates += 1
+        self.counters.micro_batches += counted.micro_batches
+        self.counters.samples += self._known_samples if counted.samples is None else counted.samples
+        update = update_of(
+            normaliser,
+            counted,
+            index=self.counters.updates,
             grad_norm=grad_norm,
-            samples=self._known_samples if is_known else None,
-            micro_batches=len(sizes),
-            micro_batch_size=max(sizes) if is_known else None,  # type: ignore[type-var]
+            skipped=skipped,
             seconds=time.perf_counter() - self._started,
-            peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
-            _later=later,
+            device=self.device(),
         )
-        self._gradients.clear(keeps_memory=len(sizes) > 1)
+        self._gradients.clear(keeps_memory=len(self._sizes) > 1)
+        self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
         self._reset()
         self._means.window_closed()
         self._looks_for_foreign = False
@@ -339,8 +363,11 @@ class Accumulation:
         seeds: tuple[Tensor, ...],
         *,
         also: Sequence[Tensor] = (),
+        only: Sequence[Tensor] | None = None,
     ) -> None:
         scaler = self._updater.loss_scale
+        if self.ranks is not None and self.ranks.boost is not None:
+            seeds = tuple(seed * self.ranks.boost for seed in seeds)
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
         if self._looks_for_foreign:
@@ -348,30 +375,19 @@ class Accumulation:
         rescale = normaliser.take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        self._gradients.add(roots, seeds, also=also)
-
-    def _check_means(self, loss: Any, samples: int, weights: Mapping[str, Weight]) -> None:
-        """Plain tensors are taken as means over samples: that they were."""
-        for name, plain in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
-            if isinstance(plain, Tensor) and name not in weights:
-                self._means.check(name, plain, samples)
+        self._gradients.add(roots, seeds, also=also, only=only)
 
     def _reset(self) -> None:
         self._normaliser = None
         self._sizes = []
         self._known_samples = 0
 
-    def _no_gradient(self) -> LossError:
-        trainable = sum(parameter.requires_grad for parameter in self._optimized)
-        return LossError(
-            f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update "
-            "with. The loss depends on something that requires a gradient, but on none of the model's parameters: was "
-            "the model's output detached on the way?"
-        )
-
     def _find_parameters(self) -> None:
         named = guards.named_parameters(self.models)
         guards.check_parameters(named, self.optimizers)
+        self._named = named
+        if self.ranks is not None:
+            self.ranks.look_at(named)
         self._gradients = DotGrad(named, fused=self._fused, accumulate_dtype=self._accumulate_dtype)
         self._optimized = [
             parameter
@@ -379,12 +395,7 @@ class Accumulation:
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]
-        self._looks_for_foreign = True
+        self.look_for_foreign_leaves()
 
     def _count_optimized(self) -> int:
         return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
-
-
-def _sum_of(means: Mapping[str, Tensor]) -> Tensor:
-    values = list(means.values())
-    return values[0] if len(values) == 1 else torch.stack(values).sum()

@@ -8,8 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from gradaccum.errors import LossError, WindowError
+from gradaccum.runners.in_step import InStep
 from gradaccum.runners.kept_graphs import KeptGraphs
 from gradaccum.runners.layers import LayerOptions, LossRunner, over_layers
+from gradaccum.runners.over_ranks import OverRanks
 from gradaccum.runners.plain import Plain
 from gradaccum.runners.runner import Runner
 from gradaccum.runners.two_pass import TwoPass
@@ -31,6 +33,7 @@ def choose_runner(
     split: Split,
     weights: WeightsFunction | None,
     layers: LayerOptions,
+    ranks: OverRanks | None,
 ) -> Runner:
     """The runner for a loss of each micro-batch, or for one of the whole batch.
 
@@ -45,6 +48,7 @@ def choose_runner(
         split: what cuts batches.
         weights: see there.
         layers: what layers over the batch need.
+        ranks: the processes that train together; None where there is one.
 
     Raises:
         LossError: the options do not say which loss is meant, or say it twice.
@@ -60,7 +64,7 @@ def choose_runner(
             )
         plain = LossRunner(
             run_one=lambda micro_batch: function(model, micro_batch),
-            make=lambda run_one: Plain(loss_of=run_one, split=split, weights=weights),
+            make=lambda run_one: _in_step(Plain(loss_of=run_one, split=split, weights=weights), run_one, ranks),
         )
         return over_layers(plain, layers, models, split=split, weights=weights)
     if loss_fn is not None:
@@ -98,6 +102,12 @@ def choose_runner(
         keeps_graphs=kept_graphs is not None,
     )
     return over_layers(two_pass, layers, models, split=split, weights=weights)
+
+
+def _in_step(plain: Plain, loss_of: Callable[[Any], Any], ranks: OverRanks | None) -> Runner:
+    if ranks is None or not ranks.runs_collectives:
+        return plain
+    return InStep(runner=plain, loss_of=loss_of)
 
 
 def _callable(function: Any, name: str, form: str) -> Callable[[Any, Any], Any]:

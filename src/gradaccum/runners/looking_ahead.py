@@ -32,12 +32,15 @@ class Follower:
         micro_batch_ends: before the item after it is asked for, or the pass ends.
         pass_ends: at the end; gets whether all items have been handed out, or the loop was left before; and what had
             been read ahead and not handed out of a bare iterator, which cannot be asked for it again.
+        wants_again: whether the item before is to be handed out again instead of the next one; gets whether there is no
+            next one, and whether there was one before. None for never.
     """
 
     pass_begins: Callable[[], AbstractContextManager[None]]
     micro_batch_begins: Callable[[Any, bool, Callable[[int], Any]], None]
     micro_batch_ends: Callable[[], None]
     pass_ends: Callable[[bool, deque[Any]], None]
+    wants_again: Callable[[bool, bool], bool] | None = None
 
 
 class LookingAhead(Generic[Item]):
@@ -56,10 +59,13 @@ class LookingAhead(Generic[Item]):
         self._error: BaseException | None = None
         self._held = ExitStack()
         self._is_over = False
+        self._repeats = follower.wants_again is not None
+        self._before: Any = END
 
     def join(self, follower: Follower) -> None:
         """Has another one follow the same pass, before it begins."""
         self._followers.append(follower)
+        self._repeats = self._repeats or follower.wants_again is not None
 
     @property
     def has_begun(self) -> bool:
@@ -104,6 +110,10 @@ class LookingAhead(Generic[Item]):
                 follower.micro_batch_ends()
         if not self._ahead:
             self._fill(1)
+        if self._repeats and self._error is None and self._is_wanted_again():
+            for follower in self._followers:
+                follower.micro_batch_begins(self._before, not self._ahead, self.peek)
+            return self._before
         if not self._ahead:
             error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
             if error is None:
@@ -116,9 +126,17 @@ class LookingAhead(Generic[Item]):
         if not self._ahead:
             self._fill(1)
         is_last = not self._ahead and self._error is None
+        if self._repeats:
+            self._before = item
         for follower in self._followers:
             follower.micro_batch_begins(item, is_last, self.peek)
         return item
+
+    def _is_wanted_again(self) -> bool:
+        has_any = self._before is not END
+        wanted = [follower.wants_again for follower in self._followers if follower.wants_again is not None]
+        answers = [wants(not self._ahead, has_any) for wants in wanted]  # all of them are asked
+        return any(answers)
 
     def peek(self, offset: int) -> Any:
         """The item ``offset`` places after the current one, or END where there is none."""

@@ -45,6 +45,18 @@ class Outputs(Protocol):
         """What the tensors of the micro-batch of this index were."""
         ...
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `whole`, in order."""
+        ...
+
+    def described(self) -> tuple[Any, list[tuple[tuple[int, ...], torch.dtype]]]:
+        """The structure, without data, and of each tensor the shape of a row (or of the sum) and its dtype."""
+        ...
+
+    def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes gradients for the tensors of `whole` that were computed elsewhere."""
+        ...
+
 
 class Concatenated:
     """Outputs with the sample first.
@@ -96,6 +108,20 @@ class Concatenated:
         """See `Outputs`."""
         return [tensor.detach()[_index(rows, tensor.device)] for tensor in self._tensors]
 
+    def tensors(self) -> list[Tensor]:
+        """See `Outputs`."""
+        return self._tensors
+
+    def described(self) -> tuple[Any, list[tuple[tuple[int, ...], torch.dtype]]]:
+        """See `Outputs`."""
+        return self._structure, [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in self._tensors]
+
+    def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """See `Outputs`."""
+        for tensor, gradient in zip(self._tensors, gradients, strict=True):
+            if gradient is not None:
+                tensor.requires_grad_().grad = gradient
+
 
 class Summed:
     """Outputs that are statistics: sums over a micro-batch's samples.
@@ -145,6 +171,20 @@ class Summed:
     def seen(self, index: int, rows: Rows) -> list[Tensor]:
         """See `Outputs`."""
         return self._parts[index]
+
+    def tensors(self) -> list[Tensor]:
+        """See `Outputs`."""
+        return self._tensors
+
+    def described(self) -> tuple[Any, list[tuple[tuple[int, ...], torch.dtype]]]:
+        """See `Outputs`."""
+        return self._structure, [(tuple(tensor.shape), tensor.dtype) for tensor in self._tensors]
+
+    def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """See `Outputs`."""
+        for tensor, gradient in zip(self._tensors, gradients, strict=True):
+            if gradient is not None:
+                tensor.requires_grad_().grad = gradient
 
 
 def _structure_of(outputs: Any) -> Any:

@@ -26,12 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import tree
+from gradaccum.errors import UnsupportedError
 from gradaccum.memory.graph_bytes import graph_bytes
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.runners.kept_graphs import KeptGraphs
 from gradaccum.runners.outputs import Concatenated, Outputs, Summed
+from gradaccum.runners.over_ranks import OverRanks
 from gradaccum.runners.replay import Drift, Replay
+from gradaccum.runners.whole_over_ranks import GatheredOutputs, gathered_batch
 from gradaccum.types import Rows, Split
 
 Graphs = dict[int, list[Tensor]]
@@ -64,6 +67,9 @@ class TwoPass:
         """See `Runner`."""
         device = accumulation.device()
         batch = tree.to_device(batch, device)  # the loss sees all of it
+        if accumulation.ranks is not None:
+            self._run_over_ranks(accumulation, accumulation.ranks, batch, pieces, ran)
+            return
         if len(pieces) == 1:
             self._run_whole(accumulation, batch)
             ran(1)
@@ -92,6 +98,33 @@ class TwoPass:
             replay.undo()
             accumulation.open()
 
+    def _run_over_ranks(
+        self,
+        accumulation: Accumulation,
+        ranks: OverRanks,
+        batch: Any,
+        pieces: Sequence[Rows],
+        ran: Callable[[int], None],
+    ) -> None:
+        """One attempt: what other processes have got from this one cannot be taken back."""
+        if ranks.runs_collectives:
+            raise UnsupportedError(
+                "batch_loss= with FSDP2: some forwards run twice, as many as memory asks for, and FSDP2 makes every "
+                "forward wait for all processes. Use DistributedDataParallel for a loss over the whole batch."
+            )
+        window = _Window(self, accumulation, batch, pieces, Replay(self.models))
+        try:
+            window.run(len(pieces), ran)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            window.graphs.clear()
+            raise UnsupportedError(
+                f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({error}). It cannot be "
+                f"run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
+                "kept_graphs=0."
+            ) from error
+
     def _run_whole(self, accumulation: Accumulation, batch: Any) -> None:
         """The whole batch in one piece: torch's own graph from end to end."""
         rows = tree.rows(batch)
@@ -108,6 +141,7 @@ class _Window:
     Attributes:
         graphs: those that are kept.
         num_kept: how many were to be kept.
+        sizes: rows of each micro-batch.
     """
 
     def __init__(
@@ -118,31 +152,46 @@ class _Window:
         self._batch = batch
         self._pieces = pieces
         self._replay = replay
-        self._sizes = [len(piece) if isinstance(piece, Tensor) else piece.stop - piece.start for piece in pieces]
-        self._elements = max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // sum(self._sizes))
-        self._outputs: Outputs = Summed() if runner.sums else Concatenated(sum(self._sizes))
+        self.sizes = [len(piece) if isinstance(piece, Tensor) else piece.stop - piece.start for piece in pieces]
+        self._rows = sum(self.sizes)
+        self._elements = max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // max(self._rows, 1))
+        self._outputs: Outputs = Summed() if runner.sums else Concatenated(self._rows)
         self.graphs: Graphs = {}
         self.num_kept = 0
 
     def run(self, at_most: int, ran: Callable[[int], None]) -> None:
         """Both passes; keeps at most so many graphs."""
-        self._first_pass(at_most)
-        leaves = self._outputs.leaves()
-        loss = self._runner.batch_loss(self._outputs.whole(), self._batch)
-        self._accumulation.add_together([(loss, sum(self._sizes), None)], also=leaves)
-        del loss
+        if self.sizes:
+            self._first_pass(at_most)
+        ranks = self._accumulation.ranks
+        if ranks is None:
+            leaves = self._outputs.leaves()
+            loss = self._runner.batch_loss(self._outputs.whole(), self._batch)
+            self._accumulation.add_together([(loss, self._rows, None)], also=leaves)
+        else:
+            self._add_shared_loss(ranks)
+        loss = None
         self._second_pass(ran)
+
+    def _add_shared_loss(self, ranks: OverRanks) -> None:
+        """The loss over the outputs of all processes, which each of them computes."""
+        gathered = GatheredOutputs(ranks, self._outputs, self._rows, sums=self._runner.sums)
+        leaves = gathered.leaves()
+        loss = self._runner.batch_loss(gathered.whole(), gathered_batch(ranks, self._batch, self._rows))
+        self._accumulation.add_together([(loss, gathered.rows, None)], also=leaves, is_shared=True)
+        if self.sizes:
+            self._outputs.take_gradients(gathered.own_gradients())
 
     def _first_pass(self, at_most: int) -> None:
         kept = self._runner.kept
         device = self._accumulation.device()
         is_counted = at_most == 0 or kept.is_known(self._elements)
         if is_counted:
-            self.num_kept = min(at_most, kept.number(self._sizes, device))
+            self.num_kept = min(at_most, kept.number(self.sizes, device))
         else:  # the first one's graph is counted, and with it is known how many fit
             self.num_kept = 1
             first = self._counted()
-            self.num_kept = min(at_most, kept.number(self._sizes, device))
+            self.num_kept = min(at_most, kept.number(self.sizes, device))
             if self.num_kept == len(self._pieces):
                 self.graphs[0] = first
             del first
@@ -154,7 +203,7 @@ class _Window:
                 torch.clear_autocast_cache()  # casts of the weights made without a graph would be taken for the others
             with torch.set_grad_enabled(index >= first_kept):
                 found = self._forward(index)
-            self._outputs.put(self._pieces[index], self._sizes[index], found)
+            self._outputs.put(self._pieces[index], self.sizes[index], found)
             if index >= first_kept:
                 self.graphs[index] = list(tree.tensors(found))
 
@@ -167,8 +216,8 @@ class _Window:
         self._replay.note(0)
         with torch.enable_grad(), graph_bytes(there_anyway) as saved:
             outputs = self._forward(0)
-        self._runner.kept.counted(saved.count, rows=self._sizes[0], elements=self._elements)
-        self._outputs.put(self._pieces[0], self._sizes[0], outputs)
+        self._runner.kept.counted(saved.count, rows=self.sizes[0], elements=self._elements)
+        self._outputs.put(self._pieces[0], self.sizes[0], outputs)
         return list(tree.tensors(outputs))
 
     def _second_pass(self, ran: Callable[[int], None]) -> None:
@@ -183,7 +232,7 @@ class _Window:
                     again = list(tree.tensors(self._forward(index)))
                     drift.compare(again, self._outputs.seen(index, self._pieces[index]))
                     self._push(index, again)  # before buffers are put back, which this graph may have saved
-            self._accumulation.count(self._sizes[index])
+            self._accumulation.count(self.sizes[index])
             ran(done)
         drift.check()
 

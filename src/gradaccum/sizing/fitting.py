@@ -107,12 +107,16 @@ class Fitting:
             pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
             if not self._agree(failure is not None):
-                search.updated(sizes, elements)
+                if sizes:
+                    search.updated(sizes, elements)
                 return sizes
-            message = "another process ran out of memory" if failure is None else str(failure)
-            if failure is not None:
-                let_go_of(failure)
-            failed_rows = max(map(num_rows, pieces)) if failure is None else num_rows(pieces[failed_at])
+            if failure is None:  # another process did: it takes smaller pieces, this one the same again
+                self._accumulation.discard()
+                buffers.restore()
+                continue
+            message = str(failure)
+            let_go_of(failure)
+            failed_rows = num_rows(pieces[failed_at])
             size = failed_rows if self._cuts_by_samples else max(sizes)
             failure = None
             self._accumulation.discard()
@@ -143,6 +147,8 @@ class Fitting:
 
     def _described(self, batch: Any) -> tuple[int, int]:
         """How large a piece can be, and how many elements each of its rows has."""
+        if not tree.rows(batch):  # an empty share of a batch that other processes have
+            return 0, 1
         largest = self._split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
@@ -151,6 +157,8 @@ class Fitting:
 
     def _cut(self, batch: Any, largest: int, elements: int) -> tuple[Sequence[Rows], Sequence[int]]:
         """The pieces, and their sizes in the unit of the split."""
+        if not largest:
+            return [], []
         search = self._started_search()
         if not self._cuts_by_samples:
             size = search.size(largest, elements)
@@ -188,7 +196,7 @@ class Fitting:
 
     def _tell(self, sizes: Sequence[int]) -> None:
         search = self._started_search()
-        if self._has_told or search.wants_times or not self._cuts_by_samples or not search.seconds:
+        if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not search.seconds:
             return
         self._has_told = True
         size = search.best_size()

@@ -66,10 +66,12 @@ class Gathers:
 
     Args:
         pieces: the rows of each micro-batch.
+        is_all: whether these are the batch, and not the share of one process of several.
     """
 
-    def __init__(self, pieces: Sequence[Rows]) -> None:
+    def __init__(self, pieces: Sequence[Rows], *, is_all: bool = True) -> None:
         self._pieces = pieces
+        self._is_all = is_all
         self._are_slices = all(isinstance(piece, slice) for piece in pieces)
         self._gathered: list[tuple[Tensor, list[int], bool]] = []
 
@@ -117,6 +119,11 @@ class Gathers:
         return None
 
     def _join(self, brought: Sequence[tuple[Tensor, bool]]) -> Tensor:
+        if not self._is_all:
+            raise UnsupportedError(
+                "ga.gather joins the micro-batches of one process, and this batch is spread over several: it would be "
+                "a part of the batch. Train in one process, or move what couples samples into forward= and batch_loss=."
+            )
         tensors, has_graph = [x for x, _ in brought], any(one for _, one in brought)
         shapes = sorted({tuple(x.shape[1:]) for x in tensors})
         if len(shapes) > 1:

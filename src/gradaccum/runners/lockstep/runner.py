@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import tree
-from gradaccum.batch_norm.exact import AcrossRanks, Exact, Whole
+from gradaccum.batch_norm.exact import Exact, Whole
 from gradaccum.batch_norm.find import refuse_compiled, refuse_synchronised
+from gradaccum.errors import BatchError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.runners.lockstep.attributes import Attributes, noted_in, watched
@@ -34,9 +35,11 @@ from gradaccum.runners.lockstep.host import CudaTransfer, HostMemory
 from gradaccum.runners.lockstep.recompute import find_blocks, recomputed
 from gradaccum.runners.lockstep.streams import Streams
 from gradaccum.runners.outputs import Concatenated, Outputs, Summed
+from gradaccum.runners.over_ranks import OverRanks
 from gradaccum.runners.prefetch import on_device
 from gradaccum.runners.runner import Runner
 from gradaccum.runners.weights import WeightsFunction, weights_by_name
+from gradaccum.runners.whole_over_ranks import SharesOfAll
 from gradaccum.split.packing import restore_order
 from gradaccum.types import Activations, Rows, Split
 
@@ -60,7 +63,6 @@ class Lockstep:
         activations: where what the backward needs waits for it.
         host_memory: makes the hooks of ``activations="host"``; by default for CUDA, and none elsewhere, where
             the host's memory is the device's.
-        across_ranks: see `Exact`.
     """
 
     models: Sequence[nn.Module]
@@ -73,7 +75,6 @@ class Lockstep:
     is_exact: bool = True
     activations: Activations = "device"
     host_memory: Callable[[Sequence[nn.Module], torch.device], HostMemory | None] | None = None
-    across_ranks: AcrossRanks | None = None
 
     def run(
         self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
@@ -82,17 +83,19 @@ class Lockstep:
         device = accumulation.device()
         if self.is_exact:
             refuse_compiled(self.models, wanted='batch_norm="exact"')
-            if self.across_ranks is None:
-                refuse_synchronised(self.models)
+            refuse_synchronised(self.models)
+        ranks = accumulation.ranks
+        if ranks is not None:
+            self._refuse_over_ranks(ranks, pieces)
         with ExitStack() as held:
             if self.activations == "recompute":
                 held.enter_context(recomputed(find_blocks(self.models)))
-            if len(pieces) == 1 and self.across_ranks is None:
+            if len(pieces) == 1 and ranks is None:
                 held.enter_context(self.saved(device)())
                 run_one = held.enter_context(Whole(self.models).held(self.run_one)) if self.is_exact else self.run_one
                 self.whole(run_one).run(accumulation, batch, pieces, ran=ran)
                 return
-            run = held.enter_context(_Run(self, device, pieces))
+            run = held.enter_context(_Run(self, device, pieces, ranks))
             micro_batches = on_device((self.split.cut(batch, piece) for piece in pieces), device)
             sizes, counts, results = run.forward(micro_batches)
             if self.batch_loss is None:
@@ -108,6 +111,21 @@ class Lockstep:
                 accumulation.count(samples)
                 ran(done)
 
+    def _refuse_over_ranks(self, ranks: OverRanks, pieces: Sequence[Rows]) -> None:
+        """What cannot be right where the batch is spread over processes."""
+        if ranks.runs_collectives or self.batch_loss is not None:
+            what = "FSDP2, whose forwards wait for all processes" if ranks.runs_collectives else "batch_loss="
+            raise UnsupportedError(
+                f"Layers over the batch together with {what}, over {ranks.ranks.size} processes: micro-batches in "
+                "lockstep would wait for each other inside of what waits for other processes. Use "
+                'DistributedDataParallel and loss_fn, or batch_norm="frozen" or ga.GhostBatch(n).'
+            )
+        if not pieces:
+            raise BatchError(
+                "This process has no samples in the batch, and its BatchNorm layers have statistics to exchange with "
+                f'those of {ranks.ranks.size - 1} others. With batch_norm="exact" every process needs at least one.'
+            )
+
     def saved(self, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
         """Makes what a thread holds so that its saved tensors go where they should."""
         if self.activations != "host":
@@ -120,13 +138,16 @@ class Lockstep:
 class _Run:
     """The lockstep of one batch; held while it runs."""
 
-    def __init__(self, lockstep: Lockstep, device: torch.device, pieces: Sequence[Rows]) -> None:
+    def __init__(
+        self, lockstep: Lockstep, device: torch.device, pieces: Sequence[Rows], ranks: OverRanks | None
+    ) -> None:
         self._lockstep = lockstep
         self._device = device
-        self._gathers = Gathers(pieces)
+        self._gathers = Gathers(pieces, is_all=ranks is None)
         self._saved = lockstep.saved(device)
         self._streams = Streams(len(pieces))
-        self._exact = Exact(lockstep.models, across_ranks=lockstep.across_ranks) if lockstep.is_exact else None
+        across = None if ranks is None else SharesOfAll(ranks)
+        self._exact = Exact(lockstep.models, across_ranks=across) if lockstep.is_exact else None
         self._held = ExitStack()
 
     def __enter__(self) -> _Run:

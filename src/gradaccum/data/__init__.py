@@ -1,0 +1,1 @@
+"""Data: which samples make which batch, and which process has which of them."""

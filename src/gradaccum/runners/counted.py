@@ -1,0 +1,102 @@
+"""What one window had in all, and the `Update` that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum.losses.loss import Loss
+from gradaccum.losses.normalise import SINGLE, Normaliser, Number
+from gradaccum.types import Update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A window's counts, over all processes where there are several.
+
+    Attributes:
+        micro_batches: in all.
+        samples: in all; None where some could not be seen.
+        largest: rows of the largest micro-batch; None where some could not be seen.
+        correction: what the gradient has yet to be multiplied by; None for nothing.
+        is_over: whether no process had a window to close any more.
+        is_incomplete: whether some process had none.
+    """
+
+    micro_batches: int
+    samples: int | None
+    largest: int | None
+    correction: Number | None = None
+    is_over: bool = False
+    is_incomplete: bool = False
+
+    @staticmethod
+    def of(sizes: Sequence[int | None], correction: Number | None) -> Counted:
+        """The counts of a window of one process.
+
+        Args:
+            sizes: rows of each micro-batch; None where they could not be seen.
+            correction: see the class.
+        """
+        known = [size for size in sizes if size is not None]
+        is_known = len(known) == len(sizes)
+        return Counted(
+            micro_batches=len(sizes),
+            samples=sum(known) if is_known else None,
+            largest=max(known, default=0) if is_known else None,
+            correction=correction,
+        )
+
+
+def update_of(
+    normaliser: Normaliser,
+    counted: Counted,
+    *,
+    index: int,
+    grad_norm: Tensor | None,
+    skipped: bool | Tensor,
+    seconds: float,
+    device: torch.device,
+) -> Update:
+    """The update that was made; what waits for the device is computed when it is read."""
+    means: dict[str, Tensor] = {}
+
+    def computed() -> dict[str, Tensor]:
+        if not means:
+            means.update(normaliser.means())
+        return means
+
+    later: dict[str, Callable[[], Any]] = {
+        "loss": lambda: sum_of(computed()),
+        "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
+        "skipped": lambda: bool(skipped),
+    }
+    return Update(
+        index=index,
+        weight=normaliser.weight,
+        grad_norm=grad_norm,
+        samples=counted.samples,
+        micro_batches=counted.micro_batches,
+        micro_batch_size=counted.largest,
+        seconds=seconds,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        _later=later,
+    )
+
+
+def sum_of(means: Mapping[str, Tensor]) -> Tensor:
+    """The loss of several terms."""
+    values = list(means.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def loss_of(normaliser: Normaliser) -> Loss:
+    """The window's whole loss, detached: the mean and what it is over; for several terms their sum."""
+    means, weight = normaliser.means(), normaliser.weight
+    if len(means) > 1 or isinstance(weight, dict):
+        return Loss(sum_of(means), None, is_mean=False)
+    return Loss(sum_of(means), weight, is_mean=weight is not None)

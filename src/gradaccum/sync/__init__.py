@@ -1,0 +1,1 @@
+"""Sync: which process adds up what, and when."""

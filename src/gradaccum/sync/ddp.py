@@ -1,0 +1,71 @@
+"""DistributedDataParallel, with its reducer left out: see `engine` for why.
+
+DDP reads whether to reduce in its *forward*, so ``no_sync()`` around a backward does nothing; and even under
+``no_sync()`` a forward with ``static_graph=True`` arms the reducer (torch/nn/parallel/distributed.py, `_post_forward`),
+and the first one broadcasts buffers, for which a process without data would be waited for. So for as long as it is
+taken over, calling the wrapper calls the module in it, after the one thing of DDP's forward that users rely on: moving
+inputs to ``device_ids``. Buffers are broadcast from rank 0 once for each time it is taken over, which is once an update
+for `TrainStep` and once a pass for `Accumulator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from gradaccum.errors import UnsupportedError
+
+
+class DDP:
+    """One `DistributedDataParallel`.
+
+    Raises:
+        UnsupportedError: its gradients go through something of the user's on their way.
+    """
+
+    name = "DDP"
+    averages_over = 1.0
+    runs_collectives = False
+
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
+        unusual = (
+            "a communication hook"
+            if wrapper._comm_hooks
+            else "mixed_precision="
+            if wrapper.mixed_precision is not None
+            else "delay_all_reduce_named_params="
+            if wrapper._delay_all_reduce_all_params or wrapper._delay_all_reduce_params
+            else ""
+        )
+        if unusual:
+            raise UnsupportedError(
+                f"The model's DistributedDataParallel has {unusual}, which changes what is added up over processes. "
+                "Gradients are reduced here, once an update and weighted by what each process has, and would go past "
+                "it. Leave it out; for lower precision on the way, train in bf16 or use FSDP2's MixedPrecisionPolicy."
+            )
+        self._wrapper = wrapper
+
+    @contextmanager
+    def taken_over(self) -> Iterator[None]:
+        """While held, forwards go straight to the module, and no backward reduces."""
+        wrapper = self._wrapper
+        if "forward" in wrapper.__dict__:  # by another accumulator of the same model: that one restores it
+            yield
+            return
+        if wrapper.broadcast_buffers and wrapper.modules_buffers:
+            wrapper._sync_buffers()
+
+        def forward(*inputs: Any, **kwargs: Any) -> Any:
+            if wrapper.device_ids:
+                moved, moved_kwargs = wrapper.to_kwargs(inputs, kwargs, wrapper.device_ids[0])
+                inputs, kwargs = moved[0], moved_kwargs[0]
+            return wrapper._run_ddp_forward(*inputs, **kwargs)
+
+        wrapper.forward = forward
+        try:
+            yield
+        finally:
+            del wrapper.forward

@@ -1,0 +1,214 @@
+"""FSDP2 (``fully_shard``): it reduce-scatters by itself; we say when, and undo its averaging.
+
+A parameter is whole on a process only while its module runs, so the sum of a window cannot simply be reduced at its
+end. Two ways, and their price for P parameters on W processes with gradients of g bytes (torch/distributed/fsdp/
+_fully_shard/_fsdp_param_group.py, `post_backward`):
+
+    sync="every"   each backward reduce-scatters        K times the bytes on the wire, gradients of g P / W
+    sync="last"    only the window's last one does      once, but whole gradients wait for it: g P on every process
+    HSDP           shards in each, replicas in the last what "auto" does for a mesh of two dimensions
+
+FSDP2 divides by the number of processes, or by what the user has set; each backward is seeded with that factor more, so
+no setting of the model is changed. Unused parameters are reduced as zeros where this torch can
+(``set_reduce_scatter_unused_params``, 2.13).
+
+Every forward and backward is a collective: all processes run equally many. A process with fewer micro-batches runs
+fillers, whose outputs get gradients of zero. Because a backward through a mean over nothing would be 0 / 0, these start
+at the model's outputs instead of at a loss; what these are is written down in passing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from gradaccum.errors import UnsupportedError
+
+Sync = Literal["auto", "last", "every"]
+
+
+class FSDP2:
+    """All FSDP2 modules of one model.
+
+    Args:
+        model: what the user calls; it holds at least one `FSDPModule`.
+        sync: see the file.
+
+    Raises:
+        UnsupportedError: its modules divide gradients by different factors.
+    """
+
+    name = "FSDP2"
+    runs_collectives = True
+
+    def __init__(self, model: nn.Module, sync: Sync = "auto") -> None:
+        self._model = model
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        groups = [group for module in self._modules for group in _groups_of(module)]
+        self._has_replicas = any(hasattr(group.mesh_info, "replicate_mesh_size") for group in groups)
+        self._sync = sync
+        factors = {_divides_by(group) for group in groups}
+        if len(factors) > 1:
+            raise UnsupportedError(
+                f"The model's FSDP2 modules divide their gradients by different factors ({sorted(factors)}), so that "
+                "no one factor undoes it and parts of the gradient would be too large. Shard all over one mesh, and "
+                "call set_gradient_divide_factor on none."
+            )
+        self.averages_over = factors.pop() if factors else 1.0
+        self.process_groups = _process_groups(groups)
+        self.deferred_bytes = sum(
+            parameter.numel() * parameter.element_size() - parameter.to_local().numel() * parameter.element_size()
+            for parameter in model.parameters()
+            if isinstance(parameter, DTensor) and parameter.requires_grad
+        )
+        self._outputs: list[Tensor] = []
+
+    @property
+    def in_words(self) -> str:
+        """For the plan line: when gradients are reduced, and what the other way would cost or save."""
+        size = f"{self.deferred_bytes / 2**30:.2g} GiB" if self.deferred_bytes >= 2**27 else (
+            f"{self.deferred_bytes / 2**20:.2g} MiB"
+        )  # fmt: skip
+        if self._sync == "last":
+            return f"FSDP2, reduced once an update (holds {size} more a rank)"
+        when = "sharded every micro-batch, replicas once an update" if self._defers_replicas else "every micro-batch"
+        return f'FSDP2, reduced {when} (sync="last" would hold {size} more a rank)'
+
+    @property
+    def _defers_replicas(self) -> bool:
+        return self._has_replicas and self._sync == "auto"
+
+    @contextmanager
+    def taken_over(self) -> Iterator[None]:
+        """While held, `prepare` decides when gradients are reduced, and outputs are written down."""
+        with ExitStack() as held:
+            held.callback(self._outputs.clear)
+            handle = self._model.register_forward_hook(self._write_down)
+            held.callback(handle.remove)
+            for module in self._modules:
+                held.enter_context(_unused_reduced(module))
+            held.callback(self._set_reduces, is_last=True)
+            yield
+
+    def prepare(self, *, is_last: bool) -> None:
+        """Before a micro-batch's forward: whether its backward is the window's last."""
+        self._outputs.clear()
+        self._set_reduces(is_last=is_last)
+
+    def backward_of_nothing(self) -> None:
+        """The backward of a micro-batch that weighs nothing: all collectives, gradients of zero."""
+        roots = [output for output in self._outputs if output.requires_grad]
+        self._outputs.clear()
+        if roots:
+            Variable._execution_engine.run_backward(
+                tuple(roots),
+                tuple(torch.zeros_like(root) for root in roots),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+
+    def _set_reduces(self, *, is_last: bool) -> None:
+        for module in self._modules:
+            if self._sync == "last":
+                module.set_requires_gradient_sync(is_last, recurse=False)
+            elif self._defers_replicas:
+                module.set_requires_all_reduce(is_last, recurse=False)
+
+    def _write_down(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._outputs.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _unused_reduced(module: FSDPModule) -> Iterator[None]:
+    """While held, parameters that a backward did not reach are reduced as zeros, as another process may have some."""
+    setter: Any = getattr(module, "set_reduce_scatter_unused_params", None)
+    groups = _groups_of(module)
+    if setter is None or not groups:
+        yield
+        return
+    before = [group.reduce_scatter_unused_params for group in groups]
+    setter(True, recurse=False)
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group.reduce_scatter_unused_params = value
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
+    """The parameter groups of one module; FSDP2 tells nowhere in public over what it averages."""
+    state: Any = module._get_fsdp_state()
+    several: Any = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    one = getattr(state, "_fsdp_param_group", None)  # before torch 2.12
+    return [] if one is None else [one]
+
+
+def _divides_by(group: Any) -> float:
+    if group.gradient_divide_factor is not None:
+        return float(group.gradient_divide_factor)
+    info = group.mesh_info
+    return float(getattr(info, "shard_mesh_size", 1) * getattr(info, "replicate_mesh_size", 1))
+
+
+def _process_groups(groups: Sequence[Any]) -> tuple[ProcessGroup, ...]:
+    if not groups:
+        return ()
+    info = groups[0].mesh_info
+    found = [getattr(info, "shard_process_group", None), getattr(info, "replicate_process_group", None)]
+    return tuple(group for group in found if group is not None)
+
+
+def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+    """The norm over all gradients together, each counted once, whatever part of it lies here.
+
+    Args:
+        parameters: those that have a gradient; shards, whole ones, or both.
+        order: 2 or infinity.
+
+    Returns:
+        0-d tensor, the same on every process: ``(sum over shards of norm ** order) ** (1 / order)``.
+    """
+    by_mesh: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None, "only parameters that have a gradient are updated"
+        groups: tuple[ProcessGroup, ...] = ()
+        if isinstance(gradient, DTensor):
+            mesh, placements = gradient.device_mesh, gradient.placements
+            groups = tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
+            gradient = gradient.to_local()
+        by_mesh.setdefault(groups, []).append(gradient._values() if gradient.is_sparse else gradient)
+    totals: list[Tensor] = []
+    for groups, gradients in by_mesh.items():
+        first = gradients[0]
+        wide = functools.reduce(torch.promote_types, (gradient.dtype for gradient in gradients), torch.float32)
+        # A process may have nothing of any of them, and waits with the others all the same, in the same dtype.
+        own = [gradient for gradient in gradients if gradient.numel()] or [first.new_zeros(1)]
+        norms = torch._foreach_norm(own, order, dtype=wide)
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(first.device, wide) for norm in norms]), order)
+        for group in groups:
+            if order == 2.0:
+                norm = norm.square()
+                torch.distributed.all_reduce(norm, group=group)
+                norm = norm.sqrt()
+            else:  # the maximum of a NaN and a number is either, in some backends
+                norm = torch.nan_to_num(norm, nan=torch.inf, posinf=torch.inf)
+                torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX, group=group)
+        totals.append(norm)
+    return torch.linalg.vector_norm(torch.stack([total.to(totals[0]) for total in totals]), order)

@@ -1,0 +1,182 @@
+"""One rank raises, runs out of memory, or is killed: the others end with an error that says so, and none waits."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import gradaccum as ga
+from gradaccum.sync.faults import Whereabouts
+from oracle import assert_same_gradients, gradients_of, parameters_of, whole_batches
+from ranks import results_of, run_ranks
+from tasks import LOSSES, Batch, make_batch, make_model, pieces
+from wrapping import sgd, wrapped
+
+CASE = LOSSES["plain mean"]
+
+
+def one_raises(rank: int, world_size: int) -> None:
+    """All raise, nothing is updated, and the next batch is trained with as if nothing had been."""
+    for how in ("plain", "DDP"):
+        for size in (2, "auto"):
+            model = make_model("mlp")
+            alone = copy.deepcopy(model)
+            trained = wrapped(model, how)
+            seen: list[int] = []
+
+            def loss_fn(model: nn.Module, batch: Batch, seen: list[int] = seen) -> Any:
+                seen.append(1)
+                if rank == 1 and len(seen) == 2:
+                    raise ValueError("label 7 is out of range")
+                return CASE.for_library(model, batch)
+
+            batch = make_batch(9)
+            own = pieces(batch, [4, 5] if world_size == 2 else [4, 4, 1])[rank]
+            step = ga.TrainStep(trained, sgd(model), loss_fn, micro_batch_size=size)
+            with pytest.raises(ValueError if rank == 1 else ga.RankError, match="label 7 is out of range") as caught:
+                twice(step, own)
+            assert rank == 1 or "rank 1: ValueError" in str(caught.value)
+            expected = whole_batches(alone, sgd(alone), [batch] * (step.updates + 1), CASE.for_oracle)
+            step(own)
+            assert_same_gradients(parameters_of(model), expected[-1].parameters)
+
+
+def twice(step: ga.TrainStep, batch: Batch) -> None:
+    step(batch)
+    step(batch)  # with "auto" a share may be run in one piece
+
+
+def one_raises_in_its_loop(rank: int, world_size: int) -> None:
+    """The same in one's own loop, where a loss is refused."""
+    model = make_model("mlp")
+    accumulator = ga.Accumulator(model, sgd(model), micro_batches=2)
+    stream = [make_batch(3, seed=rank), make_batch(2, seed=rank)]
+    with pytest.raises(ga.LossError if rank == 1 else ga.RankError, match=r"shape \(3, 4, 3\)|rank 1: LossError"):
+        train(accumulator, model, stream, spoilt=rank == 1)
+
+
+def train(accumulator: ga.Accumulator, model: nn.Module, stream: list[Batch], *, spoilt: bool) -> None:
+    for batch in accumulator.over(stream):
+        accumulator.backward(model(batch) if spoilt else CASE.for_library(model, batch))
+
+
+def one_runs_out_of_memory(rank: int, world_size: int) -> None:
+    """All run the batch again, with the same gradient; where one sample does not fit, all stop."""
+    for limit in (2, 0):
+        model = make_model("mlp")
+        alone = copy.deepcopy(model)
+
+        def loss_fn(model: nn.Module, batch: Batch, limit: int = limit) -> Any:
+            if rank == 1 and len(batch["x"]) > limit:
+                raise torch.OutOfMemoryError("out of memory, as far as this test goes")
+            return CASE.for_library(model, batch)
+
+        batch = make_batch(13)
+        own = pieces(batch, [6, 7] if world_size == 2 else [6, 7, 0])[rank]
+        step = ga.TrainStep(wrapped(model, "DDP"), sgd(model), loss_fn)
+        if limit:
+            loss = step.backward(own)
+            assert_same_gradients(
+                gradients_of(model), whole_batches(alone, sgd(alone), [batch], CASE.for_oracle)[0].gradients
+            )
+            assert loss.weight == 13
+        else:
+            with pytest.raises(
+                ga.DoesNotFitError if rank == 1 else ga.RankError, match="single sample runs out of memory"
+            ):
+                step(own)
+            assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def not_killed(rank: int, world_size: int) -> None:
+    one_raises(rank, world_size)
+    one_raises_in_its_loop(rank, world_size)
+    one_runs_out_of_memory(rank, world_size)
+    different_models(rank)
+
+
+def different_models(rank: int) -> None:
+    for model, message in (
+        (make_model("mlp" if rank else "linear"), "have different models"),
+        (make_model("mlp", seed=rank), "start from different parameters"),
+    ):
+        step = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2)
+        with pytest.raises(ga.RankError, match=message):
+            step(make_batch(3))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_none_waits(world_size: int) -> None:
+    results_of(not_killed, world_size)
+
+
+def killed(rank: int, world_size: int, how: str) -> str:
+    model = make_model("mlp")
+    seen: list[int] = []
+    trained = fully_shard(model) if how == "FSDP2" else wrapped(model, how)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Any:
+        seen.append(1)
+        if rank == 1 and len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return CASE.for_library(model, batch)
+
+    step = ga.TrainStep(trained, sgd(trained), loss_fn, micro_batch_size=2)
+    step(make_batch(6, seed=rank))
+    try:
+        step(make_batch(6, seed=rank))
+    except ga.RankError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    print(message, file=__import__("sys").stderr, flush=True)
+    os._exit(7)  # what would come after it waits for the one that has gone
+
+
+@pytest.mark.parametrize("how", ["plain", "DDP", "FSDP2"])
+def test_one_is_killed(how: str) -> None:
+    ended = run_ranks(killed, 3, how, seconds=60, group_seconds=20)
+    assert [one.status for one in ended] == [7, -signal.SIGKILL, 7]
+    for one in (ended[0], ended[2]):
+        assert "rank 1" in one.stderr, one.stderr[-1500:]
+        assert "ended without a word" in one.stderr
+
+
+def raises_among_shards(rank: int, world_size: int) -> None:
+    model = fully_shard(make_model("mlp"))
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Any:
+        if rank == 1:
+            raise ValueError("label 7 is out of range")
+        return CASE.for_library(model, batch)
+
+    ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=2)(make_batch(6))
+
+
+def test_one_raises_among_shards() -> None:
+    """Inside of FSDP2's collectives nobody can be told; the process that ends says why in the store."""
+    ended = run_ranks(raises_among_shards, 2, seconds=60, group_seconds=20)
+    assert all(one.status for one in ended)
+    assert "RankError" in ended[0].stderr
+    assert "rank 1 failed (ValueError: label 7 is out of range)" in ended[0].stderr
+    assert "ValueError: label 7" in ended[1].stderr
+
+
+def test_whereabouts() -> None:
+    own = Whereabouts.own()
+    assert not own.is_gone()
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert Whereabouts(own.host, child).is_gone()  # ended, and not asked about yet
+    os.waitpid(child, 0)
+    assert Whereabouts(own.host, child).is_gone()
+    assert not Whereabouts("another host", child).is_gone()

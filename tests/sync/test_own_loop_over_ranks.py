@@ -1,0 +1,139 @@
+"""The loop of the README on several processes, whose loaders need not have equally much."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradaccum as ga
+from oracle import Made, assert_same, own_loop, whole_batches
+from ranks import results_of
+from tasks import LOSSES, Batch, joined, make_batch, make_model
+from wrapping import sgd, wrapped
+
+# Rows of each micro-batch, by rank; a window is two of them.
+PASSES: dict[str, list[list[int]]] = {
+    "even": [[3, 3, 3, 3], [3, 3, 3, 3]],
+    "uneven sizes": [[5, 1, 2, 4], [1, 1, 7, 2]],
+    "a short tail on one": [[3, 2, 4], [3, 1, 2, 2]],
+    "fewer windows on one": [[2], [3, 1, 2, 2, 5]],
+    "nothing on one": [[], [3, 1, 4]],
+}
+WINDOW = 2
+
+
+def windows(rows: list[list[int]], *, masked: bool = False) -> tuple[list[list[Batch]], list[Batch]]:
+    """Each rank's micro-batches, and the whole batches they add up to."""
+    streams = [
+        [make_batch(count, seed=100 * rank + i, masked=masked) for i, count in enumerate(counts)]
+        for rank, counts in enumerate(rows)
+    ]
+    updates = max(-(-len(stream) // WINDOW) for stream in streams)
+    whole = [joined([b for s in streams for b in s[i * WINDOW : (i + 1) * WINDOW]]) for i in range(updates)]
+    return streams, whole
+
+
+def check_own_loop(rank: int, rows: list[list[int]], loss_name: str, how: str, **options: Any) -> None:
+    case = LOSSES[loss_name]
+    streams, batches = windows(rows)
+    model = make_model("mlp")
+    alone = copy.deepcopy(model)
+    expected = whole_batches(alone, sgd(alone), batches, case.for_oracle, clip_norm=options.get("clip_norm"))
+    trained = wrapped(model, how)
+    optimizer = sgd(model)
+    accumulator = ga.Accumulator(trained, optimizer, micro_batches=WINDOW, weights=case.weights, **options)
+
+    def loss(_: Any, batch: Batch) -> Any:
+        return case.for_library(trained, batch)
+
+    made, updates = own_loop(accumulator, model, optimizer, [streams[rank]], loss)
+    assert_same(made, expected[: len(made)])  # a rank whose loader is exhausted sees no more of them,
+    state = dict(model.named_parameters())
+    last = Made(gradients={}, parameters=state, loss=0.0, grad_norm=None, rate=0.1, is_skipped=True)
+    wanted = Made(gradients={}, parameters=expected[-1].parameters, loss=0.0, grad_norm=None, rate=0.1, is_skipped=True)
+    assert_same([last], [wanted])  # and makes them all the same
+    assert accumulator.updates == len(batches)
+    assert accumulator.samples == sum(map(sum, rows))
+    assert accumulator.micro_batches == sum(map(len, rows))
+    for update, batch in zip(updates, batches, strict=False):
+        assert update.samples == len(batch["x"])
+
+
+def every_pass(rank: int, world_size: int) -> None:
+    for rows in PASSES.values():
+        for how in ("plain", "DDP"):
+            for loss_name in ("plain mean", "mean over tokens"):
+                check_own_loop(rank, rows, loss_name, how)
+        check_own_loop(rank, rows, "terms of their own", "plain")
+        check_own_loop(rank, rows, "plain mean", "DDP", clip_norm=0.1)
+    drops(rank)
+    counts_samples(rank)
+    forward_is_restored(rank)
+    several_passes(rank)
+
+
+def drops(rank: int) -> None:
+    """A window to which one rank has nothing complete to add is dropped on all."""
+    streams, batches = windows([[3, 3, 3], [3, 3, 3, 3]])
+    model = make_model("mlp")
+    alone = copy.deepcopy(model)
+    expected = whole_batches(alone, sgd(alone), batches[:1], LOSSES["plain mean"].for_oracle)
+    optimizer = sgd(model)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=WINDOW, tail="drop")
+    made, _ = own_loop(accumulator, model, optimizer, [streams[rank]], LOSSES["plain mean"].for_library)
+    assert_same(made, expected)
+    assert accumulator.updates == 1
+
+
+def counts_samples(rank: int) -> None:
+    """``batch_size`` is that of all processes: 13 samples are 7 and 6."""
+    stream = [make_batch(rows, seed=rank) for rows in ((3, 4), (6,))[rank]]
+    model = make_model("mlp")
+    accumulator = ga.Accumulator(model, sgd(model), batch_size=13)
+    updates = [
+        update
+        for batch in accumulator.over(stream)
+        if (update := accumulator.backward(LOSSES["plain mean"].for_library(model, batch)))
+    ]
+    assert [(update.samples, update.micro_batches) for update in updates] == [(13, 3)]
+
+
+def forward_is_restored(rank: int) -> None:
+    """What was taken over is as it was, also when the loop raises; outside of a pass DDP is refused."""
+    trained = wrapped(make_model("mlp"), "DDP")
+    accumulator = ga.Accumulator(trained, sgd(trained), micro_batches=2)
+    with pytest.raises(KeyError):
+        leave_early(accumulator, trained)
+    gc.collect()  # the traceback held the loop
+    assert "forward" not in vars(trained)
+    with pytest.raises(ga.MisuseError, match=r"outside of over\(\)"):
+        accumulator.backward(ga.Loss.mean(trained(make_batch(3)).mean(), over=3))
+
+
+def leave_early(accumulator: ga.Accumulator, trained: nn.Module) -> None:
+    for batch in accumulator.over([make_batch(3)]):
+        assert "forward" in vars(trained)
+        raise KeyError(len(batch["x"]))
+
+
+def several_passes(rank: int) -> None:
+    """An optimizer with momentum, a scheduler and clipping over passes of unequal length."""
+    model = make_model("mlp")
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=1, scheduler=scheduler, clip_norm=1.0)
+    for epoch in range(3):
+        stream = [make_batch(2, seed=epoch)] * (1 + (rank + epoch) % 2)
+        for batch in accumulator.over(stream):
+            accumulator.backward(LOSSES["plain mean"].for_library(model, batch))
+    assert accumulator.updates == 6
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**6
+
+
+def test_every_pass() -> None:
+    results_of(every_pass, 2)
