@@ -206,17 +206,22 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 import test_checkpoint
-folder, is_equal, kills = Path(sys.argv[1]), sys.argv[2] == "equal", int(sys.argv[3])
+import torch.distributed as dist
+folder, what, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+is_equal = what == "equal"
 chance = random.Random(0)
 
 warm = test_checkpoint.Parts(folder / "warm")  # what torch imports when it is first asked for
 warm.checkpoint.save()
 warm.checkpoint.load()
 
-def run(size, updates):
+def run(size, updates, kill, rank, world_size):
     child = os.fork()
     if child:
         return child
+    if world_size > 1:
+        store = dist.FileStore(str(folder.parent / f"store-{{kill}}"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     parts = test_checkpoint.Parts(folder, micro_batch_size=size, wrap=None if is_equal else test_checkpoint.no_dropout)
     parts.checkpoint.load()
     parts.train(updates)
@@ -227,19 +232,23 @@ def newest():
 
 for kill in range(kills):
     before = newest()
-    child = run(2 if is_equal else chance.randint(1, 5), 10**9)
+    world_size = chance.randint(1, 3) if what == "processes" else 1
+    size = 2 if is_equal else chance.randint(1, 5)
+    children = [run(size, 10**9, kill, rank, world_size) for rank in range(world_size)]
     while newest() == before:  # each gets one update further at least, however busy the machine is
         time.sleep(0.001)
     time.sleep(chance.uniform(0.0, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
 parts = test_checkpoint.Parts(folder, micro_batch_size=2, wrap=None if is_equal else test_checkpoint.no_dropout)
 parts.checkpoint.load()
 print(parts.step.updates)
 """
 
 
-@pytest.mark.parametrize("sizes", ["equal", "changing"])
+@pytest.mark.parametrize("sizes", ["equal", "changing", "processes"])
 def test_killed_twenty_times(tmp_path: Path, sizes: str) -> None:
     is_equal = sizes == "equal"
     script = _KILLER.format(tests=str(TESTS), here=str(Path(__file__).parent))

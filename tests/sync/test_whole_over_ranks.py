@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import gradaccum as ga
 from coupled import COUPLED, Batch, model_for
@@ -19,7 +22,7 @@ from tasks import pieces
 from wrapping import wrapped
 
 EXACT = 1e-10  # of the largest component
-SHARES = {2: ([[7, 6], [12, 1]], [[13, 0], [0, 13]]), 3: ([[6, 2, 5]], [[0, 4, 9]])}
+SHARES = {2: [[7, 6], [12, 1], [13, 0], [0, 13]], 3: [[6, 2, 5], [0, 4, 9]], 4: [[3, 0, 9, 1]]}
 
 
 class Temperature(nn.Module):
@@ -38,7 +41,7 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
     """Every coupled loss, with shares of every kind, against one process with the whole batch."""
     losses: list[float] = []
     for name, case in COUPLED.items():
-        for shares in (one for several in SHARES[world_size] for one in several):
+        for shares in SHARES[world_size]:
             model = model_for(case)
             loss_module: Any = Temperature() if name == "contrastive" else None
             batch_loss = case.batch_loss if loss_module is None else loss_module
@@ -46,8 +49,11 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
             expected = twin_loss(case.forward(twin, case.batch), case.batch)
             expected.backward()
             owned = [] if loss_module is None else list(loss_module.parameters())
+            trained = sharded(model, world_size, replicas=2) if how == "HSDP" else (
+                sharded(model, world_size) if how == "FSDP2" else wrapped(model, how)
+            )  # fmt: skip
             step = ga.TrainStep(
-                wrapped(model, how),
+                trained,
                 torch.optim.SGD([*model.parameters(), *owned], lr=0.1),
                 forward=case.forward,
                 batch_loss=batch_loss,
@@ -57,7 +63,9 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
             )
             own = pieces(case.batch, shares)[rank]
             loss = step.backward(own)
-            assert_same_gradients(gradients_of(model), gradients_of(twin), tolerance=EXACT, where=f"{name} {shares} ")
+            assert_same_gradients(
+                whole_gradients(model), gradients_of(twin), tolerance=EXACT, where=f"{name} {shares} "
+            )
             if loss_module is not None:
                 assert_same_gradients(gradients_of(loss_module), gradients_of(twin_loss), tolerance=EXACT)
                 loss_module.zero_grad()
@@ -69,6 +77,20 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
     return losses
 
 
+def sharded(model: nn.Module, world_size: int, *, replicas: int = 1) -> nn.Module:
+    if replicas == 1:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    names = ("replicate", "shard")
+    return fully_shard(model, mesh=init_device_mesh("cpu", (replicas, world_size // replicas), mesh_dim_names=names))
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """Of each parameter, put together from the parts of all processes."""
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
+    }
+
+
 def check_batch_norm(rank: int, world_size: int, how: str) -> None:
     """A residual network whose statistics are those of all processes' samples, over several updates."""
     model = make_network("residual")
@@ -76,7 +98,7 @@ def check_batch_norm(rank: int, world_size: int, how: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reference = torch.optim.SGD(twin.parameters(), lr=0.1)
     step = ga.TrainStep(wrapped(model, how), optimizer, classes_loss, batch_norm="exact", micro_batch_size=3)
-    several = ([7, 6], [12, 1], [1, 12]) if world_size == 2 else ([6, 2, 5], [1, 11, 1])
+    several = {2: [[7, 6], [12, 1], [1, 12]], 3: [[6, 2, 5], [1, 11, 1]], 4: [[3, 1, 8, 1], [4, 3, 3, 3]]}[world_size]
     for shares, batch in zip(several, make_batches(len(several), 13), strict=True):
         update = step(tuple(part.split(shares)[rank] for part in batch))
         reference.zero_grad()
@@ -88,15 +110,15 @@ def check_batch_norm(rank: int, world_size: int, how: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=EXACT, atol=EXACT, msg=name)
 
 
-@pytest.mark.parametrize("how", ["plain", "DDP"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "how"), [(2, "plain"), (2, "DDP"), (3, "DDP"), (4, "DDP"), (2, "FSDP2"), (4, "HSDP")]
+)
 def test_losses_over_the_outputs_of_all(world_size: int, how: str) -> None:
     first, *others = results_of(check_losses, world_size, how)
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("how", ["plain", "DDP"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "how"), [(2, "plain"), (2, "DDP"), (3, "DDP"), (4, "DDP")])
 def test_batch_norm_over_the_samples_of_all(world_size: int, how: str) -> None:
     results_of(check_batch_norm, world_size, how)
 

@@ -1,7 +1,7 @@
 """One window after another: what both ways of training share.
 
-A window is opened with what is known of it ahead, gets losses, and is closed into an update, or discarded. Who decides
-about its boundary, the user's loop or the batch in hand, is not known here.
+A window is opened, gets losses, and is closed into an update, or discarded. Who decides about its boundary, the user's
+loop or the batch in hand, is not known here.
 """
 
 from __future__ import annotations
@@ -124,11 +124,9 @@ class Accumulation:
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
+        ours, count = self._updater, lambda: self.open_micro_batches
         return guards.no_calls_by_hand(
-            self.optimizers,
-            self._schedulers,
-            open_micro_batches=lambda: self.open_micro_batches,
-            is_ours=lambda: self._updater.is_stepping,
+            self.optimizers, self._schedulers, open_micro_batches=count, is_ours=lambda: ours.is_stepping
         )
 
     def with_others(self) -> AbstractContextManager[Any]:
@@ -232,8 +230,7 @@ class Accumulation:
     def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Runs the backward of outputs whose gradients are known, as they are: seeded and scaled already."""
         if outputs:
-            if self._looks_for_foreign:
-                self._gradients.look_for_foreign_leaves(outputs)
+            self._look_through(outputs)
             self._gradients.add(tuple(outputs), tuple(gradients))
 
     def count(self, samples: int | None) -> None:
@@ -244,7 +241,7 @@ class Accumulation:
     def close(self) -> Update:
         """The update from what has been added."""
         update = self.close_with_others()
-        assert update is not None, "a window that is closed here is closed everywhere"
+        assert update is not None, "a window closed here is closed everywhere"
         return update
 
     def close_with_others(self, *, is_done: bool = False, drops_incomplete: bool = False) -> Update | None:
@@ -263,7 +260,7 @@ class Accumulation:
     def _close(self, *, is_done: bool, drops_incomplete: bool) -> Update | None:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
-        counted = self._counted(self._optimized, is_done=is_done)
+        counted = self._counted(normaliser, self._optimized, is_done=is_done)
         if counted.is_over or (counted.is_incomplete and drops_incomplete):
             self.discard()
             return None
@@ -285,10 +282,8 @@ class Accumulation:
                 logger.warning("update %d was skipped: its gradient is not finite", self.counters.updates + 1)
         return self._finish(normaliser, counted, grad_norm, skipped)
 
-    def _counted(self, parameters: Sequence[nn.Parameter], *, is_done: bool = False) -> Counted:
+    def _counted(self, normaliser: Normaliser, parameters: Sequence[nn.Parameter], *, is_done: bool = False) -> Counted:
         """What the window had in all; gradients of other processes are added up here."""
-        normaliser = self._normaliser
-        assert normaliser is not None, "a window is opened before it is closed"
         if self.ranks is not None:
             return self.ranks.settle(normaliser, parameters, sizes=self._sizes, is_done=is_done)
         return Counted.of(self._sizes, normaliser.correction)
@@ -297,7 +292,7 @@ class Accumulation:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
-        counted = self._counted(self._gradients.parameters)
+        counted = self._counted(normaliser, self._gradients.parameters)
         normaliser.check_totals()
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
@@ -370,12 +365,15 @@ class Accumulation:
             seeds = tuple(seed * self.ranks.boost for seed in seeds)
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
-        if self._looks_for_foreign:
-            self._gradients.look_for_foreign_leaves(roots)
+        self._look_through(roots)
         rescale = normaliser.take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
         self._gradients.add(roots, seeds, also=also, only=only)
+
+    def _look_through(self, roots: Sequence[Tensor]) -> None:
+        if self._looks_for_foreign:
+            self._gradients.look_for_foreign_leaves(roots)
 
     def _reset(self) -> None:
         self._normaliser = None

@@ -11,15 +11,55 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradaccum import tree
 from gradaccum.errors import BatchError
 from gradaccum.runners.accumulation import Accumulation
-from gradaccum.runners.over_ranks import OverRanks
 from gradaccum.runners.runner import Runner
+from gradaccum.runners.snapshot import Buffers
 from gradaccum.types import Rows
+
+
+class Fillers:
+    """What a process runs while others have micro-batches of their own, and it has none left."""
+
+    def __init__(self) -> None:
+        self._kept: Any = None
+
+    def keep(self, batch: Any) -> None:
+        """Takes one row of a batch, if it has any."""
+        if tree.rows(batch):
+            self._kept = tree.map_leaves(tree.take(batch, slice(0, 1)), _kept)
+
+    def run(
+        self, run_one: Callable[[Any], Any], batch: Any, accumulation: Accumulation, *, then: Callable[[], None]
+    ) -> None:
+        """Runs a filler, and puts buffers back.
+
+        Args:
+            run_one: on a micro-batch on the device.
+            batch: of which there is no row to keep, where none has been kept.
+            accumulation: whose models run.
+            then: what the others wait for; called before buffers are put back.
+
+        Raises:
+            BatchError: there never was a row, and the model cannot run on none.
+        """
+        filler = tree.to_device(batch if self._kept is None else self._kept, accumulation.device())
+        buffers = Buffers.of(accumulation.models)
+        try:
+            run_one(filler)
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+            if tree.rows(filler):
+                raise
+            raise BatchError(
+                "This process has no samples in its first batch, other processes have, and FSDP2 makes every "
+                f"forward wait for all of them; but the model cannot run on zero rows ({type(error).__name__}: "
+                f"{error}). Give every process at least one sample of the first batch."
+            ) from error
+        then()
+        buffers.restore()
 
 
 @dataclass(kw_only=True)
@@ -29,12 +69,12 @@ class InStep:
     Attributes:
         runner: runs those of this process.
         loss_of: from a micro-batch on the device to its loss.
-        filler: one row of a batch that this process has had, on the device.
+        fillers: of this process.
     """
 
     runner: Runner
     loss_of: Callable[[Any], Any]
-    filler: Any = field(default=None)
+    fillers: Fillers = field(default_factory=Fillers)
 
     def run(
         self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
@@ -50,31 +90,10 @@ class InStep:
             ranks.prepare(is_last=done + 1 == count)
 
         self.runner.run(accumulation, batch, pieces, ran=has_run)
-        if tree.rows(batch):
-            self.filler = tree.map_leaves(tree.take(batch, slice(0, 1)), _kept)
-        if len(pieces) < count:
-            self._run_fillers(accumulation, ranks, batch, first=len(pieces), count=count)
-
-    def _run_fillers(self, accumulation: Accumulation, ranks: OverRanks, batch: Any, *, first: int, count: int) -> None:
-        filler = tree.to_device(batch if self.filler is None else self.filler, accumulation.device())
-        buffers = [buffer for model in accumulation.models for buffer in model.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        for index in range(first, count):
+        self.fillers.keep(batch)
+        for index in range(len(pieces), count):
             ranks.prepare(is_last=index + 1 == count)
-            try:
-                self.loss_of(filler)
-            except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-                if tree.rows(filler):
-                    raise
-                raise BatchError(
-                    "This process has no samples in its first batch, other processes have, and FSDP2 makes every "
-                    f"forward wait for all of them; but the model cannot run on zero rows ({type(error).__name__}: "
-                    f"{error}). Give every process at least one sample of the first batch."
-                ) from error
-            ranks.backward_of_nothing()
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            self.fillers.run(self.loss_of, batch, accumulation, then=ranks.backward_of_nothing)
 
 
 def _kept(leaf: Any) -> Any:

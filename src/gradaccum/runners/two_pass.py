@@ -19,7 +19,7 @@ first. A kept graph is freed as it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from gradaccum.errors import UnsupportedError
 from gradaccum.memory.graph_bytes import graph_bytes
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.in_step import Fillers
 from gradaccum.runners.kept_graphs import KeptGraphs
 from gradaccum.runners.outputs import Concatenated, Outputs, Summed
 from gradaccum.runners.over_ranks import OverRanks
@@ -52,6 +53,7 @@ class TwoPass:
         sums: whether outputs are statistics to be added up, instead of rows to be joined.
         models: whose buffers are replayed.
         kept: decides how many graphs are kept.
+        fillers: what runs where other processes have more micro-batches, and every forward waits for all.
     """
 
     output_of: Callable[[Any], Any]
@@ -60,6 +62,7 @@ class TwoPass:
     sums: bool
     models: Sequence[nn.Module]
     kept: KeptGraphs
+    fillers: Fillers = field(default_factory=Fillers)
 
     def run(
         self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
@@ -107,14 +110,11 @@ class TwoPass:
         ran: Callable[[int], None],
     ) -> None:
         """One attempt: what other processes have got from this one cannot be taken back."""
-        if ranks.runs_collectives:
-            raise UnsupportedError(
-                "batch_loss= with FSDP2: some forwards run twice, as many as memory asks for, and FSDP2 makes every "
-                "forward wait for all processes. Use DistributedDataParallel for a loss over the whole batch."
-            )
         window = _Window(self, accumulation, batch, pieces, Replay(self.models))
+        if ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
+            self.fillers.keep(batch)
         try:
-            window.run(len(pieces), ran)
+            window.run(0 if ranks.runs_collectives else len(pieces), ran)
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
@@ -158,12 +158,18 @@ class _Window:
         self._outputs: Outputs = Summed() if runner.sums else Concatenated(self._rows)
         self.graphs: Graphs = {}
         self.num_kept = 0
+        ranks = accumulation.ranks
+        self._in_step = ranks if ranks is not None and ranks.runs_collectives else None
+        self._num_fillers = 0 if self._in_step is None else self._in_step.pieces - len(pieces)
 
     def run(self, at_most: int, ran: Callable[[int], None]) -> None:
         """Both passes; keeps at most so many graphs."""
         if self.sizes:
             self._first_pass(at_most)
         ranks = self._accumulation.ranks
+        if self._num_fillers:
+            with torch.no_grad():
+                self._run_fillers(lambda done: None, then=lambda: None)
         if ranks is None:
             leaves = self._outputs.leaves()
             loss = self._runner.batch_loss(self._outputs.whole(), self._batch)
@@ -225,6 +231,7 @@ class _Window:
         if not self.num_kept:
             torch.clear_autocast_cache()
         for done, index in enumerate(reversed(range(len(self._pieces))), start=1):
+            self._prepare(done)
             if index in self.graphs:
                 self._push(index, self.graphs.pop(index))
             else:
@@ -234,7 +241,19 @@ class _Window:
                     self._push(index, again)  # before buffers are put back, which this graph may have saved
             self._accumulation.count(self.sizes[index])
             ran(done)
+        if self._in_step is not None:
+            self._run_fillers(self._prepare, then=self._in_step.backward_of_nothing)
         drift.check()
+
+    def _prepare(self, done: int) -> None:
+        """Before the forward and backward of the micro-batch of this number, where they wait for other processes."""
+        if self._in_step is not None:
+            self._in_step.prepare(is_last=done == self._in_step.pieces)
+
+    def _run_fillers(self, prepare: Callable[[int], None], *, then: Callable[[], None]) -> None:
+        for number in range(self._num_fillers):
+            prepare(len(self._pieces) + number + 1)
+            self._runner.fillers.run(self._runner.output_of, self._batch, self._accumulation, then=then)
 
     def _forward(self, index: int) -> Any:
         return self._runner.output_of(self._runner.split.cut(self._batch, self._pieces[index]))
@@ -246,4 +265,7 @@ class _Window:
             for output, gradient in zip(outputs, gradients, strict=True)
             if gradient is not None and output.requires_grad
         ]
-        self._accumulation.push([output for output, _ in reached], [gradient for _, gradient in reached])
+        if reached or self._in_step is None:
+            self._accumulation.push([output for output, _ in reached], [gradient for _, gradient in reached])
+        else:
+            self._in_step.backward_of_nothing()
