@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +14,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards, tree
-from gradaccum.errors import DiscardedWindowWarning, MisuseError
+from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choose import FusedOption
+from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
-from gradaccum.runners.accumulation import Accumulation, logger
-from gradaccum.runners.looking_ahead import END, FAILED, Follower, LookingAhead
+from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.looking_ahead import Follower, LookingAhead
 from gradaccum.runners.together import together
-from gradaccum.runners.weights import WeightsFunction, add_weights, weights_by_name
+from gradaccum.runners.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
 from gradaccum.window_size import Schedule, WindowSize, check_tail
@@ -105,8 +104,7 @@ class Accumulator:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            fused=fused,
-            accumulate_dtype=accumulate_dtype,
+            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype),
             sync=sync,
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
@@ -298,18 +296,18 @@ class Accumulator:
             if lost and self.updates == self._updates_before_pass:
                 raise self._size.too_short(lost, samples=lost_samples, target=self._target)
         elif lost:
-            self._tell_lost(lost, lost_samples)
+            guards.tell_lost(lost, lost_samples)
 
     def __del__(self) -> None:
         accumulation: Accumulation | None = getattr(self, "_accumulation", None)
         if accumulation is not None and accumulation.open_micro_batches:
             samples = accumulation.open_samples
             self._outside.close()
-            self._tell_lost(accumulation.discard(), samples)
+            guards.tell_lost(accumulation.discard(), samples)
 
     def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
         target = self._target = self._size_of_next()
-        totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
+        totals = self._totals(micro_batch, peek)
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
         else:
@@ -331,16 +329,12 @@ class Accumulator:
         size = self._size.at(self.updates + 1)
         return self._together.share(size) if self._counts_samples else size
 
-    def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
-        """The weights of a window's micro-batches, added up before its first backward."""
-        totals = add_weights(weights_by_name(weights(micro_batch)), {})
-        done = (tree.rows_or_none(micro_batch) or 0) if self._counts_samples else 1
-        offset = 0
-        while done < self._target and (upcoming := peek(offset)) is not END and upcoming is not FAILED:
-            totals = add_weights(totals, weights_by_name(weights(upcoming)))
-            done += (tree.rows_or_none(upcoming) or 0) if self._counts_samples else 1
-            offset += 1
-        return totals
+    def _totals(self, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight] | None:
+        if self._weights is None:
+            return None
+        return totals_of_window(
+            self._weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples
+        )
 
     def _close(self) -> Update | None:
         update = self._together.close()
@@ -352,16 +346,9 @@ class Accumulator:
     def _begin_outside_of_a_pass(self) -> None:
         self._together.refuse_outside_of_a_pass(guards.user_line)
         if self._active_pass() is not None:
-            raise MisuseError(
-                f"backward() was called at {guards.user_line()} a second time for one micro-batch, whose window may "
-                "have been applied already. Add the losses up and call it once; if they are means over different "
-                "things, return them as a dict and give weights=."
-            )
+            raise guards.second_backward()
         if self._counts_samples:
-            raise MisuseError(
-                f"backward() was called at {guards.user_line()}, outside of over(), where samples cannot be counted "
-                "towards batch_size. Take the micro-batches from accumulator.over(loader), or pass micro_batches=."
-            )
+            raise guards.uncounted_backward()
         self._samples, self._is_last, self._counted = None, False, None
         if not self._accumulation.is_open:
             self._target = self._size_of_next()
@@ -380,16 +367,6 @@ class Accumulator:
                 f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The "
                 "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
             )
-
-    def _tell_lost(self, micro_batches: int, samples: int) -> None:
-        message = (
-            f"{micro_batches} micro-batches ({samples} samples) were accumulated and never applied: their window was "
-            "left before it was complete. Their gradients were discarded."
-        )
-        if sys.exc_info()[0] is None:
-            warnings.warn(message, DiscardedWindowWarning, stacklevel=guards.user_stack_level())
-        else:  # an error is being handled, and a warning turned into an error would take its place
-            logger.warning(message)
 
 
 def _length(items: Iterable[Any]) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -21,13 +22,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from gradaccum.errors import BatchNormWarning, MisuseError, ParameterError, UnsupportedError
+from gradaccum.errors import (
+    BatchNormWarning,
+    DiscardedWindowWarning,
+    MisuseError,
+    ParameterError,
+    UnsupportedError,
+)
 
 _LIBRARY = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FUNCTOOLS = os.path.abspath(functools.__file__)
 _CONTEXTLIB = os.path.abspath(contextlib.__file__)
 _MAX_SHOWN = 3
+logger = logging.getLogger("gradaccum")
 
 
 def as_sequence(one_or_many: Any, kind: type, *, name: str) -> list[Any]:
@@ -164,6 +172,35 @@ def _frames() -> Iterator[FrameType]:
 
 def _is_inside(filename: str) -> bool:
     return os.path.abspath(filename).startswith((_LIBRARY, _TORCH, _FUNCTOOLS, _CONTEXTLIB))
+
+
+def second_backward() -> MisuseError:
+    """The error for a loss that comes when its micro-batch has had one."""
+    return MisuseError(
+        f"backward() was called at {user_line()} a second time for one micro-batch, whose window may have been applied "
+        "already. Add the losses up and call it once; if they are means over different things, return them as a dict "
+        "and give weights=."
+    )
+
+
+def uncounted_backward() -> MisuseError:
+    """The error for a loss outside of a pass, where samples are not seen."""
+    return MisuseError(
+        f"backward() was called at {user_line()}, outside of over(), where samples cannot be counted towards "
+        "batch_size. Take the micro-batches from accumulator.over(loader), or pass micro_batches=."
+    )
+
+
+def tell_lost(micro_batches: int, samples: int) -> None:
+    """Warns that a half window was discarded."""
+    message = (
+        f"{micro_batches} micro-batches ({samples} samples) were accumulated and never applied: their window was "
+        "left before it was complete. Their gradients were discarded."
+    )
+    if sys.exc_info()[0] is None:
+        warnings.warn(message, DiscardedWindowWarning, stacklevel=user_stack_level())
+    else:  # an error is being handled, and a warning turned into an error would take its place
+        logger.warning(message)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradaccum import guards, tree
 from gradaccum.errors import WindowError
 from gradaccum.gradients.fused.choose import FusedOption
+from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
@@ -134,8 +135,7 @@ class TrainStep:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            fused=fused,
-            accumulate_dtype=accumulate_dtype,
+            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype),
             couples_batch_norms=batch_norm == "micro",
             sync=sync,
         )

@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
-from gradaccum.gradients.fused.choose import Choice
+from gradaccum.gradients.options import GradientOptions
 from gradaccum.gradients.wide import WideSums
 
 _MAX_SHOWN = 3
+_AS_TORCH = GradientOptions(fused=False)
 
 
 class DotGrad:
@@ -30,22 +30,20 @@ class DotGrad:
 
     Args:
         named_parameters: every parameter of the models, frozen ones too: they may be unfrozen while training.
-        fused: which weight gradients are added up in place; None for none.
-        accumulate_dtype: what gradients of low precision are added up in; None for their own.
+        options: how they add up; by default as torch does it.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        *,
-        fused: Choice | None = None,
-        accumulate_dtype: torch.dtype | None = None,
+        options: GradientOptions = _AS_TORCH,
     ) -> None:
         self._named = list(named_parameters)
         self.parameters = [parameter for _, parameter in self._named]
-        in_place = None if fused is None else FusedBackward(self.parameters, fused)
+        in_place = None if options.choice is None else FusedBackward(self.parameters, options.choice)
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
-        self._wide = None if accumulate_dtype is None else WideSums(self.parameters, accumulate_dtype)
+        dtype = options.accumulate_dtype
+        self._wide = None if dtype is None else WideSums(self.parameters, dtype)
         self._own = frozenset(id(parameter) for parameter in self.parameters)
         self._only_own: list[nn.Parameter] | None = None
         self._watched: nn.Parameter | None = None

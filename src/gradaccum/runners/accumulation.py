@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from gradaccum import guards
 from gradaccum.gradients.dot_grad import DotGrad
-from gradaccum.gradients.fused.choose import FusedOption, choice_of
-from gradaccum.gradients.wide import checked_accumulate_dtype
+from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normalise import Normaliser, Seeds
@@ -29,11 +28,13 @@ from gradaccum.runners.counted import Counted, loss_of, update_of
 from gradaccum.runners.counters import Counters
 from gradaccum.runners.over_ranks import OverRanks, over_ranks
 from gradaccum.runners.telling import Telling
+from gradaccum.runners.trained import Trained
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
 from gradaccum.update import Updater
 
 logger = logging.getLogger("gradaccum")
+_DEFAULT = GradientOptions()
 
 
 class Accumulation:
@@ -45,8 +46,7 @@ class Accumulation:
         clip_norm: see `Updater`.
         scheduler: one or a sequence of them, advanced once an update; None for none.
         scaler: see `Updater`.
-        fused: see `choice_of`.
-        accumulate_dtype: see `WideSums`.
+        gradients: how they add up.
         couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
         sync: see `detect`.
 
@@ -63,26 +63,22 @@ class Accumulation:
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
-        fused: FusedOption = "auto",
-        accumulate_dtype: torch.dtype | None = None,
+        gradients: GradientOptions = _DEFAULT,
         couples_batch_norms: bool = True,
         sync: Sync = "auto",
     ) -> None:
-        self._fused = choice_of(fused)
-        self._accumulate_dtype = checked_accumulate_dtype(accumulate_dtype)
-        self.models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
-        self.optimizers: list[Optimizer] = guards.as_sequence(optimizer, Optimizer, name="optimizer")
-        self.ranks: OverRanks | None = None
-        self._find_parameters()
-        self.ranks = over_ranks(self.models, sync, self._named)
-        self.look_for_foreign_leaves()
+        self._options = gradients
+        self._trained = Trained(model, optimizer)
+        self.models, self.optimizers = self._trained.models, self._trained.optimizers
+        self.ranks: OverRanks | None = over_ranks(self.models, sync, self._trained.named)
+        self._look_at_parameters()
         self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(
             self.optimizers,
             clip_norm=clip_norm,
             schedulers=self._schedulers,
             scaler=scaler,
-            narrow=None if accumulate_dtype is None else lambda: self._gradients.narrow(),
+            narrow=None if gradients.accumulate_dtype is None else lambda: self._gradients.narrow(),
         )
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
@@ -147,8 +143,9 @@ class Accumulation:
         Raises:
             MisuseError: a gradient is left over from something else.
         """
-        if len(self._optimized) != self._count_optimized():
-            self._find_parameters()
+        if self._trained.has_changed():
+            self._trained.find()
+            self._look_at_parameters()
         self._gradients.begin()
         last, expected = self._last_total, None
         if self.ranks is not None:
@@ -380,20 +377,10 @@ class Accumulation:
         self._sizes = []
         self._known_samples = 0
 
-    def _find_parameters(self) -> None:
-        named = guards.named_parameters(self.models)
-        guards.check_parameters(named, self.optimizers)
-        self._named = named
+    def _look_at_parameters(self) -> None:
+        named = self._trained.named
         if self.ranks is not None:
             self.ranks.look_at(named)
-        self._gradients = DotGrad(named, fused=self._fused, accumulate_dtype=self._accumulate_dtype)
-        self._optimized = [
-            parameter
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
+        self._gradients = DotGrad(named, self._options)
+        self._optimized = self._trained.optimized
         self.look_for_foreign_leaves()
-
-    def _count_optimized(self) -> int:
-        return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)

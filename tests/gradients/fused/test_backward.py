@@ -22,6 +22,7 @@ from gradaccum.errors import MisuseError
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.fused.choose import choice_of
+from gradaccum.gradients.options import GradientOptions
 from oracle import EXACT, assert_same_gradients, gradients_of
 
 WIDTH, ROWS, WORDS = 5, 7, 11
@@ -349,7 +350,7 @@ def test_the_gradient_is_torchs(name: str) -> None:
     expected = gradients_of(model)
 
     model.zero_grad()
-    gradients = DotGrad(model.named_parameters(), fused=choice_of(True))
+    gradients = DotGrad(model.named_parameters(), GradientOptions(fused=True))
     gradients.begin()
     for seed in (1, 2):
         loss = case.forward(model, case.data(seed)).pow(2).sum()
@@ -431,7 +432,7 @@ def test_gradients_of_other_models_are_left_alone() -> None:
     generator.zero_grad()
     discriminator.zero_grad()
 
-    gradients = DotGrad(generator.named_parameters(), fused=choice_of(True))
+    gradients = DotGrad(generator.named_parameters(), GradientOptions(fused=True))
     loss = discriminator(generator(x)).sum()
     gradients.look_for_foreign_leaves((loss,))
     gradients.add((loss,), (torch.ones_like(loss),))
@@ -482,7 +483,7 @@ def test_a_graph_that_is_gone_is_torchs_error() -> None:
     loss = model(torch.randn(ROWS, WIDTH)).sum()
     loss.backward()
     model.zero_grad()
-    gradients = DotGrad(model.named_parameters(), fused=choice_of(True))
+    gradients = DotGrad(model.named_parameters(), GradientOptions(fused=True))
     with pytest.raises(RuntimeError, match="second time"):
         gradients.add((loss,), (torch.ones(()),))
 
