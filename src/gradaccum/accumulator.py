@@ -115,6 +115,8 @@ class Accumulator:
         self._bar: ProgressBar | None = None
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
         self._target = 1
+        self._expected_for: tuple[int | None, int] | None = None
+        self._expected: Sequence[int | None] = ()
         self._updates_before_pass = 0
         # The micro-batch that over() has handed out last: its rows, whether it is the last, and what its means are
         # over.
@@ -214,9 +216,8 @@ class Accumulator:
         done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
         if self._bar is not None:
             self._bar.inside(done, self._target)
-        is_complete = done == self._target or (self._is_last and self._tail == "step")
-        if (is_complete or self._together.is_filler) and self._together.closes:
-            return self._close()
+        if done == self._target or (self._is_last and self._tail == "step") or self._together.is_filler:
+            return self._close() if self._together.closes else None
         return None
 
     def flush(self) -> Update | None:
@@ -307,12 +308,20 @@ class Accumulator:
 
     def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
         target = self._target = self._size_of_next()
-        totals = self._totals(micro_batch, peek)
+        totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
         else:
             share = (1, target)
-        sizes = self._size.expected(samples, target=target)
+        if (samples, target) != self._expected_for:
+            self._expected_for, self._expected = (samples, target), self._size.expected(samples, target=target)
+        sizes = self._expected
+        if (self._wants_progress and self._bar is None) or self._accumulation.has_to_tell(sizes):
+            self._tell(sizes)
+        self._accumulation.open(totals=totals, first_share=share, samples=sum(size or 0 for size in sizes))
+
+    def _tell(self, sizes: Sequence[int | None]) -> None:
+        """What is to come, before the first window of these sizes."""
         current = self._active_pass()
         updates = (
             self._size.updates_in(_length(current), len(sizes), only_complete=self._tail == "drop")
@@ -322,19 +331,14 @@ class Accumulator:
         if self._wants_progress and self._bar is None and current is not None:
             self._bar = ProgressBar(total=updates)
         self._accumulation.tell(sizes, updates_per_epoch=updates)
-        self._accumulation.open(totals=totals, first_share=share, samples=sum(size or 0 for size in sizes))
 
     def _size_of_next(self) -> int:
         """Of this process's next window, in the unit it is measured in."""
         size = self._size.at(self.updates + 1)
         return self._together.share(size) if self._counts_samples else size
 
-    def _totals(self, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight] | None:
-        if self._weights is None:
-            return None
-        return totals_of_window(
-            self._weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples
-        )
+    def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
+        return totals_of_window(weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples)
 
     def _close(self) -> Update | None:
         update = self._together.close()

@@ -162,6 +162,13 @@ class Update:
     noise_scale: float | None = None
     _later: dict[str, Callable[[], Any]] = field(repr=False)
 
+    @staticmethod
+    def made(**values: Any) -> Update:
+        """An update with every field given, all at once: a frozen class sets one after the other, which takes 5 us."""
+        update = object.__new__(Update)
+        update.__dict__.update(values)
+        return update
+
     def __getattr__(self, name: str) -> Any:
         # Reached only while `name` has not been computed: afterwards the instance has it, and Python looks there first.
         later: dict[str, Callable[[], Any]] = self.__dict__.get("_later", {})

@@ -261,8 +261,10 @@ def _combined(norms: Sequence[Tensor], order: float) -> Tensor:
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
     # On the host, a sum over something that is not finite is not finite either, and takes half the time of a norm. The
     # norm is asked only where the sum says no: it may have overflowed.
-    on_host = all(gradient.is_cpu for gradient in gradients)
-    if on_host and all(cmath.isfinite(gradient.sum().item()) for gradient in gradients):
+    for gradient in gradients:
+        if not gradient.is_cpu or not cmath.isfinite(gradient.sum().item()):
+            break
+    else:
         return True
     return math.isfinite(_combined(_norms(gradients, math.inf), math.inf).item())
 

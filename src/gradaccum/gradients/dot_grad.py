@@ -133,7 +133,11 @@ class DotGrad:
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
         """
-        self._check_untouched()
+        watched = self._watched
+        if watched is not None:
+            gradient = watched.grad
+            if gradient is not self._watched_gradient or gradient._version != self._watched_version:  # type: ignore[union-attr]
+                raise self._changed(watched)
         inputs: tuple[Tensor, ...] = () if only is None else tuple(only)
         if only is None and self._only_own is not None:
             inputs = (*(parameter for parameter in self._only_own if parameter.requires_grad), *also)
@@ -214,15 +218,10 @@ class DotGrad:
         if gradient is not None:
             self._watched_gradient, self._watched_version = gradient, gradient._version
 
-    def _check_untouched(self) -> None:
-        if self._watched is None:
-            return
-        gradient = self._watched.grad
-        if gradient is not None and gradient is self._watched_gradient and gradient._version == self._watched_version:
-            return
-        name = next(name for name, parameter in self._named if parameter is self._watched)
-        what = "cleared" if gradient is None else "changed"
-        raise MisuseError(
+    def _changed(self, watched: nn.Parameter) -> MisuseError:
+        name = next(name for name, parameter in self._named if parameter is watched)
+        what = "cleared" if watched.grad is None else "changed"
+        return MisuseError(
             f"The gradient of {name!r} was {what} between two micro-batches of one window, so the sum would no longer "
             "be the batch's gradient. Inside a window call neither zero_grad() nor clip_grad_norm_() nor backward(): "
             "pass clip_norm= and return all terms of the loss to accumulator.backward()."

@@ -109,6 +109,7 @@ class Normaliser:
         self._is_fixed = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, _Term] = {}
+        self._again: tuple[int, torch.dtype, torch.device, Tensor, _Term] | None = None
 
     def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
         """Adds a micro-batch's loss to the window's sums.
@@ -117,6 +118,19 @@ class Normaliser:
             The root to run backward from and the gradient it starts with; None where it weighs nothing.
         """
         return self.seed_root(loss.root, loss.weight, is_mean=loss.is_mean, name=name)
+
+    def seed_mean(self, root: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """The same for a plain mean over samples, at least one, with a graph: of most losses, so the short way."""
+        again = self._again
+        if again is not None and again[0] == samples and again[1] == root.dtype and again[2] == root.device:
+            term = again[4]
+            term.weight = term.weight + samples  # type: ignore[operator]
+            term.parts.append((root.detach(), samples))
+            return root, again[3]
+        one = self.seed_root(root, samples, is_mean=True)
+        assert one is not None, "it weighs something and has a graph"
+        self._again = samples, root.dtype, root.device, one[1], self._terms[SINGLE]
+        return one
 
     def seed_root(
         self, root: Tensor, weight: Weight | None, *, is_mean: bool, name: str = SINGLE
@@ -216,6 +230,7 @@ class Normaliser:
         """From now on the sums and weights are those of all processes together."""
         whole = whole or {SINGLE: (torch.zeros(()), 0)}  # nobody had anything
         self._terms = {name: _Term(weight) for name, (_, weight) in whole.items()}
+        self._again = None
         for name, (total, _) in whole.items():
             self._terms[name].parts.append((total, 1.0))
 
@@ -281,6 +296,7 @@ class Normaliser:
             larger = 2.0 ** math.ceil(math.log2(weight)) * self._first_share[1]
             self._rescale = self._expected / larger
             self._expected = larger
+            self._again = None
         return self._expected
 
     def take_rescale(self) -> float | None:

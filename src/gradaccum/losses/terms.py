@@ -61,8 +61,9 @@ def seeded(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The roots of a micro-batch's loss that weigh anything, and the gradients their backward starts with."""
     if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
-        one = normaliser.seed_root(loss, samples, is_mean=True)  # the short way, of most losses: as as_loss would
-    elif isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
+        root, seed = normaliser.seed_mean(loss, samples)  # the short way, of most losses: as as_loss would
+        return (root,), (seed,)
+    if isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
         one = normaliser.seed(as_loss(loss, samples, weights))
     else:
         several = normaliser.seeds(as_terms(loss, samples, weights))

@@ -114,6 +114,10 @@ class Accumulation:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
+    def has_to_tell(self, sizes: Sequence[int | None]) -> bool:
+        """Whether `tell` would say anything."""
+        return self._telling.has_to_tell(sizes)
+
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True) -> None:
         """See `Telling.tell`."""
         self._telling.tell(sizes, self.models, self.ranks, updates_per_epoch=updates_per_epoch, is_final=is_final)
@@ -156,7 +160,8 @@ class Accumulation:
         self._normaliser = Normaliser(
             seeds=self._seeds, totals=totals, first_share=first_share, at_least=last, expected=expected
         )
-        if self.device().type == "cuda":
+        self._is_on_cuda = self._gradients.parameters[0].is_cuda
+        if self._is_on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device())
         self._started = time.perf_counter()
 
@@ -179,7 +184,7 @@ class Accumulation:
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
             roots, seeds = seeded(normaliser, loss, samples, weights)
-            if samples is not None and self._means.is_looking:
+            if self._means.is_looking and samples is not None:
                 self._means.check_all(loss, samples, weights or {})
             if roots:
                 self._run_backward(normaliser, roots, seeds)
@@ -227,7 +232,8 @@ class Accumulation:
     def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Runs the backward of outputs whose gradients are known, as they are: seeded and scaled already."""
         if outputs:
-            self._look_through(outputs)
+            if self._looks_for_foreign:
+                self._gradients.look_for_foreign_leaves(outputs)
             self._gradients.add(tuple(outputs), tuple(gradients))
 
     def count(self, samples: int | None) -> None:
@@ -339,7 +345,7 @@ class Accumulation:
             grad_norm=grad_norm,
             skipped=skipped,
             seconds=time.perf_counter() - self._started,
-            device=self.device(),
+            peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self._is_on_cuda else None,
         )
         self._gradients.clear(keeps_memory=len(self._sizes) > 1)
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
@@ -362,15 +368,12 @@ class Accumulation:
             seeds = tuple(seed * self.ranks.boost for seed in seeds)
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
-        self._look_through(roots)
+        if self._looks_for_foreign:
+            self._gradients.look_for_foreign_leaves(roots)
         rescale = normaliser.take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
         self._gradients.add(roots, seeds, also=also, only=only)
-
-    def _look_through(self, roots: Sequence[Tensor]) -> None:
-        if self._looks_for_foreign:
-            self._gradients.look_for_foreign_leaves(roots)
 
     def _reset(self) -> None:
         self._normaliser = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from gradaccum.losses.normalise import SINGLE, Normaliser, Number
 from gradaccum.types import Update
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counted:
+class Counted(NamedTuple):
     """A window's counts, over all processes where there are several.
 
     Attributes:
@@ -42,14 +40,10 @@ class Counted:
             sizes: rows of each micro-batch; None where they could not be seen.
             correction: see the class.
         """
-        known = [size for size in sizes if size is not None]
-        is_known = len(known) == len(sizes)
-        return Counted(
-            micro_batches=len(sizes),
-            samples=sum(known) if is_known else None,
-            largest=max(known, default=0) if is_known else None,
-            correction=correction,
-        )
+        if None in sizes:
+            return Counted(len(sizes), None, None, correction)
+        known = cast("Sequence[int]", sizes)
+        return Counted(len(known), sum(known), max(known, default=0), correction)
 
 
 def update_of(
@@ -60,22 +54,10 @@ def update_of(
     grad_norm: Tensor | None,
     skipped: bool | Tensor,
     seconds: float,
-    device: torch.device,
+    peak_bytes: int | None,
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
-    means: dict[str, Tensor] = {}
-
-    def computed() -> dict[str, Tensor]:
-        if not means:
-            means.update(normaliser.means())
-        return means
-
-    later: dict[str, Callable[[], Any]] = {
-        "loss": lambda: sum_of(computed()),
-        "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
-        "skipped": lambda: bool(skipped),
-    }
-    return Update(
+    return Update.made(
         index=index,
         weight=normaliser.weight,
         grad_norm=grad_norm,
@@ -83,9 +65,25 @@ def update_of(
         micro_batches=counted.micro_batches,
         micro_batch_size=counted.largest,
         seconds=seconds,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        _later=later,
+        peak_bytes=peak_bytes,
+        noise_scale=None,
+        _later=_later(normaliser, skipped),
     )
+
+
+def _later(normaliser: Normaliser, skipped: bool | Tensor) -> dict[str, Callable[[], Any]]:
+    means: dict[str, Tensor] = {}
+
+    def computed() -> dict[str, Tensor]:
+        if not means:
+            means.update(normaliser.means())
+        return means
+
+    return {
+        "loss": lambda: sum_of(computed()),
+        "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
+        "skipped": lambda: bool(skipped),
+    }
 
 
 def sum_of(means: Mapping[str, Tensor]) -> Tensor:

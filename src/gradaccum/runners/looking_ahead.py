@@ -61,6 +61,7 @@ class LookingAhead(Generic[Item]):
         self._is_over = False
         self._repeats = follower.wants_again is not None
         self._before: Any = END
+        self._alone: Follower | None = None
 
     def join(self, follower: Follower) -> None:
         """Has another one follow the same pass, before it begins."""
@@ -87,7 +88,7 @@ class LookingAhead(Generic[Item]):
         if self._is_over:
             raise StopIteration
         try:
-            item = self._advance()
+            item = self._advance_alone(self._alone) if self._alone is not None else self._advance()
         except StopIteration as error:  # of a follower (its weights= function, say): not the end of the stream
             self._end(completely=False)
             raise RuntimeError("a function called for a micro-batch raised StopIteration") from error
@@ -99,12 +100,25 @@ class LookingAhead(Generic[Item]):
             raise StopIteration
         return item
 
+    def _advance_alone(self, follower: Follower) -> Item:
+        """`_advance` in a pass that has begun, with one follower that repeats nothing: what most passes are."""
+        follower.micro_batch_ends()
+        ahead = self._ahead
+        if not ahead:
+            return self._nothing_left()
+        item = ahead.popleft()
+        if not ahead:
+            self._fill(1)
+        follower.micro_batch_begins(item, not ahead and self._error is None, self.peek)
+        return item
+
     def _advance(self) -> Item:
         """The next item, told to all followers, or END."""
         if self._iterator is None:
             for follower in self._followers:
                 self._held.enter_context(follower.pass_begins())
             self._iterator = iter(self._items)
+            self._alone = None if self._repeats or len(self._followers) > 1 else self._followers[0]
         else:
             for follower in self._followers:
                 follower.micro_batch_ends()
@@ -115,13 +129,7 @@ class LookingAhead(Generic[Item]):
                 follower.micro_batch_begins(self._before, not self._ahead, self.peek)
             return self._before
         if not self._ahead:
-            error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
-            if error is None:
-                return END
-            try:
-                raise error
-            finally:
-                del error
+            return self._nothing_left()
         item = self._ahead.popleft()
         if not self._ahead:
             self._fill(1)
@@ -131,6 +139,15 @@ class LookingAhead(Generic[Item]):
         for follower in self._followers:
             follower.micro_batch_begins(item, is_last, self.peek)
         return item
+
+    def _nothing_left(self) -> Any:
+        error, self._error = self._error, None  # kept no longer than needed: its traceback holds these frames
+        if error is None:
+            return END
+        try:
+            raise error
+        finally:
+            del error
 
     def _is_wanted_again(self) -> bool:
         has_any = self._before is not END

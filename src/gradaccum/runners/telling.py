@@ -29,6 +29,10 @@ class Telling:
         """Qualified names of the layers that see the micro-batch."""
         return guards.coupled_batch_norms(models) if self._couples_batch_norms else []
 
+    def has_to_tell(self, sizes: Sequence[int | None]) -> bool:
+        """Whether there is anything to say before a window of these sizes that has not been said."""
+        return bool(sizes) and not (self._has_told and (self._has_told_of_split or len(sizes) == 1))
+
     def tell(
         self,
         sizes: Sequence[int | None],
@@ -50,7 +54,7 @@ class Telling:
         is_split = len(sizes) > 1
         if not is_final and not (is_split and not self._has_told_of_split):
             return
-        if not sizes or (self._has_told and (self._has_told_of_split or not is_split)):
+        if not self.has_to_tell(sizes):
             return
         coupled = self.coupled_layers(models)
         if is_final and not self._has_told and (ranks is None or ranks.is_first):
