@@ -251,20 +251,21 @@ class Accumulator:
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
+        accumulation = self._accumulation
         if self._together.is_filler:
             self._samples, self._is_last, self._awaits_backward = 0, is_last, True
             self._together.begins(completes=True)
             return
-        if not self._accumulation.is_open:
+        if not accumulation.is_open:
             self._open(micro_batch, samples, peek)
-        if self._counts_samples and (samples is None or self._accumulation.open_samples + samples > self._target):
-            raise self._size.does_not_fit(samples, before=self._accumulation.open_samples, target=self._target)
+        if self._counts_samples and (samples is None or accumulation.open_samples + samples > self._target):
+            raise self._size.does_not_fit(samples, before=accumulation.open_samples, target=self._target)
         self._samples = samples
         self._is_last = is_last
         self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
         self._awaits_backward = True
         if self._together.fills:
-            before = self._accumulation.open_samples if self._counts_samples else self._accumulation.open_micro_batches
+            before = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
             done = before + ((samples or 0) if self._counts_samples else 1)
             self._together.begins(completes=is_last or done == self._target)
 

@@ -46,9 +46,10 @@ def rows_or_none(batch: Any) -> int | None:
             if not isinstance(leaf, Tensor) or not leaf.dim():
                 break
             here = leaf.size(0)
-            if here != count and count is not None:
+            if count is None:
+                count = here
+            elif here != count:
                 break
-            count = here
         else:
             return count
     first: int | None = None

@@ -28,6 +28,10 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import ParameterError, WindowError
 
+# Up to so many elements torch's check of GradScaler, which also multiplies, is faster than a sum (2 to 7 us, against 7
+# to 9 us, for four gradients).
+_FEW = 8192
+_ONE = torch.ones((), device="cpu")
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -261,12 +265,24 @@ def _combined(norms: Sequence[Tensor], order: float) -> Tensor:
 def _are_finite(gradients: Sequence[Tensor]) -> bool:
     # On the host, a sum over something that is not finite is not finite either, and takes half the time of a norm. The
     # norm is asked only where the sum says no: it may have overflowed.
+    small: list[Tensor] = []
     for gradient in gradients:
-        if not gradient.is_cpu or not cmath.isfinite(gradient.sum().item()):
+        if not gradient.is_cpu:
+            break
+        if gradient.numel() <= _FEW and not gradient.is_complex():
+            small.append(gradient)
+        elif not cmath.isfinite(gradient.sum().item()):
             break
     else:
-        return True
+        return all(_are_few_finite(group) for group in _grouped(small))
     return math.isfinite(_combined(_norms(gradients, math.inf), math.inf).item())
+
+
+def _are_few_finite(gradients: list[Tensor]) -> bool:
+    """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each."""
+    found = torch.zeros((), device="cpu")
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, _ONE)
+    return not found.item()
 
 
 def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

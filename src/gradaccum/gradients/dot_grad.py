@@ -133,11 +133,13 @@ class DotGrad:
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
         """
-        watched = self._watched
-        if watched is not None:
-            gradient = watched.grad
-            if gradient is not self._watched_gradient or gradient._version != self._watched_version:  # type: ignore[union-attr]
-                raise self._changed(watched)
+        watched, gradient = self._watched, self._watched_gradient
+        if (
+            watched is not None
+            and gradient is not None
+            and (watched.grad is not gradient or gradient._version != self._watched_version)
+        ):
+            raise self._changed(watched)
         inputs: tuple[Tensor, ...] = () if only is None else tuple(only)
         if only is None and self._only_own is not None:
             inputs = (*(parameter for parameter in self._only_own if parameter.requires_grad), *also)
@@ -155,7 +157,10 @@ class DotGrad:
         Variable._execution_engine.run_backward(
             roots, seeds, False, False, inputs, allow_unreachable=True, accumulate_grad=True
         )
-        self._watch()
+        if watched is None or gradient is None or watched.grad is not gradient:
+            self._watch()
+        else:
+            self._watched_version = gradient._version
 
     def multiply(self, factor: float) -> None:
         """Multiplies the sum so far."""

@@ -53,6 +53,8 @@ class Accumulation:
     Attributes:
         counters: what went into updates so far.
         ranks: the processes that train together with this one; None where there are none.
+        is_open: whether a window is open.
+        open_samples: rows added to the open window so far, as far as they could be seen.
     """
 
     def __init__(
@@ -84,27 +86,18 @@ class Accumulation:
             self._updater.total_norm = self.ranks.total_norm
         self._means = SampleMeans()
         self._normaliser: Normaliser | None = None
+        self.is_open = False
         self._seeds = Seeds()
-        self._known_samples = 0
+        self.open_samples = 0
         self._last_total = 0.0
         self._telling = Telling(couples_batch_norms=couples_batch_norms)
         self._sizes: list[int | None] = []
         self.counters = Counters()
 
     @property
-    def is_open(self) -> bool:
-        """Whether a window is open."""
-        return self._normaliser is not None
-
-    @property
     def open_micro_batches(self) -> int:
         """Micro-batches added to the open window so far."""
         return len(self._sizes)
-
-    @property
-    def open_samples(self) -> int:
-        """Rows added to the open window so far, as far as they could be seen."""
-        return self._known_samples
 
     def has_coupled_layers(self) -> bool:
         """Whether layers see the micro-batch, so that the gradient depends on how a batch is cut."""
@@ -160,6 +153,7 @@ class Accumulation:
         self._normaliser = Normaliser(
             seeds=self._seeds, totals=totals, first_share=first_share, at_least=last, expected=expected
         )
+        self.is_open = True
         self._is_on_cuda = self._gradients.parameters[0].is_cuda
         if self._is_on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device())
@@ -239,7 +233,7 @@ class Accumulation:
     def count(self, samples: int | None) -> None:
         """Counts a micro-batch that went into the window."""
         self._sizes.append(samples)
-        self._known_samples += samples or 0
+        self.open_samples += samples or 0
 
     def close(self) -> Update:
         """The update from what has been added."""
@@ -337,7 +331,7 @@ class Accumulation:
     ) -> Update:
         self.counters.updates += 1
         self.counters.micro_batches += counted.micro_batches
-        self.counters.samples += self._known_samples if counted.samples is None else counted.samples
+        self.counters.samples += self.open_samples if counted.samples is None else counted.samples
         update = update_of(
             normaliser,
             counted,
@@ -377,8 +371,9 @@ class Accumulation:
 
     def _reset(self) -> None:
         self._normaliser = None
+        self.is_open = False
         self._sizes = []
-        self._known_samples = 0
+        self.open_samples = 0
 
     def _look_at_parameters(self) -> None:
         named = self._trained.named
