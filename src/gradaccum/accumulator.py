@@ -244,6 +244,8 @@ class Accumulator:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
         self._outside.close()
+        if self._accumulation.is_open:
+            self._accumulation.casts.hold()
         self._accumulation.look_for_foreign_leaves()
         return self._together.held(self._accumulation.no_calls_by_hand())
 
@@ -287,6 +289,7 @@ class Accumulator:
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
+            self._accumulation.casts.release()  # between passes weights may be loaded, or exchanged for their average
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
@@ -354,6 +357,7 @@ class Accumulator:
             self._target = self._size_of_next()
             self._accumulation.tell([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
+            self._accumulation.casts.release()
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:
