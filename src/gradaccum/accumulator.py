@@ -20,6 +20,7 @@ from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.compiled import any_number_of_rows
 from gradaccum.runners.looking_ahead import Follower, LookingAhead
 from gradaccum.runners.together import together
 from gradaccum.runners.weights import WeightsFunction, totals_of_window, weights_by_name
@@ -109,6 +110,7 @@ class Accumulator:
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
         guards.refuse_closures(self._accumulation.optimizers)
+        self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
         self._weights = weights
         self._wants_progress = progress
@@ -176,6 +178,8 @@ class Accumulator:
             shared = LookingAhead(micro_batches, follower, ahead=ahead)
             self._unused, self._unused_of = deque(), micro_batches
         self._pass = weakref.ref(shared)
+        if self._any_rows is not None:
+            self._any_rows.expect_of(shared.items)
         length = _length(shared)
         if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
             target = self._size.at(1)
@@ -252,6 +256,8 @@ class Accumulator:
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
+        if self._any_rows is not None:
+            self._any_rows.marked(micro_batch)
         if self._together.is_filler:
             self._samples, self._is_last, self._awaits_backward = 0, is_last, True
             self._together.begins(completes=True)
