@@ -98,10 +98,16 @@ def _modes() -> dict[str, Any]:
     return {
         "grad mode": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast nesting": _autocast_nesting(),
         "anomaly mode": torch.is_anomaly_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "default device": str(torch.get_default_device()),
     }
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import gradaccum as ga
-from gradaccum.update import Updater
+from gradaccum.update import _FEW, Updater
 
 UPDATES = 4
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}  # a few roundings
@@ -188,6 +188,31 @@ def test_a_clip_norm_that_is_none(clip_norm: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("where", ["few elements", "many elements", "another dtype", "complex", "sparse"])
+def test_the_finite_check_sees_gradients_of_every_kind(where: str, bad: float, default: torch.dtype) -> None:
+    found = {
+        "few elements": torch.ones(5),
+        "many elements": torch.ones(_FEW + 1),
+        "another dtype": torch.ones(3, dtype=torch.float64),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        "sparse": torch.ones(3).to_sparse(),
+    }
+    values = found[where]._values() if found[where].is_sparse else found[where]
+    values[-1] = bad
+    params = [nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype)) for gradient in found.values()]
+    for parameter, gradient in zip(params, found.values(), strict=True):
+        parameter.grad = gradient
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        applied = Updater([SGD(params, lr=0.1)]).apply(params, None)
+    finally:
+        torch.set_default_dtype(before)
+    assert applied.skipped is not math.isfinite(bad)
 
 
 @optimizers

@@ -20,6 +20,7 @@ from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
+from gradaccum.runners.compiled import any_number_of_rows
 from gradaccum.runners.looking_ahead import Follower, LookingAhead
 from gradaccum.runners.together import together
 from gradaccum.runners.weights import WeightsFunction, totals_of_window, weights_by_name
@@ -109,6 +110,7 @@ class Accumulator:
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
         guards.refuse_closures(self._accumulation.optimizers)
+        self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
         self._weights = weights
         self._wants_progress = progress
@@ -178,6 +180,8 @@ class Accumulator:
             shared = LookingAhead(micro_batches, follower, ahead=ahead)
             self._unused, self._unused_of = deque(), micro_batches
         self._pass = weakref.ref(shared)
+        if self._any_rows is not None:
+            self._any_rows.expect_of(shared.items)
         length = _length(shared)
         if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
             target = self._size.at(1)
@@ -245,6 +249,8 @@ class Accumulator:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
         self._outside.close()
+        if self._accumulation.is_open:
+            self._accumulation.casts.hold()
         self._accumulation.look_for_foreign_leaves()
         return self._together.held(self._accumulation.no_calls_by_hand())
 
@@ -252,6 +258,8 @@ class Accumulator:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
         accumulation = self._accumulation
+        if self._any_rows is not None:
+            self._any_rows.marked(micro_batch)
         if self._together.is_filler:
             self._samples, self._is_last, self._awaits_backward = 0, is_last, True
             self._together.begins(completes=True)
@@ -289,6 +297,7 @@ class Accumulator:
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
+            self._accumulation.casts.release()  # between passes weights may be loaded, or exchanged for their average
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
@@ -359,6 +368,7 @@ class Accumulator:
             self._target = self._size_of_next()
             self._accumulation.tell([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
+            self._accumulation.casts.release()
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:

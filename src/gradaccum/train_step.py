@@ -18,6 +18,7 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
 from gradaccum.runners.choose import Combine, choose_runner
+from gradaccum.runners.compiled import any_number_of_rows
 from gradaccum.runners.layers import ADVICE, BatchNorm, LayerOptions
 from gradaccum.runners.weights import WeightsFunction, weights_by_name
 from gradaccum.sizing.fitting import Fitting, num_rows
@@ -139,6 +140,9 @@ class TrainStep:
             couples_batch_norms=batch_norm == "micro",
             sync=sync,
         )
+        self._any_rows = any_number_of_rows(models, loss_fn, forward)
+        if self._any_rows is not None:
+            loss_fn, forward = self._any_rows.marking(loss_fn), self._any_rows.marking(forward)
         self._runner = choose_runner(
             model,
             models,
@@ -282,6 +286,8 @@ class TrainStep:
         """Opens a window and adds the gradients of these pieces of the batch to it; leaves none open if that fails."""
         accumulation = self._accumulation
         sizes = [num_rows(piece) for piece in pieces]
+        if self._any_rows is not None:
+            self._any_rows.expect(sizes, is_final=is_final)
         accumulation.tell(sizes, is_final=is_final)
         accumulation.open(
             totals=totals,

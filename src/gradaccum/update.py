@@ -31,7 +31,7 @@ from gradaccum.errors import ParameterError, WindowError
 # Up to so many elements torch's check of GradScaler, which also multiplies, is faster than a sum (2 to 7 us, against 7
 # to 9 us, for four gradients).
 _FEW = 8192
-_ONE = torch.ones((), device="cpu")
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -280,7 +280,7 @@ def _are_finite(gradients: Sequence[Tensor]) -> bool:
 
 def _are_few_finite(gradients: list[Tensor]) -> bool:
     """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each."""
-    found = torch.zeros((), device="cpu")
+    found = torch.zeros((), dtype=torch.float32, device="cpu")
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, _ONE)
     return not found.item()
 

@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import guards
+from gradaccum.gradients.casts import KeptCasts
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
@@ -55,6 +56,7 @@ class Accumulation:
         ranks: the processes that train together with this one; None where there are none.
         is_open: whether a window is open.
         open_samples: rows added to the open window so far, as far as they could be seen.
+        casts: those of weights under autocast, kept while a window is open.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Accumulation:
         self._telling = Telling(couples_batch_norms=couples_batch_norms)
         self._sizes: list[int | None] = []
         self.counters = Counters()
+        self.casts = KeptCasts()
 
     @property
     def open_micro_batches(self) -> int:
@@ -158,6 +161,8 @@ class Accumulation:
         if self._is_on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device())
         self._started = time.perf_counter()
+        if self.ranks is None or not self.ranks.shards:  # casts of whole weights, on every process, for a window
+            self.casts.hold()
 
     def look_for_foreign_leaves(self) -> None:
         """Has the backwards of the next window looked through for parameters of other models."""
@@ -257,6 +262,7 @@ class Accumulation:
     def _close(self, *, is_done: bool, drops_incomplete: bool) -> Update | None:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
+        self.casts.release()
         counted = self._counted(normaliser, self._optimized, is_done=is_done)
         if counted.is_over or (counted.is_incomplete and drops_incomplete):
             self.discard()
@@ -289,6 +295,7 @@ class Accumulation:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before it is closed"
+        self.casts.release()
         counted = self._counted(normaliser, self._gradients.parameters)
         normaliser.check_totals()
         parameters = self._gradients.filled(self._gradients.parameters)
@@ -305,6 +312,7 @@ class Accumulation:
     def discard(self) -> int:
         """Throws the open window away, and tells how many micro-batches it had."""
         lost = self.open_micro_batches
+        self.casts.release()
         self._gradients.clear()
         self._means.window_discarded()
         self._reset()

@@ -69,6 +69,11 @@ class LookingAhead(Generic[Item]):
         self._repeats = self._repeats or follower.wants_again is not None
 
     @property
+    def items(self) -> Iterable[Item]:
+        """The stream."""
+        return self._items
+
+    @property
     def has_begun(self) -> bool:
         """Whether an item has been asked for."""
         return self._iterator is not None

@@ -93,6 +93,7 @@ class FusedBackward:
                 in_place[leaf] = adds
             elif leaf.requires_grad and (only is None or id(leaf) in only):
                 rest.append(leaf)
+                graph.hurry_casts(node)
         return Plan(in_place, rest) if in_place else None
 
     def run(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...], only: frozenset[int] | None) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 LEAF = "AccumulateGrad"
+FIRST = 2**64 - 1  # the sequence number that AccumulateGrad nodes have
 _CAST = "ToCopyBackward0"
 _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 _FOLLOWED = _TRANSPOSITIONS | {_CAST, LEAF}
@@ -50,6 +51,16 @@ class Graph:
     readers: dict[Any, list[tuple[Any, int]]]
     roots: frozenset[Any]
     has_checkpoint: bool
+
+    def hurry_casts(self, leaf: Any) -> None:
+        """Has the engine run the casts of a leaf as soon as their gradients are there.
+
+        It runs what was made last first. A cast that autocast has kept from an earlier micro-batch would come last of
+        all, and the gradients of all such weights, in the low precision, would wait for it side by side.
+        """
+        for node, _ in self.readers[leaf]:
+            if type(node).__name__ == _CAST:
+                node._set_sequence_nr(FIRST)
 
     def uses_of(self, leaf: Any) -> list[Use] | None:
         """Every operation that reads a leaf, transposed or cast perhaps; None where its way there is another one."""
