@@ -6,6 +6,7 @@ libraries may share a job: each leaves gradients as it found them.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,6 +124,36 @@ def fabric(job: Job) -> Loop:
         optimizer.zero_grad()
 
     return update
+
+
+def gradient_of(job: Job, loop: Loop) -> Tensor:
+    """What the optimizer is given by one run of a loop, flat and in float64; the model is then as it was."""
+    seen: list[Tensor] = []
+
+    def keep(*_: object) -> None:
+        seen.append(torch.cat([p.grad.double().flatten() for p in job.model.parameters() if p.grad is not None]))
+
+    start = copy.deepcopy(job.model.state_dict())
+    handle = job.optimizer.register_step_pre_hook(keep)
+    loop()
+    handle.remove()
+    job.model.load_state_dict(start)
+    (gradient,) = seen
+    return gradient
+
+
+def exact_gradient(job: Job) -> Tensor:
+    """The whole batch's in float64, flat: what all loops are held against."""
+    model = copy.deepcopy(job.model).double()
+    inputs, targets = job.batch()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    gradients = torch.autograd.grad(job.loss_fn(model, (inputs, targets)), list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def error(gradient: Tensor, exact: Tensor) -> float:
+    """Relative, in the 2-norm over all parameters."""
+    return float((gradient - exact).norm() / exact.norm())
 
 
 def peers(job: Job) -> dict[str, Loop]:
