@@ -1,6 +1,6 @@
-"""GPT-2 small's shape: the textbook loop against the library, with weight gradients added up in place and without.
+"""GPT-2 small's shape: the textbook loop, its peers, and the library with and without weight gradients added in place.
 
-    python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N]
+    python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N] [--no-peers]
 
 12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. Two questions:
 
@@ -10,187 +10,81 @@
 
 All loops make the same update. Runs alternate; what is compared is the median of the ratios to the first loop in the
 same round, of wall time and of processor time, which other programs on the machine disturb less. Needs 4 GB and takes
-a few minutes a round.
+a few minutes a round. gpu.py asks what there is to ask on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from _common import write_results
-from torch import Tensor, nn
+from _gpt import GPT, SHAPES, Shape, loss_fn, make_batch
+from _loops import Job, accumulator, peers, pieces, textbook, train_step
+from _timing import Loop, measure
 
 import gradaccum as ga
 
-LAYERS, WIDTH, HEADS, WORDS, CONTEXT = 12, 768, 12, 50_257, 1024
 TOKENS = (32, 128, 256)
 MICRO_BATCHES = 8
 SPACE_TOKENS = 128
+DIFFERENCE_TOKENS = 32
 
-Batch = tuple[Tensor, Tensor]
-Loop = Callable[[], object]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before_attention, self.before_mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention, self.projection = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, time, _ = x.shape
-        parts = self.attention(self.before_attention(x)).view(rows, time, 3, HEADS, WIDTH // HEADS)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(mixed.transpose(1, 2).reshape(rows, time, WIDTH))
-        return x + self.down(F.gelu(self.up(self.before_mlp(x)), approximate="tanh"))
+Results = dict[str, dict[str, float]]
 
 
-class GPT(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        self.head.weight = self.words.weight
-        for table in (self.words, self.places):
-            nn.init.normal_(table.weight, std=0.02)
-
-    def forward(self, words: Tensor) -> Tensor:
-        x = self.words(words) + self.places(torch.arange(words.shape[1], device=words.device))
-        return self.head(self.norm(self.blocks(x)))
+def make_job(shape: Shape, tokens: int) -> Job:
+    """An update of `MICRO_BATCHES` sequences, one in a micro-batch."""
+    torch.manual_seed(0)
+    model = GPT(shape)
+    micro_batches = pieces(make_batch(shape, MICRO_BATCHES, tokens), 1)
+    return Job(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
+        loss_fn=loss_fn,
+        micro_batches=micro_batches,
+    )
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-    words, targets = batch
-    return F.cross_entropy(model(words).flatten(0, 1), targets.flatten())
-
-
-def make_batch(rows: int, tokens: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randint(WORDS, (2, rows, tokens), generator=generator)
-    return both[0], both[1]
-
-
-def pieces(batch: Batch, rows: int) -> list[Batch]:
-    return list(zip(batch[0].split(rows), batch[1].split(rows), strict=True))
-
-
-def textbook(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch]) -> Loop:
-    def update() -> None:
-        for micro_batch in micro_batches:
-            loss = loss_fn(model, micro_batch) / len(micro_batches)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
-
-
-def accumulator(model: nn.Module, optimizer: Any, micro_batches: list[Batch], fused: Any) -> Loop:
-    accumulator = ga.Accumulator(model, optimizer, micro_batches=len(micro_batches), fused=fused)
-
-    def update() -> None:
-        for micro_batch in accumulator.over(micro_batches):
-            accumulator.backward(loss_fn(model, micro_batch))
-
-    return update
-
-
-def train_step(model: nn.Module, optimizer: Any, batch: Batch, rows: int) -> Loop:
-    step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=rows)
-    return lambda: step(batch)
-
-
-def measure(loops: dict[str, Loop], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds an update, and ratios to the first loop."""
-    wall: dict[str, list[float]] = {name: [] for name in loops}
-    processor: dict[str, list[float]] = {name: [] for name in loops}
-    for round_ in range(rounds + 1):
-        for name, loop in loops.items():
-            started = time.perf_counter(), time.process_time()
-            loop()
-            if round_:  # the first is to warm up
-                wall[name].append(time.perf_counter() - started[0])
-                processor[name].append(time.process_time() - started[1])
-    base = next(iter(loops))
+def micro_steps(job: Job, *, with_peers: bool) -> dict[str, Loop]:
     return {
-        name: {
-            "seconds": statistics.median(wall[name]),
-            "ratio": _ratio(wall[name], wall[base]),
-            "processor_seconds": statistics.median(processor[name]),
-            "processor_ratio": _ratio(processor[name], processor[base]),
-        }
-        for name in loops
+        "textbook loop": textbook(job),
+        "gradaccum, fused=True": accumulator(job, fused=True),
+        "gradaccum, default": accumulator(job),
+        "gradaccum, fused=False": accumulator(job, fused=False),
+        **(peers(job) if with_peers else {}),
     }
 
 
-def _ratio(mine: list[float], base: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(mine, base, strict=True))
+def time_for_space(job: Job) -> dict[str, Loop]:
+    return {
+        "whole batch": textbook(job.cut(MICRO_BATCHES)),
+        "textbook loop, pieces of 1": textbook(job),
+        "gradaccum, pieces of 1": train_step(job, 1),
+        "textbook loop, pieces of 2": textbook(job.cut(2)),
+        "gradaccum, pieces of 2": train_step(job, 2),
+    }
 
 
-@contextmanager
-def _job() -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    torch.manual_seed(0)
-    model = GPT()
-    yield model, torch.optim.SGD(model.parameters(), lr=1e-4)
-
-
-def micro_steps(tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    with _job() as (model, optimizer):
-        micro_batches = pieces(make_batch(MICRO_BATCHES, tokens), 1)
-        return measure(
-            {
-                "textbook loop": textbook(model, optimizer, micro_batches),
-                "gradaccum, fused=True": accumulator(model, optimizer, micro_batches, True),
-                "gradaccum, default": accumulator(model, optimizer, micro_batches, "auto"),
-                "gradaccum, fused=False": accumulator(model, optimizer, micro_batches, False),
-            },
-            rounds,
-        )
-
-
-def time_for_space(rounds: int) -> dict[str, dict[str, float]]:
-    with _job() as (model, optimizer):
-        batch = make_batch(MICRO_BATCHES, SPACE_TOKENS)
-        return measure(
-            {
-                "whole batch": textbook(model, optimizer, [batch]),
-                "textbook loop, pieces of 1": textbook(model, optimizer, pieces(batch, 1)),
-                "gradaccum, pieces of 1": train_step(model, optimizer, batch, 1),
-                "textbook loop, pieces of 2": textbook(model, optimizer, pieces(batch, 2)),
-                "gradaccum, pieces of 2": train_step(model, optimizer, batch, 2),
-            },
-            rounds,
-        )
-
-
-def gradient_difference() -> float:
+def gradient_difference(job: Job) -> float:
     """The largest difference between a gradient of the library's and of the textbook loop's, relative in the 2-norm."""
-    with _job() as (model, optimizer):
-        batch = make_batch(4, 32)
-        for micro_batch in pieces(batch, 1):
-            (loss_fn(model, micro_batch) / 4).backward()
-        expected = [parameter.grad for parameter in model.parameters()]
-        model.zero_grad()
-        ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=1, fused=True).backward(batch)
-        return max(
-            ((parameter.grad - right).norm() / right.norm()).item()  # type: ignore[operator, union-attr]
-            for parameter, right in zip(model.parameters(), expected, strict=True)
-        )
+    parameters = list(job.model.parameters())
+    for micro_batch in job.micro_batches:
+        (loss_fn(job.model, micro_batch) / len(job.micro_batches)).backward()
+    expected = [parameter.grad for parameter in parameters]
+    job.model.zero_grad()
+    ga.TrainStep(job.model, job.optimizer, loss_fn, micro_batch_size=1, fused=True).backward(job.batch())
+    return max(
+        ((parameter.grad - right).norm() / right.norm()).item()  # type: ignore[operator, union-attr]
+        for parameter, right in zip(parameters, expected, strict=True)
+    )
 
 
-def show(title: str, results: dict[str, dict[str, float]]) -> None:
+def timed(loops: dict[str, Loop], rounds: int, title: str) -> Results:
+    results = {name: asdict(times) for name, times in measure(loops, rounds).items()}
     print(title)
     for name, result in results.items():
         print(
@@ -198,6 +92,7 @@ def show(title: str, results: dict[str, dict[str, float]]) -> None:
             f"processor {result['processor_seconds']:7.2f} s   {result['processor_ratio']:5.2f}",
             flush=True,
         )
+    return results
 
 
 def main() -> None:
@@ -206,18 +101,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("micro-steps", "time-for-space"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in a micro-batch of the micro-steps")
+    parser.add_argument("--shape", choices=SHAPES, default="124M")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="Accelerate and Fabric")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {"gradient_difference": gradient_difference()}
+    shape = SHAPES[arguments.shape]
+    results: dict[str, Any] = {"gradient_difference": gradient_difference(make_job(shape, DIFFERENCE_TOKENS))}
     print(f"largest relative difference of a gradient: {results['gradient_difference']:.1e}")
     if arguments.only != "time-for-space":
         results["micro_steps"] = {}
-        for tokens in TOKENS:
-            results["micro_steps"][str(tokens)] = micro_steps(tokens, arguments.rounds)
-            show(f"{MICRO_BATCHES} micro-batches of {tokens} tokens", results["micro_steps"][str(tokens)])
+        for tokens in arguments.tokens:
+            loops = micro_steps(make_job(shape, tokens), with_peers=arguments.peers)
+            title = f"{MICRO_BATCHES} micro-batches of {tokens} tokens"
+            results["micro_steps"][str(tokens)] = timed(loops, arguments.rounds, title)
     if arguments.only != "micro-steps":
-        results["time_for_space"] = time_for_space(arguments.rounds)
-        show(f"{MICRO_BATCHES} x {SPACE_TOKENS} tokens", results["time_for_space"])
+        tokens = min(SPACE_TOKENS, shape.context)
+        title = f"{MICRO_BATCHES} x {tokens} tokens"
+        results["time_for_space"] = timed(time_for_space(make_job(shape, tokens)), arguments.rounds, title)
     if arguments.json:
         write_results(arguments.json, results)
 

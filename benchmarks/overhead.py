@@ -12,13 +12,14 @@ median of each loop's ratios to the textbook loop of the same round is what is c
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from _common import write_results
+from _loops import PEERS, is_installed
+from _timing import measure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -163,23 +164,11 @@ BASES = {"gradaccum TrainStep": "textbook loop that cuts"}
 """What a loop is compared with, where that is not the textbook loop."""
 
 
-def measure(loops: dict[str, Callable[[Batches], None]], rounds: int) -> dict[str, dict[str, float]]:
+def timed(loops: dict[str, Callable[[Batches], None]], rounds: int) -> dict[str, dict[str, float]]:
     batches = data()
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            loop(batches)
-            times[name].append((time.perf_counter() - start) / (PASSES * len(batches)))
-    return {
-        name: {
-            "microseconds": statistics.median(seconds) * 1e6,
-            "ratio": statistics.median(
-                mine / textbooks for mine, textbooks in zip(seconds, times[BASES.get(name, TEXTBOOK)], strict=True)
-            ),
-        }
-        for name, seconds in times.items()
-    }
+    times = measure({name: partial(loop, batches) for name, loop in loops.items()}, rounds, bases=BASES, warm_up=2)
+    steps = PASSES * len(batches)
+    return {name: {"microseconds": of.seconds / steps * 1e6, "ratio": of.ratio} for name, of in times.items()}
 
 
 def main() -> None:
@@ -189,14 +178,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loops = dict(LOOPS)
-    for name, module in (("Lightning Fabric", "lightning"), ("Accelerate", "accelerate")):
-        try:
-            __import__(module)
-        except ImportError:
-            print(f"{name} is not installed: left out")
+    for name, package in PEERS.items():
+        if not is_installed(package, name):
             del loops[name]
-    measure(loops, 2)  # warm up
-    results = measure(loops, arguments.rounds)
+    results = timed(loops, arguments.rounds)
     for name, result in results.items():
         print(f"{name:36} {result['microseconds']:7.1f} us   {result['ratio']:5.2f} of the {BASES.get(name, TEXTBOOK)}")
     if arguments.json:

@@ -1,35 +1,22 @@
 """The scenarios of the README's table: our column and the textbook loop's are run, all is compared with the file."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from scripts import ROOT, benchmark
+
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "scenarios.json").read_text(encoding="utf-8"))
 SHOWN = ("textbook loop", "Accelerate", "Lightning", "gradaccum")
 
 
 @pytest.fixture(scope="module")
 def scenarios() -> Iterator[ModuleType]:
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location("scenarios", folder / "scenarios.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))
-    sys.modules["scenarios"] = module  # dataclasses look there
-    try:
-        spec.loader.exec_module(module)
+    with benchmark("scenarios") as module:
         yield module
-    finally:
-        sys.path.remove(str(folder))
-        del sys.modules["scenarios"], sys.modules["_common"]
 
 
 def row(name: str) -> dict[str, Any]:
