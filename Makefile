@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # Written last, so that an interrupted installation never counts as one. It holds the folder it was made in: a copied or
 # moved checkout makes its own .venv instead of running the original's code.
 STAMP := $(VENV)/.installed
+# The libraries that benchmarks compare with; without them they are left out.
+PEERS := $(VENV)/.peers
 ifneq ($(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null),$(CURDIR))
 STALE := stale
 endif
@@ -40,14 +42,9 @@ format: $(STAMP) ## put imports and layout in order
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## the library's time against the textbook loop's
+bench: $(PEERS) ## all benchmarks, an hour alone on the machine; with ARGS=--quick 5 minutes
 	@$(BIN)/gradaccum bench
-	@echo
-	@$(BIN)/python benchmarks/overhead.py $(ARGS)
-	@echo
-	@echo "Every benchmark, each to be run alone on an idle machine:"
-	@for script in benchmarks/*.py; do echo "  $(BIN)/python $$script"; done
-	@echo "Those that compare with peers need them: $(BIN)/pip install -c constraints.txt -e '.[dev,bench]'"
+	@$(BIN)/python benchmarks/all.py $(ARGS)
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
@@ -66,3 +63,8 @@ $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@echo "Installing torch and the development tools into $(VENV) (once; takes a minute or a few)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo '$(CURDIR)' > $@
+
+$(PEERS): $(STAMP)
+	@echo "Installing the libraries to compare with into $(VENV) (once)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,bench]' && touch $@ || \
+	  echo "They could not be installed, so they are left out"

@@ -1,4 +1,4 @@
-"""A GPT of any shape, with random words to train on; gpt.py and gpu.py measure it."""
+"""A GPT of any shape, with random words to train on; gpt.py measures it."""
 
 from __future__ import annotations
 

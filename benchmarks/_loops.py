@@ -1,4 +1,4 @@
-"""One update of one job by each library, as its documentation has it; gpt.py, gpu.py and convolution.py time these.
+"""One update of one job by each library, as its documentation has it; gpt.py and convolution.py time these.
 
 A job is a model, its optimizer, a loss function and the micro-batches of one batch, all of one size. Loops of several
 libraries may share a job: each leaves gradients as it found them.

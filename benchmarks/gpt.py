@@ -10,7 +10,7 @@
 
 All loops make the same update. Runs alternate; what is compared is the median of the ratios to the first loop in the
 same round, of wall time and of processor time, which other programs on the machine disturb less. Needs 4 GB and takes
-a few minutes a round. gpu.py asks what there is to ask on a GPU.
+a few minutes a round.
 """
 
 from __future__ import annotations

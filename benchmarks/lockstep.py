@@ -1,6 +1,6 @@
 """What does BatchNorm of the whole batch cost, in time and in memory?
 
-    python benchmarks/lockstep.py [--json FILE]
+    python benchmarks/lockstep.py [--json FILE] [--rounds N]
 
 A residual network in float32 takes batches of 64 images: whole, in micro-batches of 8 that are normalised by themselves
 (another gradient), in groups of 8, and in lockstep with activations where they may wait. Times are the least of several
@@ -57,6 +57,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the results are written")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", ga.BatchNormWarning)
     torch.set_num_threads(1)
@@ -76,7 +77,7 @@ def main() -> None:
         steps[name] = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.01), loss_fn, **options)
         steps[name](batch)
     seconds = dict.fromkeys(steps, float("inf"))
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         for name, step in steps.items():
             began = time.perf_counter()
             step(batch)

@@ -39,8 +39,25 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(figures["jobs"]["tiny"]) == {"textbook_seconds", "gradaccum_seconds", "ratio"}
 
 
-def test_a_folder_that_is_not_there(
+def test_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.png"
+    assert run(monkeypatch, "--plot", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "Picture:" in capsys.readouterr().out
+
+
+def test_a_picture_of_no_known_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "--json", str(tmp_path / "nowhere" / "figures.json")) == 2
+    assert run(monkeypatch, "--plot", str(tmp_path / "bench.txt")) == 2
+    out, err = capsys.readouterr()
+    assert out == "", "refused before the work"
+    assert "a picture ends in .png, .svg, .pdf" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("option", "name"), [("--json", "figures.json"), ("--plot", "bench.png")])
+def test_a_folder_that_is_not_there(
+    option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, option, str(tmp_path / "nowhere" / name)) == 2
     assert "there is no folder" in " ".join(capsys.readouterr().err.split())

@@ -56,16 +56,22 @@ def demo(
     Exit status: 0 if the library is exact, 1 if it is not, 2 if the demo could not run.
     """
     from gradaccum.cli.demo.command import run_demo
+
+    _check_picture(plot)
+    raise typer.Exit(0 if run_demo(plot=plot) else 1)
+
+
+def _check_picture(plot: Path | None) -> None:
+    """That a picture can be drawn: before the work, not after it."""
     from gradaccum.report.plots import supported_suffixes
 
-    if plot is not None:  # before the work, not after it
+    if plot is not None:
         with extra_needed("plot", "The option --plot"):
             suffixes = supported_suffixes()
         if plot.suffix.lower() not in suffixes:
             raise typer.BadParameter(f"{plot}: a picture ends in {', '.join(suffixes)}.", param_hint="--plot")
         if not plot.absolute().parent.is_dir():
             raise typer.BadParameter(f"{plot}: there is no folder {plot.parent}.", param_hint="--plot")
-    raise typer.Exit(0 if run_demo(plot=plot) else 1)
 
 
 @app.command()
@@ -133,6 +139,7 @@ def bench(
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with the machine's.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the ratios: .png, .svg or .pdf.")] = None,
 ) -> None:
     """This machine: the library against a hand-written loop. Takes about 10 seconds.
 
@@ -142,4 +149,5 @@ def bench(
 
     if json is not None and not json.absolute().parent.is_dir():  # before the work, not after it
         raise typer.BadParameter(f"{json}: there is no folder {json.parent}.", param_hint="--json")
-    run_bench(json_path=json)
+    _check_picture(plot)
+    run_bench(json_path=json, plot=plot)

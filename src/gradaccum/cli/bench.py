@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
+from gradaccum.report.bars import Bar, Group, draw_ratios
 from gradaccum.report.tables import Cell, Row, Table, Tone, print_table, print_text
 from gradaccum.report.terminal import console
 
@@ -71,8 +72,8 @@ class Result:
     ratio: float
 
 
-def run_bench(*, json_path: Path | None, jobs: tuple[Job, ...] = JOBS) -> None:
-    """Measures, prints a table, and writes the figures if asked to."""
+def run_bench(*, json_path: Path | None, plot: Path | None = None, jobs: tuple[Job, ...] = JOBS) -> None:
+    """Measures, prints a table, and writes and draws the figures if asked to."""
     results = {job.name: measure(job) for job in jobs}
     terminal = console()
     print_table(terminal, _table(results))
@@ -80,6 +81,9 @@ def run_bench(*, json_path: Path | None, jobs: tuple[Job, ...] = JOBS) -> None:
     if json_path is not None:
         json_path.write_text(json.dumps(_as_json(results), indent=2) + "\n", encoding="utf-8")
         print_text(terminal, f"Figures: {json_path}", Tone.QUIET)
+    if plot is not None:
+        draw_ratios(_groups(results), plot, title="gradaccum on this machine", base="textbook loop")
+        print_text(terminal, f"Picture: {plot}", Tone.QUIET)
 
 
 def measure(job: Job) -> Result:
@@ -156,6 +160,10 @@ def _table(results: dict[str, Result]) -> Table:
         columns=("textbook loop", "gradaccum", "ratio"),
         rows=rows,
     )
+
+
+def _groups(results: dict[str, Result]) -> list[Group]:
+    return [Group(title=name, bars=(Bar(label="gradaccum", ratio=of.ratio),)) for name, of in results.items()]
 
 
 def _as_json(results: dict[str, Result]) -> dict[str, Any]:
