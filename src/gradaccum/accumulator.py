@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from gradaccum import guards, tree
 from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choose import FusedOption
-from gradaccum.gradients.options import GradientOptions
+from gradaccum.gradients.momentum import check_own_loop
+from gradaccum.gradients.options import AccumulateInto, GradientOptions
 from gradaccum.losses.loss import Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
@@ -54,6 +55,8 @@ class Accumulator:
             then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
+        accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
+            take no memory; needs ``weights``. The update is the same; a discarded window costs its momentum.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -93,19 +96,22 @@ class Accumulator:
         scaler: GradScaler | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
+        accumulate_into: AccumulateInto = "grad",
         progress: bool = False,
         sync: Sync = "auto",
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples  # asked several times a micro-batch
         check_tail(tail, has_weights=weights is not None)
+        if accumulate_into == "momentum":
+            check_own_loop(has_weights=weights is not None, tail=tail)
         self._accumulation = Accumulation(
             model,
             optimizer,
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype),
+            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype, accumulate_into=accumulate_into),
             sync=sync,
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
@@ -326,7 +332,7 @@ class Accumulator:
         if (samples, target) != self._expected_for:
             self._expected_for, self._expected = (samples, target), self._size.expected(samples, target=target)
         sizes = self._expected
-        if (self._wants_progress and self._bar is None) or self._accumulation.has_to_tell(sizes):
+        if (self._wants_progress and self._bar is None) or self._accumulation.telling.has_to_tell(sizes):
             self._tell(sizes)
         self._accumulation.open(totals=totals, first_share=share, samples=sum(size or 0 for size in sizes))
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from gradaccum import guards, tree
 from gradaccum.errors import WindowError
 from gradaccum.gradients.fused.choose import FusedOption
-from gradaccum.gradients.options import GradientOptions
+from gradaccum.gradients.momentum import check_whole_batch
+from gradaccum.gradients.options import AccumulateInto, GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.progress import ProgressBar
 from gradaccum.runners.accumulation import Accumulation
@@ -71,6 +72,9 @@ class TrainStep:
             then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
+        accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
+            take no memory; means over anything but samples need ``weights``. The update is the same; a batch that
+            fails costs its momentum.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. Each process
@@ -115,6 +119,7 @@ class TrainStep:
         scaler: GradScaler | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
+        accumulate_into: AccumulateInto = "grad",
         progress: bool | int = False,
         sync: Sync = "auto",
     ) -> None:
@@ -124,6 +129,10 @@ class TrainStep:
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
+        if accumulate_into == "momentum":
+            check_whole_batch(
+                micro_batch_size=self._max_rows, has_batch_loss=batch_loss is not None, kept_graphs=kept_graphs
+            )
         layers = LayerOptions(batch_norm=batch_norm, lockstep=lockstep, activations=activations)
         self._split = layers.split(split, max_rows=self._max_rows)
         self._weights = weights
@@ -136,7 +145,7 @@ class TrainStep:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype),
+            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype, accumulate_into=accumulate_into),
             couples_batch_norms=batch_norm == "micro",
             sync=sync,
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class Updater:
         narrow: called right before the optimizers step, where gradients are of more precision than these take: gives
             them the dtype of their parameters. Then nothing is folded into fused optimizers, whose factor would come
             after the rounding.
+        stepping: what is held while the optimizers step; None for nothing. Then nothing is folded into fused
+            optimizers either, and there is no scaler.
 
     Attributes:
         loss_scale: whose ``scale()`` every seed has to pass through; None without fp16 scaling.
@@ -75,6 +77,7 @@ class Updater:
         schedulers: Sequence[Any] = (),
         scaler: GradScaler | None = None,
         narrow: Callable[[], None] | None = None,
+        stepping: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise WindowError(
@@ -94,6 +97,7 @@ class Updater:
         self._schedulers = schedulers
         self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
         self._narrow = narrow
+        self._stepping = stepping
         self.is_stepping = False
         self.total_norm: Callable[[Sequence[nn.Parameter], float], Tensor] | None = None
 
@@ -138,7 +142,8 @@ class Updater:
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
         gradients = [_values(parameter) for parameter in parameters]
-        skips_by_itself = self._narrow is None and all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
+        is_as_torch = self._narrow is None and self._stepping is None
+        skips_by_itself = is_as_torch and all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
             return self._step_if(_are_finite(gradients), parameters, correction, None)
         norm = self._norm(parameters)
@@ -162,8 +167,9 @@ class Updater:
             _multiply(parameters, factor)
             finite = self._narrowed(parameters)
         if finite:
-            for optimizer in self._optimizers:
-                optimizer.step()
+            with nullcontext() if self._stepping is None else self._stepping():
+                for optimizer in self._optimizers:
+                    optimizer.step()
         return Applied(grad_norm, skipped=not finite)
 
     def _apply_scaled(

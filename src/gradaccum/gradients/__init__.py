@@ -1,1 +1,10 @@
-"""Where gradients add up."""
+"""Where gradients add up.
+
+| file | idea |
+| --- | --- |
+| `dot_grad.py` | in ``.grad``, watched: nothing was there before, nobody changes it in between |
+| `options.py` | how they add up, as the user wants it |
+| `fused/` | weight gradients are added in place |
+| `wide.py` | low precision is added up in fp32 |
+| `momentum.py` | the sum is kept in SGD's momentum buffers |
+"""

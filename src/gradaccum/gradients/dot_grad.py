@@ -5,19 +5,23 @@ before the window began, and did anything change it between two micro-batches? T
 version counter, which every in-place operation moves: clipping by hand, zeroing and unscaling touch all gradients, so
 one of them is enough to look at.
 
-Two options change how they add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`).
+Options change how they add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`), in the
+optimizer's momentum (`momentum`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.optim import Optimizer
 
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
+from gradaccum.gradients.momentum import MomentumSums
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.gradients.wide import WideSums
 
@@ -31,16 +35,24 @@ class DotGrad:
     Args:
         named_parameters: every parameter of the models, frozen ones too: they may be unfrozen while training.
         options: how they add up; by default as torch does it.
+        optimizers: whose momentum they may add up in.
+
+    Attributes:
+        momentum: what adds up in momentum buffers; None where gradients have memory of their own.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         options: GradientOptions = _AS_TORCH,
+        *,
+        optimizers: Sequence[Optimizer] = (),
     ) -> None:
         self._named = list(named_parameters)
         self.parameters = [parameter for _, parameter in self._named]
-        in_place = None if options.choice is None else FusedBackward(self.parameters, options.choice)
+        self.momentum = MomentumSums(optimizers) if options.into_momentum else None
+        prepare = None if self.momentum is None else self.momentum.prepare
+        in_place = None if options.choice is None else FusedBackward(self.parameters, options.choice, prepare)
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
         dtype = options.accumulate_dtype
         self._wide = None if dtype is None else WideSums(self.parameters, dtype)
@@ -50,8 +62,11 @@ class DotGrad:
         self._watched_gradient: Tensor | None = None
         self._watched_version = 0
 
-    def begin(self) -> None:
+    def begin(self, *, is_for_update: bool = True) -> None:
         """Starts a window.
+
+        Args:
+            is_for_update: whether an optimizer is to step with the sum; if not, it is to be the gradient in ``.grad``.
 
         Raises:
             MisuseError: a gradient is there already, which the window would be added to.
@@ -59,6 +74,8 @@ class DotGrad:
         self.check_empty()
         if self._wide is not None:
             self._wide.begin()
+        if self.momentum is not None and is_for_update:
+            self.momentum.begin()
 
     def check_empty(self) -> None:
         """That no gradient is left over from something else; gradients of zero are removed.
@@ -164,6 +181,7 @@ class DotGrad:
 
     def multiply(self, factor: float) -> None:
         """Multiplies the sum so far."""
+        assert self.momentum is None or not self.momentum.is_open, "what is in the momentum cannot be rescaled"
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
@@ -183,6 +201,15 @@ class DotGrad:
         if self._wide is not None:
             self._wide.narrow()
 
+    def stepping(self) -> AbstractContextManager[None]:
+        """Held while the optimizers step."""
+        return nullcontext() if self.momentum is None else self.momentum.stepping()
+
+    def skip(self) -> None:
+        """There was no step, as the gradient is not finite."""
+        if self.momentum is not None:
+            self.momentum.skip()
+
     def clear(self, *, keeps_memory: bool = False) -> None:
         """Ends the window: no parameter keeps a gradient.
 
@@ -190,11 +217,14 @@ class DotGrad:
             keeps_memory: whether the next window may write its gradients where these were.
         """
         if self._fused is not None:
-            self._fused.keep_memory() if keeps_memory and self._wide is None else self._fused.free_memory()
+            has_own_memory = self._wide is None and self.momentum is None
+            self._fused.keep_memory() if keeps_memory and has_own_memory else self._fused.free_memory()
         for parameter in self.parameters:
             parameter.grad = None
         if self._wide is not None:
             self._wide.end()
+        if self.momentum is not None:
+            self.momentum.end()
         self._watched = self._watched_gradient = None
 
     def set_aside(self) -> list[Tensor | None]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from gradaccum.errors import ParameterError
 from gradaccum.gradients.fused.choose import Choice, FusedOption, choice_of
 from gradaccum.gradients.wide import checked_accumulate_dtype
+
+AccumulateInto = Literal["grad", "momentum"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,17 +21,36 @@ class GradientOptions:
     Attributes:
         fused: whether weight gradients are added up in place.
         accumulate_dtype: what gradients of low precision are added up in; None for their own.
+        accumulate_into: where they add up: in ``.grad``, or in the momentum buffers of SGD.
         choice: for which weights ``fused`` pays; None for none.
 
     Raises:
-        ParameterError: an option is none of its values.
+        ParameterError: an option is none of its values, or does not go with another.
         UnsupportedError: this torch cannot do it.
     """
 
     fused: FusedOption = "auto"
     accumulate_dtype: torch.dtype | None = None
+    accumulate_into: AccumulateInto = "grad"
     choice: Choice | None = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", choice_of(self.fused))
         checked_accumulate_dtype(self.accumulate_dtype)
+        if self.accumulate_into not in ("grad", "momentum"):
+            raise ParameterError(
+                f"accumulate_into={self.accumulate_into!r}: gradients add up in the parameters' .grad "
+                '(accumulate_into="grad"), or in the momentum buffers of torch.optim.SGD ("momentum"), without memory '
+                "of their own. The update is the same."
+            )
+        if self.into_momentum and self.accumulate_dtype is not None:
+            raise ParameterError(
+                f'accumulate_into="momentum" with accumulate_dtype={self.accumulate_dtype}: the sum is kept in the '
+                "momentum buffer, which has the parameter's own dtype, so it would be rounded as often as without. "
+                "Leave one of the two out."
+            )
+
+    @property
+    def into_momentum(self) -> bool:
+        """Whether gradients add up in momentum buffers."""
+        return self.accumulate_into == "momentum"

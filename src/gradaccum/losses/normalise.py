@@ -50,6 +50,12 @@ def host_number(weight: Weight) -> Number:
     return weight
 
 
+def weighs_nothing(totals: Mapping[str, Weight] | None) -> bool:
+    """Whether it is known on the host, before a window begins, that all its terms have a total of 0."""
+    numbers = None if totals is None else [host_number(total) for total in totals.values()]
+    return numbers is not None and all(not isinstance(number, Tensor) and number == 0 for number in numbers)
+
+
 class Seeds:
     """0-d tensors to start backwards with, made once for each value: most windows need the same few."""
 
@@ -158,6 +164,15 @@ class Normaliser:
             _require_one_weight(losses)
         found = [self.seed(loss, name) for name, loss in losses.items()]
         return [one for one in found if one is not None]
+
+    @property
+    def knows_totals(self) -> bool:
+        """Whether what the gradient is divided by is known before the first backward."""
+        return self._totals is not None
+
+    def expect(self, total: float) -> None:
+        """Takes a total that was not given to be this."""
+        self._expected, self._is_fixed = total, True
 
     def expect_all_of(
         self,

@@ -71,6 +71,36 @@ def seeded(
     return ((), ()) if one is None else ((one[0],), (one[1],))
 
 
+def expect_rows(
+    normaliser: Normaliser, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None, *, rows: int
+) -> None:
+    """Before the first backward of a window that cannot be divided afterwards: takes its rows for its total weight.
+
+    Args:
+        normaliser: of the window.
+        loss: see `as_named`.
+        samples: rows of the micro-batch; None where unknown.
+        weights: what plain tensors are means over where the user has said so, by name.
+        rows: of the whole window; 0 where not known.
+
+    Raises:
+        LossError: the total was not given, and a loss weighs something else than its rows.
+    """
+    if normaliser.knows_totals:
+        return
+    for name, term in as_named(loss, samples, weights).items():
+        weight = None if term.weight is None else host_number(term.weight)
+        if weight is not None and (not rows or isinstance(weight, Tensor) or weight != samples):
+            seen = "a count on the device" if isinstance(weight, Tensor) else f"{weight:g}"
+            raise LossError(
+                f"{_term(name)} is over {seen}, in a micro-batch of {samples} rows, and gradients that add up in the "
+                "momentum cannot be divided afterwards: the momentum would be divided, too. So the window's total has "
+                "to be known before its first backward. Say ahead what the loss is over: weights=lambda batch: ..., or "
+                'pass accumulate_into="grad".'
+            )
+    normaliser.expect(rows)
+
+
 def without_value(losses: Mapping[str, Loss]) -> dict[str, Loss]:
     """The same losses with value and weight 0, but with their gradient: where another process counts them."""
     found: dict[str, Loss] = {}

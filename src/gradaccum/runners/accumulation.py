@@ -20,11 +20,12 @@ from torch.optim import Optimizer
 from gradaccum import guards
 from gradaccum.gradients.casts import KeptCasts
 from gradaccum.gradients.dot_grad import DotGrad
+from gradaccum.gradients.momentum import check_optimizers, check_rest
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
-from gradaccum.losses.normalise import Normaliser, Seeds
-from gradaccum.losses.terms import as_named, no_gradient, seeded, without_value
+from gradaccum.losses.normalise import Normaliser, Seeds, weighs_nothing
+from gradaccum.losses.terms import as_named, expect_rows, no_gradient, seeded, without_value
 from gradaccum.runners.counted import Counted, loss_of, update_of
 from gradaccum.runners.counters import Counters
 from gradaccum.runners.over_ranks import OverRanks, over_ranks
@@ -57,6 +58,7 @@ class Accumulation:
         is_open: whether a window is open.
         open_samples: rows added to the open window so far, as far as they could be seen.
         casts: those of weights under autocast, kept while a window is open.
+        telling: what is said about the run.
     """
 
     def __init__(
@@ -75,6 +77,9 @@ class Accumulation:
         self._trained = Trained(model, optimizer)
         self.models, self.optimizers = self._trained.models, self._trained.optimizers
         self.ranks: OverRanks | None = over_ranks(self.models, sync, self._trained.named)
+        if gradients.into_momentum:
+            check_optimizers(self.optimizers)
+            check_rest(clip_norm=clip_norm, has_scaler=scaler is not None, has_ranks=self.ranks is not None)
         self._look_at_parameters()
         self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(
@@ -83,16 +88,16 @@ class Accumulation:
             schedulers=self._schedulers,
             scaler=scaler,
             narrow=None if gradients.accumulate_dtype is None else lambda: self._gradients.narrow(),
+            stepping=(lambda: self._gradients.stepping()) if gradients.into_momentum else None,
         )
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
         self._means = SampleMeans()
         self._normaliser: Normaliser | None = None
-        self.is_open = False
+        self.is_open = self._is_for_user = False
         self._seeds = Seeds()
-        self.open_samples = 0
-        self._last_total = 0.0
-        self._telling = Telling(couples_batch_norms=couples_batch_norms)
+        self.open_samples, self._last_total = 0, 0.0
+        self.telling = Telling(couples_batch_norms=couples_batch_norms)
         self._sizes: list[int | None] = []
         self.counters = Counters()
         self.casts = KeptCasts()
@@ -104,19 +109,15 @@ class Accumulation:
 
     def has_coupled_layers(self) -> bool:
         """Whether layers see the micro-batch, so that the gradient depends on how a batch is cut."""
-        return bool(self._telling.coupled_layers(self.models))
+        return bool(self.telling.coupled_layers(self.models))
 
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
         return self._gradients.parameters[0].device
 
-    def has_to_tell(self, sizes: Sequence[int | None]) -> bool:
-        """Whether `tell` would say anything."""
-        return self._telling.has_to_tell(sizes)
-
     def tell(self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True) -> None:
         """See `Telling.tell`."""
-        self._telling.tell(sizes, self.models, self.ranks, updates_per_epoch=updates_per_epoch, is_final=is_final)
+        self.telling.tell(sizes, self.models, self.ranks, updates_per_epoch=updates_per_epoch, is_final=is_final)
 
     def no_calls_by_hand(self) -> AbstractContextManager[None]:
         """While held, stepping, zeroing or scheduling by hand inside a window are errors."""
@@ -146,7 +147,8 @@ class Accumulation:
         if self._trained.has_changed():
             self._trained.find()
             self._look_at_parameters()
-        self._gradients.begin()
+        self._rows_ahead = samples if pieces else 0
+        self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         last, expected = self._last_total, None
         if self.ranks is not None:
             said = {"samples": samples, "pieces": pieces}
@@ -182,6 +184,8 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
+            if self._gradients.momentum is not None and self._gradients.momentum.is_open:
+                expect_rows(normaliser, loss, samples, weights, rows=self._rows_ahead)
             roots, seeds = seeded(normaliser, loss, samples, weights)
             if self._means.is_looking and samples is not None:
                 self._means.check_all(loss, samples, weights or {})
@@ -279,10 +283,12 @@ class Accumulation:
         elif not parameters:
             raise no_gradient(self._optimized)
         else:
+            assert self._gradients.momentum is None or counted.correction is None, "totals were known ahead"
             applied = self._updater.apply(parameters, counted.correction)
             grad_norm, skipped = applied.grad_norm, applied.skipped
             if skipped is True:
                 logger.warning("update %d was skipped: its gradient is not finite", self.counters.updates + 1)
+                self._gradients.skip()
         return self._finish(normaliser, counted, grad_norm, skipped)
 
     def _counted(self, normaliser: Normaliser, parameters: Sequence[nn.Parameter], *, is_done: bool = False) -> Counted:
@@ -303,7 +309,7 @@ class Accumulation:
             raise no_gradient(self._optimized)
         self._updater.unscale_into_grad(parameters, counted.correction)
         self._gradients.narrow()
-        self._gradients.put_back(aside)
+        self.put_back(aside)
         loss = loss_of(normaliser)
         self._means.window_closed()
         self._reset()
@@ -328,10 +334,12 @@ class Accumulation:
 
     def set_aside(self) -> list[Tensor | None]:
         """Takes gradients that are there away, for `close_into_grad` to put back."""
+        self._is_for_user = True
         return self._gradients.set_aside()
 
     def put_back(self, aside: Sequence[Tensor | None]) -> None:
         """Puts gradients back that were set aside for a window that came to nothing."""
+        self._is_for_user = False
         self._gradients.put_back(aside)
 
     def _finish(
@@ -387,6 +395,6 @@ class Accumulation:
         named = self._trained.named
         if self.ranks is not None:
             self.ranks.look_at(named)
-        self._gradients = DotGrad(named, self._options)
+        self._gradients = DotGrad(named, self._options, optimizers=self.optimizers)
         self._optimized = self._trained.optimized
         self.look_for_foreign_leaves()

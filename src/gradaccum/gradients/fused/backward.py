@@ -60,10 +60,17 @@ class FusedBackward:
     Args:
         parameters: those whose gradients may be added up in place.
         choice: for which of them that pays.
+        prepare: called with a weight right before a gradient is added to it in place, each time; None for nothing.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], choice: Choice) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        choice: Choice,
+        prepare: Callable[[nn.Parameter], None] | None = None,
+    ) -> None:
         self._choice = choice
+        self._prepare = prepare
         self._candidates = {id(parameter) for parameter in parameters if choice.may_pay(parameter)}
 
         self._memory = Memory()
@@ -114,9 +121,9 @@ class FusedBackward:
         streams = _Streams(plan.in_place)
         handles: list[Any] = []
         try:
-            for adds in plan.in_place.values():
+            for weight, adds in plan.in_place.items():
                 for use, add in adds:
-                    handles.append(use.node.register_prehook(_hook(add, streams)))
+                    handles.append(use.node.register_prehook(_hook(self._prepared(weight, add), streams)))
                     # A node is run for what is asked for only: without this, one that leads to nothing else is not.
                     inputs.append(GradientEdge(use.node, 0))
             Variable._execution_engine.run_backward(
@@ -139,6 +146,17 @@ class FusedBackward:
         """The window is over, and the next one may be long in coming."""
         self._memory.free()
         self._written = {}
+
+    def _prepared(self, weight: nn.Parameter, add: Add) -> Add:
+        prepare = self._prepare
+        if prepare is None:
+            return add
+
+        def prepare_and_add(gradient: Tensor) -> None:
+            prepare(weight)
+            add(gradient)
+
+        return prepare_and_add
 
     def _adds_of(self, graph: Graph, node: Any, leaf: Tensor) -> list[tuple[Use, Add]] | None:
         """What adds up the gradient of each use of a weight; None where torch is to do it."""
