@@ -56,6 +56,8 @@ class Accumulator:
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
             take no memory; needs ``weights``. The update is the same; a discarded window costs its momentum.
+        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
+            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -96,6 +98,7 @@ class Accumulator:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         accumulate_into: AccumulateInto = "grad",
+        persistent_gradients: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
     ) -> None:
@@ -110,7 +113,12 @@ class Accumulator:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype, accumulate_into=accumulate_into),
+            gradients=GradientOptions(
+                fused=fused,
+                accumulate_dtype=accumulate_dtype,
+                accumulate_into=accumulate_into,
+                persistent=persistent_gradients,
+            ),
             sync=sync,
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)

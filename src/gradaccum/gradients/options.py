@@ -22,6 +22,7 @@ class GradientOptions:
         fused: whether weight gradients are added up in place.
         accumulate_dtype: what gradients of low precision are added up in; None for their own.
         accumulate_into: where they add up: in ``.grad``, or in the momentum buffers of SGD.
+        persistent: whether gradients are in the same memory in every window.
         choice: for which weights ``fused`` pays; None for none.
 
     Raises:
@@ -32,6 +33,7 @@ class GradientOptions:
     fused: FusedOption = "auto"
     accumulate_dtype: torch.dtype | None = None
     accumulate_into: AccumulateInto = "grad"
+    persistent: bool = False
     choice: Choice | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +50,11 @@ class GradientOptions:
                 f'accumulate_into="momentum" with accumulate_dtype={self.accumulate_dtype}: the sum is kept in the '
                 "momentum buffer, which has the parameter's own dtype, so it would be rounded as often as without. "
                 "Leave one of the two out."
+            )
+        if self.into_momentum and self.persistent:
+            raise ParameterError(
+                'accumulate_into="momentum" with persistent_gradients=True: the gradients have no memory of their own '
+                "that could stay, the momentum buffers stay anyway. Leave one of the two out."
             )
 
     @property

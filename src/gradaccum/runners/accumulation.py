@@ -21,6 +21,7 @@ from gradaccum import guards
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.momentum import check_optimizers, check_rest
 from gradaccum.gradients.options import GradientOptions
+from gradaccum.gradients.persistent import check_persistent
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normalise import Normaliser, Seeds, weighs_nothing
@@ -77,6 +78,8 @@ class Accumulation:
         if gradients.into_momentum:
             check_optimizers(self.optimizers)
             check_rest(clip_norm=clip_norm, has_scaler=scaler is not None, has_ranks=self.ranks is not None)
+        if gradients.persistent:
+            check_persistent(self.optimizers, has_ranks=self.ranks is not None)
         self._look_at_parameters()
         self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(
