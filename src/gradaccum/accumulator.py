@@ -57,6 +57,8 @@ class Accumulator:
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
             take no memory; needs ``weights``. The update is the same; a discarded window costs its momentum.
+        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
+            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -97,6 +99,7 @@ class Accumulator:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         accumulate_into: AccumulateInto = "grad",
+        persistent_gradients: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
     ) -> None:
@@ -111,7 +114,12 @@ class Accumulator:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype, accumulate_into=accumulate_into),
+            gradients=GradientOptions(
+                fused=fused,
+                accumulate_dtype=accumulate_dtype,
+                accumulate_into=accumulate_into,
+                persistent=persistent_gradients,
+            ),
             sync=sync,
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
@@ -126,12 +134,10 @@ class Accumulator:
         self._expected_for: tuple[int | None, int] | None = None
         self._expected: Sequence[int | None] = ()
         self._updates_before_pass = 0
-        # The micro-batch that over() has handed out last: its rows, whether it is the last, and what its means are
-        # over.
+        # The micro-batch that over() has handed out last: rows, whether it is the last, what its means are over.
         self._samples: int | None = None
-        self._is_last = False
         self._counted: dict[str, Weight] | None = None
-        self._awaits_backward = False
+        self._is_last = self._awaits_backward = False
         # What a pass had read ahead of a bare iterator, and that iterator.
         self._unused: deque[Any] = deque()
         self._unused_of: Any = None
@@ -188,7 +194,7 @@ class Accumulator:
         self._pass = weakref.ref(shared)
         if self._any_rows is not None:
             self._any_rows.expect_of(shared.items)
-        length = _length(shared)
+        length = shared.length
         if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
             target = self._size.at(1)
             if length < target:
@@ -340,7 +346,7 @@ class Accumulator:
         """What is to come, before the first window of these sizes."""
         current = self._active_pass()
         updates = (
-            self._size.updates_in(_length(current), len(sizes), only_complete=self._tail == "drop")
+            self._size.updates_in(current.length, len(sizes), only_complete=self._tail == "drop")
             if current is not None
             else None
         )
@@ -388,10 +394,3 @@ class Accumulator:
                 f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The "
                 "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
             )
-
-
-def _length(items: Iterable[Any]) -> int | None:
-    try:
-        return len(items)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None

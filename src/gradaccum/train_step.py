@@ -75,6 +75,8 @@ class TrainStep:
         accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
             take no memory; means over anything but samples need ``weights``. The update is the same; a batch that
             fails costs its momentum.
+        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
+            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. Each process
@@ -120,6 +122,7 @@ class TrainStep:
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         accumulate_into: AccumulateInto = "grad",
+        persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
     ) -> None:
@@ -145,7 +148,12 @@ class TrainStep:
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(fused=fused, accumulate_dtype=accumulate_dtype, accumulate_into=accumulate_into),
+            gradients=GradientOptions(
+                fused=fused,
+                accumulate_dtype=accumulate_dtype,
+                accumulate_into=accumulate_into,
+                persistent=persistent_gradients,
+            ),
             couples_batch_norms=batch_norm == "micro",
             sync=sync,
         )

@@ -6,5 +6,6 @@
 | `options.py` | how they add up, as the user wants it |
 | `fused/` | weight gradients are added in place |
 | `wide.py` | low precision is added up in fp32 |
+| `persistent.py` | the sum is in the same memory in every window |
 | `momentum.py` | the sum is kept in SGD's momentum buffers |
 """

@@ -6,7 +6,7 @@ version counter, which every in-place operation moves: clipping by hand, zeroing
 one of them is enough to look at.
 
 Options change how they add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`), in the
-optimizer's momentum (`momentum`).
+optimizer's momentum (`momentum`), in memory that stays (`persistent`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.momentum import MomentumSums
 from gradaccum.gradients.options import GradientOptions
+from gradaccum.gradients.persistent import PersistentGradients
 from gradaccum.gradients.wide import WideSums
 
 _MAX_SHOWN = 3
@@ -56,6 +57,7 @@ class DotGrad:
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
         dtype = options.accumulate_dtype
         self._wide = None if dtype is None else WideSums(self.parameters, dtype)
+        self._persistent = PersistentGradients(self.parameters) if options.persistent else None
         self._own = frozenset(id(parameter) for parameter in self.parameters)
         self._only_own: list[nn.Parameter] | None = None
         self._watched: nn.Parameter | None = None
@@ -76,6 +78,9 @@ class DotGrad:
             self._wide.begin()
         if self.momentum is not None and is_for_update:
             self.momentum.begin()
+        if self._persistent is not None:  # after the sums have their dtype
+            self._persistent.begin(keeps=is_for_update)
+            self._watch()  # cleared before the first backward, they would not be there for it
 
     def check_empty(self) -> None:
         """That no gradient is left over from something else; gradients of zero are removed.
@@ -183,12 +188,16 @@ class DotGrad:
         """Multiplies the sum so far."""
         assert self.momentum is None or not self.momentum.is_open, "what is in the momentum cannot be rescaled"
         for parameter in self.parameters:
-            if parameter.grad is not None:
+            if parameter.grad is not None and not self._is_untouched(parameter):
                 parameter.grad.mul_(factor)
         self._watch()
 
     def filled(self, among: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Which of some parameters got a gradient; sparse gradients are coalesced in passing."""
+        """Which of some parameters got a gradient; the others have none. Sparse ones are coalesced in passing."""
+        if self._persistent is not None:
+            for parameter in self.parameters:
+                if self._is_untouched(parameter):
+                    parameter.grad = None
         found = [parameter for parameter in among if parameter.grad is not None]
         for parameter in found:
             gradient = parameter.grad
@@ -217,7 +226,7 @@ class DotGrad:
             keeps_memory: whether the next window may write its gradients where these were.
         """
         if self._fused is not None:
-            has_own_memory = self._wide is None and self.momentum is None
+            has_own_memory = self._wide is None and self.momentum is None and self._persistent is None
             self._fused.keep_memory() if keeps_memory and has_own_memory else self._fused.free_memory()
         for parameter in self.parameters:
             parameter.grad = None
@@ -225,6 +234,8 @@ class DotGrad:
             self._wide.end()
         if self.momentum is not None:
             self.momentum.end()
+        if self._persistent is not None:
+            self._persistent.end()
         self._watched = self._watched_gradient = None
 
     def set_aside(self) -> list[Tensor | None]:
@@ -244,6 +255,9 @@ class DotGrad:
             else:  # a sparse tensor can be added to a dense one, not the other way round
                 parameter.grad = now.add_(before) if before.is_sparse and not now.is_sparse else before.add_(now)
         self._watched = self._watched_gradient = None
+
+    def _is_untouched(self, parameter: nn.Parameter) -> bool:
+        return self._persistent is not None and self._persistent.is_untouched(parameter)
 
     def _watch(self) -> None:
         gradient = None if self._watched is None else self._watched.grad

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from gradaccum import guards
 from gradaccum.gradients.casts import KeptCasts
 from gradaccum.gradients.dot_grad import DotGrad
-from gradaccum.gradients.momentum import check_optimizers, check_rest
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
@@ -77,9 +76,8 @@ class Accumulation:
         self._trained = Trained(model, optimizer)
         self.models, self.optimizers = self._trained.models, self._trained.optimizers
         self.ranks: OverRanks | None = over_ranks(self.models, sync, self._trained.named)
-        if gradients.into_momentum:
-            check_optimizers(self.optimizers)
-            check_rest(clip_norm=clip_norm, has_scaler=scaler is not None, has_ranks=self.ranks is not None)
+        has_ranks = self.ranks is not None
+        gradients.check_rest(self.optimizers, clip_norm=clip_norm, has_scaler=scaler is not None, has_ranks=has_ranks)
         self._look_at_parameters()
         self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(

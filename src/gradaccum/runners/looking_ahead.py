@@ -83,6 +83,14 @@ class LookingAhead(Generic[Item]):
         """Whether the pass has ended, completely or not."""
         return self._is_over
 
+    @property
+    def length(self) -> int | None:
+        """How many items the stream has; None where it does not say."""
+        try:
+            return len(self)
+        except (TypeError, NotImplementedError):
+            return None
+
     def __len__(self) -> int:
         return len(self._items)  # type: ignore[arg-type]
 
