@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 import gradaccum as ga
-from gradaccum.errors import MisuseError, ParameterError
+from gradaccum.errors import MisuseError, ParameterError, UnsupportedError
+from gradaccum.gradients.persistent import check_persistent
 from oracle import (
     EXACT,
     RAGGED,
@@ -363,3 +364,8 @@ def test_together_with_momentum() -> None:
     model = make_model("mlp")
     with pytest.raises(ParameterError, match=r"persistent_gradients=True: the gradients have no memory"):
         ga.TrainStep(model, sgd(model), mse, micro_batch_size=4, persistent_gradients=True, accumulate_into="momentum")
+
+
+def test_several_processes() -> None:
+    with pytest.raises(UnsupportedError, match="persistent_gradients=True with several processes"):
+        check_persistent([], has_ranks=True)
