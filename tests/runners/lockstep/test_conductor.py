@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import copy
 import gc
+import signal
 import threading
 import traceback
 import weakref
@@ -139,6 +140,7 @@ def test_an_error_in_the_backward() -> None:
 
 def test_an_interrupt_while_a_micro_batch_runs() -> None:
     """Ctrl-C reaches the main thread, which waits for a micro-batch."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     model = make_network("residual")
     calls = 0
 
@@ -151,8 +153,11 @@ def test_an_interrupt_while_a_micro_batch_runs() -> None:
 
     step = ga.TrainStep(model, sgd(model), loss, micro_batch_size=2, batch_norm="exact")
     buffers = buffers_of(model)
-    with pytest.raises(KeyboardInterrupt):
-        step(make_batches(1)[0])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step(make_batches(1)[0])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert threads_of_lockstep() == []
     assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
     assert step(make_batches(1)[0]).index == 1
