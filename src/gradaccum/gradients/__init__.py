@@ -8,4 +8,5 @@
 | `wide.py` | low precision is added up in fp32 |
 | `persistent.py` | the sum is in the same memory in every window |
 | `momentum.py` | the sum is kept in SGD's momentum buffers |
+| `casts.py` | weights are cast under autocast once a window |
 """
