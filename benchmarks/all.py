@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from _common import FOLDER
 
 ROOT = FOLDER.parent
@@ -34,17 +35,21 @@ class Run:
         full: its options.
         quick: its options with --quick.
         needs: packages without which there is nothing to compare.
+        needs_gpu: whether it measures nothing on the CPU.
     """
 
     name: str
     full: str = ""
     quick: str = ""
     needs: tuple[str, ...] = ()
+    needs_gpu: bool = False
 
     def obstacle(self) -> str | None:
         missing = [package for package in self.needs if importlib.util.find_spec(package) is None]
         if missing:
             return f"needs {', '.join(missing)}: pip install -c constraints.txt -e '.[dev,bench]'"
+        if self.needs_gpu and not torch.cuda.is_available():
+            return "needs a GPU"
         return None
 
 
@@ -62,6 +67,7 @@ RUNS = (
     Run(name="casts"),
     Run(name="lengths"),
     Run(name="peak"),
+    Run(name="gpu", quick="--rounds 1 --shapes 124M", needs_gpu=True),
 )
 
 

@@ -308,7 +308,11 @@ def _multiply(parameters: Sequence[nn.Parameter], factor: float | Tensor | None)
     if factor is None:
         return
     for group in _grouped([_values(parameter) for parameter in parameters]):
-        torch._foreach_mul_(group, factor.to(group[0].device) if isinstance(factor, Tensor) else factor)
+        if isinstance(factor, Tensor):
+            wide = group[0].dtype in (torch.float64, torch.complex128)
+            torch._foreach_mul_(group, factor.to(group[0].device, torch.float64 if wide else torch.float32))
+        else:
+            torch._foreach_mul_(group, factor)
 
 
 def _reciprocal(factor: float | Tensor | None, device: torch.device) -> Tensor | None:

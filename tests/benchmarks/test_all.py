@@ -45,6 +45,14 @@ def test_what_cannot_be_run_says_why(everything: ModuleType) -> None:
     assert everything.Run(name="a").obstacle() is None
 
 
+@pytest.mark.parametrize(("has_gpu", "says"), [(False, "needs a GPU"), (True, None)])
+def test_what_needs_a_gpu(
+    has_gpu: bool, says: str | None, everything: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: has_gpu)
+    assert everything.Run(name="a", needs_gpu=True).obstacle() == says
+
+
 def test_a_failure_stops_nothing_and_is_said(
     everything: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -51,8 +52,10 @@ def mse(model: nn.Module, batch: Batch) -> Tensor:
 def no_waiting() -> Iterator[None]:
     """Every synchronisation of host and device is an error."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with catch_warnings():
+            simplefilter("ignore")  # it is a prototype, and says so
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

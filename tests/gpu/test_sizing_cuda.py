@@ -18,7 +18,7 @@ from oracle import SINGLE, assert_same_gradients, assert_same_number, parameters
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 MIB = 1 << 20
 
 # 1,024 rows keep 9 activations of 32,768 fp32 numbers each: 1.1 GiB. Room is left for a third of it.

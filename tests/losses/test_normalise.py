@@ -117,6 +117,14 @@ def test_means_and_sums_of_one_window_mix(weights: list[int], data: st.DataObjec
 # ----------------------------------------------------------------------------------------------------- what is expected
 
 
+def test_a_whole_number_on_a_device_is_not_divided_in_fp32() -> None:
+    """torch's int64 / int64 is fp32. A tensor without data stands for one on a device: neither is read."""
+    normaliser = Normaliser(first_share=(1, 3))
+    normaliser.seed(ga.Loss.sum(leaf().to("meta"), over=torch.tensor(7, device="meta")))
+    assert isinstance(normaliser.correction, Tensor)
+    assert normaliser.correction.dtype == torch.float64
+
+
 def test_samples_of_a_batch_need_no_correction() -> None:
     """13 rows as 5 + 5 + 3: the first micro-batch is 5 / 13 of it."""
     parameter, normaliser = leaf(), Normaliser(first_share=(5, 13))

@@ -50,6 +50,14 @@ def host_number(weight: Weight) -> Number:
     return weight
 
 
+def _exact(weight: Weight) -> Number:
+    """The same, in fp64 where it stays on a device: torch divides whole numbers in fp32."""
+    number = host_number(weight)
+    if isinstance(number, Tensor):
+        return number.to(torch.float32 if number.device.type == "mps" else torch.float64)
+    return number
+
+
 def weighs_nothing(totals: Mapping[str, Weight] | None) -> bool:
     """Whether it is known on the host, before a window begins, that all its terms have a total of 0."""
     numbers = None if totals is None else [host_number(total) for total in totals.values()]
@@ -108,7 +116,7 @@ class Normaliser:
         expected: float | None = None,
     ) -> None:
         self._seeds = Seeds() if seeds is None else seeds
-        self._totals = None if totals is None else {name: host_number(total) for name, total in totals.items()}
+        self._totals = None if totals is None else {name: _exact(total) for name, total in totals.items()}
         self._first_share = first_share
         self._at_least = at_least
         self._expected: Number | None = expected
@@ -143,7 +151,7 @@ class Normaliser:
     ) -> tuple[Tensor, Tensor] | None:
         """The same for what a `Loss` is made of."""
         if isinstance(weight, Tensor):
-            weight = host_number(weight)
+            weight = _exact(weight)
         self._add(name, root, weight, is_mean=is_mean)
         share: Number = 1.0
         if weight is not None:
@@ -190,7 +198,7 @@ class Normaliser:
         for losses in micro_losses:
             for name, loss in losses.items():
                 if loss.weight is not None:
-                    totals[name] = totals.get(name, 0) + host_number(loss.weight)
+                    totals[name] = totals.get(name, 0) + _exact(loss.weight)
         self._totals = totals if added_up is None else added_up(totals)
 
     @property

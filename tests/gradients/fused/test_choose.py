@@ -54,8 +54,8 @@ def test_auto_does_not_take_the_matrices_of_lora() -> None:
 
 
 def test_auto_takes_larger_ones_on_devices() -> None:
-    assert not choice("auto").may_pay(weight(1024, 1024))
-    assert choice("auto").may_pay(weight(4096, 4096))
+    assert not choice("auto").may_pay(weight(4096, 4096))
+    assert choice("auto").may_pay(weight(8192, 8192))
 
 
 def test_auto_leaves_a_micro_batch_of_many_rows_to_torch() -> None:

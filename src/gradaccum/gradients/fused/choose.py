@@ -53,10 +53,11 @@ class Choice:
 _WHEREVER_RIGHT = Choice(host=Limits(0, float("inf")), device=Limits(0, float("inf")))
 
 # On the CPU measured: four layers of 512 x 512 came out even at 4 to 2,048 rows (0.98 to 1.17 of the time), four of
-# 1,024 x 1,024 at 0.74 of it with 4 rows and 0.92 to 0.97 with 32 to 512. Elsewhere calculated, not measured: what is
-# saved, 8 to 18 bytes an element at 1 to 3 TB/s, has to be worth about 10 us of Python a weight; and a product of 8,192
-# rows takes twenty times as long as the addition.
-_WHERE_IT_PAYS = Choice(host=Limits(1 << 19, 2048), device=Limits(1 << 22, 8192))
+# 1,024 x 1,024 at 0.74 of it with 4 rows and 0.92 to 0.97 with 32 to 512. On a device measured with an H100 under bf16
+# autocast: layers of up to 2,048 x 2,048 took 1.0 to 1.9 of the time at 256 to 16,384 rows, since it is the host that
+# takes it, and the host does more for each weight; 4,096 x 4,096 came out at 0.86 to 1.58, and only 8,192 x 8,192 won
+# at every number of rows (0.62 to 0.97).
+_WHERE_IT_PAYS = Choice(host=Limits(1 << 19, 2048), device=Limits(1 << 26, 16384))
 
 
 def choice_of(fused: FusedOption) -> Choice | None:
