@@ -2,11 +2,12 @@
 
     python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N] [--no-peers]
 
-12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. Two questions:
+12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. Three questions:
 
     micro-steps       an update of 8 micro-batches of one sequence of 32, 128 or 256 tokens: what do the loops take?
     time for space    an update of 8 sequences of 128 tokens, whole and in pieces of 1 and 2: what does accumulation
                       cost in time? 1.00 is the whole batch's own time, on the memory of eight times the activations.
+    own-python        which share of an update's time is the library's own Python? Under a profiler, which adds to it.
 
 All loops make the same update. Runs alternate; what is compared is the median of the ratios to the first loop in the
 same round, of wall time and of processor time, which other programs on the machine disturb less. Needs 4 GB and takes
@@ -16,6 +17,7 @@ a few minutes a round.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from _common import write_results
 from _gpt import GPT, SHAPES, Shape, loss_fn, make_batch
 from _loops import Job, accumulator, peers, pieces, textbook, train_step
+from _own import own_share
 from _timing import Loop, measure
 
 import gradaccum as ga
@@ -32,6 +35,7 @@ TOKENS = (32, 128, 256)
 MICRO_BATCHES = 8
 SPACE_TOKENS = 128
 DIFFERENCE_TOKENS = 32
+QUESTIONS = ("micro-steps", "time-for-space", "own-python")
 
 Results = dict[str, dict[str, float]]
 
@@ -83,6 +87,15 @@ def gradient_difference(job: Job) -> float:
     )
 
 
+def own_python(shape: Shape, every: Sequence[int]) -> dict[str, float]:
+    """The library's own share of an update, for each number of tokens in a micro-batch."""
+    shares = {str(tokens): own_share(accumulator(make_job(shape, tokens), fused=True)) for tokens in every}
+    print("the library's own Python, of an update's time")
+    for tokens, share in shares.items():
+        print(f"  {MICRO_BATCHES} micro-batches of {tokens + ' tokens':14} {share:8.2%}", flush=True)
+    return shares
+
+
 def timed(loops: dict[str, Loop], rounds: int, title: str) -> Results:
     results = {name: asdict(times) for name, times in measure(loops, rounds).items()}
     print(title)
@@ -100,7 +113,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results are written")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("micro-steps", "time-for-space"))
+    parser.add_argument("--only", choices=QUESTIONS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in a micro-batch of the micro-steps")
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="Accelerate and Fabric")
@@ -109,16 +122,19 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     results: dict[str, Any] = {"gradient_difference": gradient_difference(make_job(shape, DIFFERENCE_TOKENS))}
     print(f"largest relative difference of a gradient: {results['gradient_difference']:.1e}")
-    if arguments.only != "time-for-space":
+    questions = QUESTIONS if arguments.only is None else (arguments.only,)
+    if "micro-steps" in questions:
         results["micro_steps"] = {}
         for tokens in arguments.tokens:
             loops = micro_steps(make_job(shape, tokens), with_peers=arguments.peers)
             title = f"{MICRO_BATCHES} micro-batches of {tokens} tokens"
             results["micro_steps"][str(tokens)] = timed(loops, arguments.rounds, title)
-    if arguments.only != "micro-steps":
+    if "time-for-space" in questions:
         tokens = min(SPACE_TOKENS, shape.context)
         title = f"{MICRO_BATCHES} x {tokens} tokens"
         results["time_for_space"] = timed(time_for_space(make_job(shape, tokens)), arguments.rounds, title)
+    if "own-python" in questions:
+        results["own_python"] = own_python(shape, arguments.tokens)
     if arguments.json:
         write_results(arguments.json, results)
 

@@ -60,4 +60,5 @@ def test_what_is_written(
     for loops in (results["micro_steps"]["8"], results["time_for_space"]):
         assert all(set(of) == {"seconds", "ratio", "processor_seconds", "processor_ratio"} for of in loops.values())
         assert next(iter(loops.values()))["ratio"] == 1
+    assert 0 < results["own_python"]["8"] < 1
     assert "8 micro-batches of 8 tokens" in capsys.readouterr().out
