@@ -30,9 +30,7 @@ from torch import Tensor
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-
-Number = float | Tensor
-"""A Python number, or a 0-d tensor on a device that is not to be waited for."""
+from gradaccum.losses.term_sum import Number, TermSum, is_read_at_once
 
 SINGLE = ""
 """The name under which a loss that is not a dict of terms is kept."""
@@ -83,16 +81,6 @@ class Seeds:
         return seed
 
 
-class _Term:
-    """One term's sum over the window: its parts, and its total weight so far."""
-
-    __slots__ = ("parts", "weight")
-
-    def __init__(self, weight: Number | None) -> None:
-        self.parts: list[tuple[Tensor, Number]] = []
-        self.weight = weight
-
-
 class Normaliser:
     """The sums and weights of one window, and the seeds its backwards get.
 
@@ -122,8 +110,8 @@ class Normaliser:
         self._expected: Number | None = expected
         self._is_fixed = expected is not None
         self._rescale: float | None = None
-        self._terms: dict[str, _Term] = {}
-        self._again: tuple[int, torch.dtype, torch.device, Tensor, _Term] | None = None
+        self._terms: dict[str, TermSum] = {}
+        self._again: tuple[int, torch.dtype, torch.device, Tensor, TermSum] | None = None
 
     def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
         """Adds a micro-batch's loss to the window's sums.
@@ -139,7 +127,10 @@ class Normaliser:
         if again is not None and again[0] == samples and again[1] == root.dtype and again[2] == root.device:
             term = again[4]
             term.weight = term.weight + samples  # type: ignore[operator]
-            term.parts.append((root.detach(), samples))
+            if is_read_at_once(root):
+                term.on_host += root.item() * samples
+            else:
+                term.add(root, samples)
             return root, again[3]
         one = self.seed_root(root, samples, is_mean=True)
         assert one is not None, "it weighs something and has a graph"
@@ -247,19 +238,19 @@ class Normaliser:
 
     def share(self) -> dict[str, tuple[Tensor, Number | None]]:
         """Each term's sum and weight on this process, by name; what `settle` wants to have of all of them."""
-        return {name: (_mean(term.parts, None), term.weight) for name, term in self._terms.items()}
+        return {name: (term.mean(None), term.weight) for name, term in self._terms.items()}
 
     def settle(self, whole: Mapping[str, tuple[Tensor, Number | None]]) -> None:
         """From now on the sums and weights are those of all processes together."""
         whole = whole or {SINGLE: (torch.zeros(()), 0)}  # nobody had anything
-        self._terms = {name: _Term(weight) for name, (_, weight) in whole.items()}
+        self._terms = {name: TermSum(weight) for name, (_, weight) in whole.items()}
         self._again = None
         for name, (total, _) in whole.items():
-            self._terms[name].parts.append((total, 1.0))
+            self._terms[name].add(total, 1.0)
 
     def means(self) -> dict[str, Tensor]:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""
-        return {name: _mean(term.parts, term.weight) for name, term in self._terms.items()}
+        return {name: term.mean(term.weight) for name, term in self._terms.items()}
 
     def _add(self, name: str, root: Tensor, weight: Number | None, *, is_mean: bool) -> None:
         term = self._terms.get(name)
@@ -269,7 +260,7 @@ class Normaliser:
                     "One micro-batch of the window returned a single loss, another a dict of terms. Return the same "
                     "kind for every micro-batch, with weight 0 where a term has nothing: ga.Loss.sum(zero, over=0)."
                 )
-            term = self._terms[name] = _Term(weight)
+            term = self._terms[name] = TermSum(weight)
         elif term.weight is None or weight is None:
             if term.weight is not weight:
                 raise LossError(
@@ -279,8 +270,7 @@ class Normaliser:
                 )
         else:
             term.weight = term.weight + weight
-        # Detached: no graph is kept alive by what is only reported.
-        term.parts.append((root.detach(), weight if is_mean and weight is not None else 1.0))
+        term.add(root, weight if is_mean and weight is not None else 1.0)
 
     def _expected_total(self, name: str, weight: Number, *, in_half: bool) -> Number:
         if self._totals is not None:
@@ -358,27 +348,6 @@ def _is_nothing(weight: Number) -> bool:
     same (smoothed labels whose own classes have no weight).
     """
     return not weight
-
-
-def _mean(parts: list[tuple[Tensor, Number]], weight: Number | None) -> Tensor:
-    narrow = parts[0][0].dtype
-    dtype = torch.float32 if narrow in _HALF else narrow
-    if not isinstance(weight, Tensor) and all(root.is_cpu for root, _ in parts):
-        total = 0.0
-        for root, share in parts:
-            if share:  # a mean over nothing is NaN, and adds nothing
-                total += root.item() * share
-        quotient = total if weight is None else total / weight if weight else math.nan
-        return torch.tensor(quotient, dtype=dtype)
-    device = parts[0][0].device
-    # fp64 where the device has it: at 1,000 micro-batches an fp32 sum would show in the seventh digit.
-    wide = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for root, share in parts:
-        if isinstance(share, Tensor):
-            wide = wide + torch.where(share == 0, torch.zeros_like(root), root * share).to(wide)
-        elif share:
-            wide = wide + (root.to(wide) * share)
-    return (wide if weight is None else wide / weight).to(dtype)
 
 
 def _names(terms: Mapping[str, object]) -> str:
