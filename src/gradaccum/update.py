@@ -32,6 +32,7 @@ from gradaccum.errors import ParameterError, WindowError
 # to 9 us, for four gradients).
 _FEW = 8192
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
+_ZEROS: list[Tensor] = []  # kept, because making one takes longer than looking for what is not finite
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -286,9 +287,15 @@ def _are_finite(gradients: Sequence[Tensor]) -> bool:
 
 def _are_few_finite(gradients: list[Tensor]) -> bool:
     """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each."""
-    found = torch.zeros((), dtype=torch.float32, device="cpu")
+    try:
+        found = _ZEROS.pop()  # one for each thread that is in here
+    except IndexError:
+        found = torch.zeros((), dtype=torch.float32, device="cpu")
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, _ONE)
-    return not found.item()
+    if found.item():
+        return False
+    _ZEROS.append(found)
+    return True
 
 
 def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
