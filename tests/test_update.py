@@ -13,7 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import gradaccum as ga
-from gradaccum.update import _FEW, Updater
+from gradaccum.norms import _FEW
+from gradaccum.update import Updater
 
 UPDATES = 4
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}  # a few roundings

@@ -163,10 +163,10 @@ class Update:
     _later: dict[str, Callable[[], Any]] = field(repr=False)
 
     @staticmethod
-    def made(**values: Any) -> Update:
-        """An update with every field given, all at once: a frozen class sets one after the other, which takes 5 us."""
+    def made(values: dict[str, Any]) -> Update:
+        """An update of its fields by name, all at once: a frozen class sets one after the other, which takes 5 us."""
         update = object.__new__(Update)
-        update.__dict__.update(values)
+        object.__setattr__(update, "__dict__", values)
         return update
 
     def __getattr__(self, name: str) -> Any:

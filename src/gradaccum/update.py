@@ -14,7 +14,6 @@ these to fused optimizers, see ``torch/amp/grad_scaler.py``, `GradScaler.step`.
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,12 +26,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum.errors import ParameterError, WindowError
+from gradaccum.norms import are_finite, combined, grouped, norms
 
-# Up to so many elements torch's check of GradScaler, which also multiplies, is faster than a sum (2 to 7 us, against 7
-# to 9 us, for four gradients).
-_FEW = 8192
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
-_ZEROS: list[Tensor] = []  # kept, because making one takes longer than looking for what is not finite
+_NOTHING = nullcontext()
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -142,11 +138,11 @@ class Updater:
         _multiply(parameters, correction)
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
-        gradients = [_values(parameter) for parameter in parameters]
         is_as_torch = self._narrow is None and self._stepping is None
-        skips_by_itself = is_as_torch and all(_skips_by_itself(optimizer) for optimizer in self._optimizers)
+        skips_by_itself = is_as_torch and all(map(_skips_by_itself, self._optimizers))
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
-            return self._step_if(_are_finite(gradients), parameters, correction, None)
+            finite = are_finite([_values(parameter) for parameter in parameters])
+            return self._step_if(finite, parameters, correction, None)
         norm = self._norm(parameters)
         grad_norm, factor = self._clipped(norm, correction)
         if not skips_by_itself:
@@ -164,11 +160,12 @@ class Updater:
         self, finite: bool, parameters: Sequence[nn.Parameter], factor: float | Tensor | None, grad_norm: Tensor | None
     ) -> Applied:
         """For optimizers that cannot skip by themselves, so that the device has been waited for."""
-        if finite:
+        if finite and factor is not None:
             _multiply(parameters, factor)
+        if finite and self._narrow is not None:
             finite = self._narrowed(parameters)
         if finite:
-            with nullcontext() if self._stepping is None else self._stepping():
+            with _NOTHING if self._stepping is None else self._stepping():
                 for optimizer in self._optimizers:
                     optimizer.step()
         return Applied(grad_norm, skipped=not finite)
@@ -212,7 +209,7 @@ class Updater:
             return True
         self._narrow()
         in_fp16 = [values for parameter in parameters if (values := _values(parameter)).dtype == torch.float16]
-        return not in_fp16 or _are_finite(in_fp16)  # its largest number is 65,504; bf16 has the range of fp32
+        return not in_fp16 or are_finite(in_fp16)  # its largest number is 65,504; bf16 has the range of fp32
 
     def _step_scaled(
         self, scaler: GradScaler, optimizer: Optimizer, correction: float | Tensor | None, device: torch.device
@@ -227,7 +224,7 @@ class Updater:
     def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         if self.total_norm is not None:
             return self.total_norm(parameters, self._order)
-        return _combined(_norms([_values(parameter) for parameter in parameters], self._order), self._order)
+        return combined(norms([_values(parameter) for parameter in parameters], self._order), self._order)
 
     def _clipped(self, norm: Tensor, correction: float | Tensor | None) -> tuple[Tensor | None, float | Tensor | None]:
         """The norm of the corrected gradient, and the factor that corrects and clips in one."""
@@ -248,73 +245,10 @@ def _values(parameter: nn.Parameter) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def _norms(gradients: Sequence[Tensor], order: float) -> list[Tensor]:
-    """The norm of each gradient, 0-d; fp32 at least, since fp16 norms overflow."""
-    norms: list[Tensor] = []
-    for group in _grouped([gradient for gradient in gradients if gradient.numel()]):  # no maximum over nothing
-        wide = torch.float32 if group[0].dtype in (torch.float16, torch.bfloat16) else None
-        # The kernel under torch.nn.utils.get_total_norm, without its grouping, which takes longer than it.
-        norms.extend(torch._foreach_norm(group, order, dtype=wide))
-    return norms
-
-
-def _combined(norms: Sequence[Tensor], order: float) -> Tensor:
-    """The norm over all gradients together, 0-d, on the first one's device."""
-    if not norms:
-        return torch.zeros(())
-    if len(norms) == 1:
-        return norms[0]
-    home = norms[0].device
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([norm.to(home, widest) for norm in norms]), order)
-
-
-def _are_finite(gradients: Sequence[Tensor]) -> bool:
-    # On the host, a sum over something that is not finite is not finite either, and takes half the time of a norm. The
-    # norm is asked only where the sum says no: it may have overflowed.
-    small: list[Tensor] = []
-    for gradient in gradients:
-        if not gradient.is_cpu:
-            break
-        if gradient.numel() <= _FEW and not gradient.is_complex():
-            small.append(gradient)
-        elif not cmath.isfinite(gradient.sum().item()):
-            break
-    else:
-        return all(_are_few_finite(group) for group in _grouped(small))
-    return math.isfinite(_combined(_norms(gradients, math.inf), math.inf).item())
-
-
-def _are_few_finite(gradients: list[Tensor]) -> bool:
-    """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each."""
-    try:
-        found = _ZEROS.pop()  # one for each thread that is in here
-    except IndexError:
-        found = torch.zeros((), dtype=torch.float32, device="cpu")
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, _ONE)
-    if found.item():
-        return False
-    _ZEROS.append(found)
-    return True
-
-
-def _grouped(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """By device and dtype, as foreach kernels want them."""
-    if not gradients:
-        return []
-    first = gradients[0]
-    if all(gradient.dtype == first.dtype and gradient.device == first.device for gradient in gradients):
-        return [list(gradients)]
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    return list(groups.values())
-
-
 def _multiply(parameters: Sequence[nn.Parameter], factor: float | Tensor | None) -> None:
     if factor is None:
         return
-    for group in _grouped([_values(parameter) for parameter in parameters]):
+    for group in grouped([_values(parameter) for parameter in parameters]):
         if isinstance(factor, Tensor):
             wide = group[0].dtype in (torch.float64, torch.complex128)
             torch._foreach_mul_(group, factor.to(group[0].device, torch.float64 if wide else torch.float32))

@@ -57,21 +57,27 @@ def update_of(
     peak_bytes: int | None,
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
-    return Update.made(
-        index=index,
-        weight=normaliser.weight,
-        grad_norm=grad_norm,
-        samples=counted.samples,
-        micro_batches=counted.micro_batches,
-        micro_batch_size=counted.largest,
-        seconds=seconds,
-        peak_bytes=peak_bytes,
-        noise_scale=None,
-        _later=_later(normaliser, skipped),
-    )
+    later = _means_later(normaliser)
+    values: dict[str, Any] = {
+        "index": index,
+        "weight": normaliser.weight,
+        "grad_norm": grad_norm,
+        "samples": counted.samples,
+        "micro_batches": counted.micro_batches,
+        "micro_batch_size": counted.largest,
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "noise_scale": None,
+        "_later": later,
+    }
+    if isinstance(skipped, Tensor):
+        later["skipped"] = lambda: bool(skipped)
+    else:
+        values["skipped"] = skipped
+    return Update.made(values)
 
 
-def _later(normaliser: Normaliser, skipped: bool | Tensor) -> dict[str, Callable[[], Any]]:
+def _means_later(normaliser: Normaliser) -> dict[str, Callable[[], Any]]:
     means: dict[str, Tensor] = {}
 
     def computed() -> dict[str, Tensor]:
@@ -82,7 +88,6 @@ def _later(normaliser: Normaliser, skipped: bool | Tensor) -> dict[str, Callable
     return {
         "loss": lambda: sum_of(computed()),
         "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
-        "skipped": lambda: bool(skipped),
     }
 
 
