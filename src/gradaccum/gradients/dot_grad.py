@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Variable
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
+from gradaccum.gradients.graph import Graph, read_graph
 from gradaccum.gradients.momentum import MomentumSums
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.gradients.persistent import PersistentGradients
@@ -101,32 +101,23 @@ class DotGrad:
             )
         self.clear()
 
-    def look_for_foreign_leaves(self, roots: Sequence[Tensor]) -> None:
+    def look_for_foreign_leaves(self, roots: Sequence[Tensor]) -> Graph:
         """Finds out whether a backward would also reach parameters of other models, and if so leaves these alone.
 
         In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts.
-        The graph is walked in Python, about a microsecond a node, so this is asked for in the first window of a pass,
-        not always.
+        The graph is read in Python, so this is asked for in the first window of a pass, not always.
+
+        Returns:
+            The graph, for `add`.
         """
-        foreign = False
-        reentrant = False
-        seen: set[Any] = set()
-        nodes: list[Any] = [root.grad_fn for root in roots]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if isinstance(variable, nn.Parameter) and id(variable) not in self._own:
-                foreign = True
-            if node.name() == "CheckpointFunctionBackward":
-                reentrant = True  # its graph is made in the backward; of its parameters only a module's are known
-                function = getattr(node, "run_function", None)
-                module = getattr(function, "__self__", function)
-                if isinstance(module, nn.Module):
-                    foreign = foreign or any(id(parameter) not in self._own for parameter in module.parameters())
-            nodes.extend(parent for parent, _ in node.next_functions)
+        graph = read_graph(roots)
+        foreign = any(isinstance(leaf, nn.Parameter) and id(leaf) not in self._own for leaf in graph.leaves.values())
+        reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
+        for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
+            function = getattr(node, "run_function", None)
+            module = getattr(function, "__self__", function)
+            if isinstance(module, nn.Module):
+                foreign = foreign or any(id(parameter) not in self._own for parameter in module.parameters())
         if foreign and reentrant:
             raise UnsupportedError(
                 "The loss reaches parameters of a model that is not this accumulator's, and a reentrant checkpoint, "
@@ -135,6 +126,7 @@ class DotGrad:
             )
         if foreign:  # and from now on: later losses may go through it again
             self._only_own = self.parameters
+        return graph
 
     def add(
         self,
@@ -143,6 +135,7 @@ class DotGrad:
         *,
         also: Sequence[Tensor] = (),
         only: Sequence[Tensor] | None = None,
+        graph: Graph | None = None,
     ) -> None:
         """Runs the backward of one micro-batch.
 
@@ -151,6 +144,7 @@ class DotGrad:
             seeds: the gradients it starts with.
             also: leaves besides the parameters that get gradients.
             only: the leaves that get gradients, where these are not the parameters.
+            graph: of the roots, where it has been read.
 
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
@@ -171,7 +165,7 @@ class DotGrad:
             return
         if self._fused is not None and only is None:
             own = None if self._only_own is None else self._own.union(map(id, also))
-            if self._fused.run(roots, seeds, own):
+            if self._fused.run(roots, seeds, own, graph):
                 self._watch()
                 return
         # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take as

@@ -233,9 +233,8 @@ class Accumulation:
     def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Runs the backward of outputs whose gradients are known, as they are: seeded and scaled already."""
         if outputs:
-            if self._looks_for_foreign:
-                self._gradients.look_for_foreign_leaves(outputs)
-            self._gradients.add(tuple(outputs), tuple(gradients))
+            graph = self._gradients.look_for_foreign_leaves(outputs) if self._looks_for_foreign else None
+            self._gradients.add(tuple(outputs), tuple(gradients), graph=graph)
 
     def count(self, samples: int | None) -> None:
         """Counts a micro-batch that went into the window."""
@@ -376,12 +375,11 @@ class Accumulation:
             seeds = tuple(seed * self.ranks.boost for seed in seeds)
         if scaler is not None:
             seeds = tuple(scaler.scale(seed) for seed in seeds)
-        if self._looks_for_foreign:
-            self._gradients.look_for_foreign_leaves(roots)
+        graph = self._gradients.look_for_foreign_leaves(roots) if self._looks_for_foreign else None
         rescale = normaliser.take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        self._gradients.add(roots, seeds, also=also, only=only)
+        self._gradients.add(roots, seeds, also=also, only=only, graph=graph)
 
     def _reset(self) -> None:
         self._normaliser = None

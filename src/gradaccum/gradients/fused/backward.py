@@ -32,9 +32,9 @@ from torch.autograd.graph import GradientEdge
 
 from gradaccum.gradients.fused import embedding, linear
 from gradaccum.gradients.fused.choose import Choice
-from gradaccum.gradients.fused.graph import Graph, Use, read_graph
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import accumulate_dtype_of
+from gradaccum.gradients.graph import Graph, Use, read_graph
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -81,15 +81,18 @@ class FusedBackward:
         """Whether there is any parameter to do this for."""
         return bool(self._candidates)
 
-    def plan(self, roots: Sequence[Tensor], only: frozenset[int] | None = None) -> Plan | None:
+    def plan(
+        self, roots: Sequence[Tensor], only: frozenset[int] | None = None, graph: Graph | None = None
+    ) -> Plan | None:
         """Which gradients of a backward would be added up in place, and what is left to the engine; None for nothing.
 
         Args:
             roots: where the backward starts.
             only: ids of the parameters that may get a gradient; None for all leaves.
+            graph: of the roots, where it has been read.
         """
-        graph = read_graph(roots)
-        if graph.has_checkpoint:  # which torch lets no backward with inputs reach
+        graph = read_graph(roots) if graph is None else graph
+        if graph.checkpoints:  # which torch lets no backward with inputs reach
             return None
         in_place: dict[nn.Parameter, list[tuple[Use, Add]]] = {}
         rest: list[Any] = [root for root in roots if root.grad_fn is None]
@@ -103,18 +106,25 @@ class FusedBackward:
                 graph.hurry_casts(node)
         return Plan(in_place, rest) if in_place else None
 
-    def run(self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...], only: frozenset[int] | None) -> bool:
+    def run(
+        self,
+        roots: tuple[Tensor, ...],
+        seeds: tuple[Tensor, ...],
+        only: frozenset[int] | None,
+        graph: Graph | None = None,
+    ) -> bool:
         """Runs the backward of one micro-batch.
 
         Args:
             roots: where it starts.
             seeds: the gradients it starts with.
             only: ids of the parameters that may get a gradient; None for all leaves.
+            graph: of the roots, where it has been read.
 
         Returns:
             Whether it has run; if not, nothing has happened.
         """
-        plan = self.plan(roots, only)
+        plan = self.plan(roots, only, graph)
         if plan is None:
             return False
         inputs: list[Any] = list(plan.rest)
@@ -123,7 +133,7 @@ class FusedBackward:
         try:
             for weight, adds in plan.in_place.items():
                 for use, add in adds:
-                    handles.append(use.node.register_prehook(_hook(self._prepared(weight, add), streams)))
+                    handles.append(use.node.register_prehook(_hook(self._prepared(weight, add), weight, streams)))
                     # A node is run for what is asked for only: without this, one that leads to nothing else is not.
                     inputs.append(GradientEdge(use.node, 0))
             Variable._execution_engine.run_backward(
@@ -200,12 +210,20 @@ class _Streams:
         self._callers = {device: torch.cuda.current_stream(device) for device in devices}
         self._others: list[tuple[torch.cuda.Stream, torch.cuda.Stream]] = []
 
-    def enter(self, device: torch.device) -> None:
-        """Before a gradient is added: the stream of its forward waits for what the caller has added before."""
+    def before(self, add: Add, device: torch.device) -> Add:
+        """Has the stream that a gradient is added on wait for what the caller has added before."""
         caller = self._callers.get(device)
-        if caller is not None and (current := torch.cuda.current_stream(device)) != caller:
-            current.wait_stream(caller)
-            self._others.append((caller, current))
+        if caller is None:
+            return add
+
+        def wait_and_add(gradient: Tensor) -> None:
+            current = torch.cuda.current_stream(device)
+            if current != caller:
+                current.wait_stream(caller)
+                self._others.append((caller, current))
+            add(gradient)
+
+        return wait_and_add
 
     def leave(self) -> None:
         """After the backward: the caller waits for what was added."""
@@ -213,20 +231,26 @@ class _Streams:
             caller.wait_stream(other)
 
 
-def _hook(add: Add, streams: _Streams) -> Callable[[tuple[Tensor | None, ...]], None]:
+def _hook(add: Add, weight: Tensor, streams: _Streams) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """What a node's hook is. All questions are asked here, once: right after a large GEMM each one takes 10 us."""
+    if torch.is_autocast_enabled(weight.device.type):  # as it is in the engine's threads; it would cast the factors
+        add = _outside_autocast(add, weight.device.type)
+    add = streams.before(add, weight.device)
+
     def before(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[0]
-        if gradient is None:
-            return
-        if gradient.is_cuda:
-            streams.enter(gradient.device)
-        if torch.is_autocast_enabled(gradient.device.type):  # it would cast the factors
-            with torch.autocast(gradient.device.type, enabled=False):
-                add(gradient)
-        else:
+        if gradient is not None:
             add(gradient)
 
     return before
+
+
+def _outside_autocast(add: Add, device_type: str) -> Add:
+    def outside(gradient: Tensor) -> None:
+        with torch.autocast(device_type, enabled=False):
+            add(gradient)
+
+    return outside
 
 
 class _NoGradient(Function):

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradaccum.gradients.fused.graph import Use
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import accumulate_dtype_of
 from gradaccum.gradients.fused.saved import can_read_twice, read
+from gradaccum.gradients.graph import Use
 
 
 def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[Tensor], None] | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradaccum.gradients.fused.graph import Use
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import add_product
 from gradaccum.gradients.fused.saved import can_read_twice, read
+from gradaccum.gradients.graph import Use
 
 # By kind of node: where the two matrices stand among its inputs, and under what names they are saved.
 _PRODUCTS = {
@@ -44,9 +44,9 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[
     def add(gradient: Tensor) -> None:
         other = read(node, other_name)
         if is_left:  # dy x^T, transposed x dy^T
-            factors = (other, gradient.mT) if is_transposed else (gradient, other.mT)
+            factors = (other, gradient.transpose(-2, -1)) if is_transposed else (gradient, other.transpose(-2, -1))
         else:  # x^T dy, transposed dy^T x
-            factors = (gradient.mT, other) if is_transposed else (other.mT, gradient)
+            factors = (gradient.transpose(-2, -1), other) if is_transposed else (other.transpose(-2, -1), gradient)
         add_product(parameter, *factors, alpha=alpha, memory=memory)
 
     return add

@@ -26,19 +26,20 @@ def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: 
         alpha: a factor.
         memory: where the first product goes.
     """
-    dtype = accumulate_dtype_of(parameter) if parameter.grad is None else parameter.grad.dtype
-    if left.dtype != dtype and left.device.type == "cpu" and not _host_has(left.dtype):
-        left, right = left.to(dtype), right.to(dtype)
     total = parameter.grad
+    dtype = accumulate_dtype_of(parameter) if total is None else total.dtype
+    narrow = left.dtype
+    if narrow != dtype and left.is_cpu and not _host_has(narrow):
+        left, right, narrow = left.to(dtype), right.to(dtype), dtype
     if total is None:
         parameter.grad = _first(parameter, left, right, alpha, memory)
-    elif total.dtype == left.dtype:
+    elif narrow == dtype:
         if left.dim() == 2:
             total.addmm_(left, right, alpha=alpha)
         else:
             total.baddbmm_(left, right, alpha=alpha)
-    elif left.is_cuda and left.dim() == 2 and _widens(left.dtype, total.dtype):
-        torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+    elif left.is_cuda and left.dim() == 2 and _widens(narrow, dtype):
+        torch.addmm(total, left, right, alpha=alpha, out_dtype=dtype, out=total)  # type: ignore[call-overload]
     else:
         total.add_(torch.matmul(left, right), alpha=alpha)
 
