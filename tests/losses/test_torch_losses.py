@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gradaccum.errors import UnsupportedError
 from gradaccum.losses.criterion import criterion
-from gradaccum.losses.torch_losses import RULES
+from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY, RULES
 from losses.torch_cases import (
     CASES,
     CLASS_WEIGHTS,
@@ -43,6 +43,9 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SPLITS = {"ragged": (5, 0, 1, 7), "one by one": (1,) * ROWS}
 
 EVERY_FORM = pytest.mark.parametrize(("name", "form"), [(name, form) for name in CASES for form in forms(CASES[name])])
+NEEDS_LINEAR_CROSS_ENTROPY = pytest.mark.skipif(
+    not HAS_LINEAR_CROSS_ENTROPY, reason="this torch has no LinearCrossEntropyLoss"
+)
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
 
 # Torch's own KL divergence, whenever it takes the mean over elements.
@@ -283,8 +286,10 @@ def test_adaptive_softmax_of_one_sample_without_a_batch() -> None:
     torch.testing.assert_close(micro.value, module(*given).loss, **EXACT)
 
 
-@pytest.mark.parametrize("options", [None, nn.LinearCrossEntropyOptions(batch_chunk_size=2)], ids=["whole", "chunks"])
-def test_linear_cross_entropy_as_a_function(options: nn.LinearCrossEntropyOptions | None) -> None:
+@NEEDS_LINEAR_CROSS_ENTROPY
+@pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "chunks"])
+def test_linear_cross_entropy_as_a_function(chunk: int | None) -> None:
+    options = None if chunk is None else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     x, target, matrix = output(ROWS, 6), labels(ROWS), output(CLASSES, 6)
     call = functools.partial(F.linear_cross_entropy, weight=CLASS_WEIGHTS, options=options)
     expected = call(x, matrix, target)
@@ -353,6 +358,7 @@ def test_a_float16_sum_beyond_65504_is_finite(loss: nn.Module, inputs: Callable[
     assert torch.autograd.grad(micro.value, x)[0].isfinite().all()
 
 
+@NEEDS_LINEAR_CROSS_ENTROPY
 def test_linear_cross_entropy_in_chunks_of_float16() -> None:
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=1000)
     loss = nn.LinearCrossEntropyLoss(4, 4, options=options, dtype=torch.float16)

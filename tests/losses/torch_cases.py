@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradaccum.losses.criterion import criterion
+from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY
 
 ROWS = 13
 CLASSES = 5
@@ -235,13 +236,16 @@ CASES = {
     "CrossEntropy soft weight smooth 2d": cross_entropy(
         soft(3, 2), weight=CLASS_WEIGHTS, label_smoothing=0.2, depends_on_data=False
     ),
-    "LinearCrossEntropy": linear_cross_entropy(hidden(), weight=CLASS_WEIGHTS),
-    "LinearCrossEntropy 1d": linear_cross_entropy(hidden(2), out_features=(2,), label_smoothing=0.1),
-    "LinearCrossEntropy soft": linear_cross_entropy(lambda rows: (output(rows, 6), share(rows, CLASSES))),
-    "LinearCrossEntropy chunks": linear_cross_entropy(
-        hidden(), weight=CLASS_WEIGHTS, options=nn.LinearCrossEntropyOptions(batch_chunk_size=3)
-    ),
 }
+if HAS_LINEAR_CROSS_ENTROPY:
+    CASES |= {
+        "LinearCrossEntropy": linear_cross_entropy(hidden(), weight=CLASS_WEIGHTS),
+        "LinearCrossEntropy 1d": linear_cross_entropy(hidden(2), out_features=(2,), label_smoothing=0.1),
+        "LinearCrossEntropy soft": linear_cross_entropy(lambda rows: (output(rows, 6), share(rows, CLASSES))),
+        "LinearCrossEntropy chunks": linear_cross_entropy(
+            hidden(), weight=CLASS_WEIGHTS, options=nn.LinearCrossEntropyOptions(batch_chunk_size=3)
+        ),
+    }
 
 
 def forms(case: Case) -> dict[str, Callable[..., Any]]:

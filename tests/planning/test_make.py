@@ -385,7 +385,7 @@ def test_the_name_is_the_function() -> None:
 def test_on_a_gpu() -> None:
     model = ARCHITECTURES["gpt"].make().cuda()
     gpt = ARCHITECTURES["gpt"]
-    data = gpt.rows_of_8(64)
+    data = gpt.batch(64)
     planned(model, gpt.loss_fn, data)  # cuBLAS allocates a workspace the first time, and keeps it
     before, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     measured = planned(model, gpt.loss_fn, data, memory=None)

@@ -216,9 +216,12 @@ class _Streams:
         if caller is None:
             return add
 
+        index = caller.device_index
+        callers_own = caller.cuda_stream
+
         def wait_and_add(gradient: Tensor) -> None:
-            current = torch.cuda.current_stream(device)
-            if current != caller:
+            if _raw_stream(index) != callers_own:
+                current = torch.cuda.current_stream(device)
                 current.wait_stream(caller)
                 self._others.append((caller, current))
             add(gradient)
@@ -246,11 +249,20 @@ def _hook(add: Add, weight: Tensor, streams: _Streams) -> Callable[[tuple[Tensor
 
 
 def _outside_autocast(add: Add, device_type: str) -> Add:
-    def outside(gradient: Tensor) -> None:
-        with torch.autocast(device_type, enabled=False):
+    def outside(gradient: Tensor) -> None:  # leaving a context in a thread of the engine would throw all casts away
+        torch.set_autocast_enabled(device_type, False)
+        try:
             add(gradient)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
     return outside
+
+
+def _raw_stream(index: int) -> int:
+    """The current stream of a CUDA device, without an object made for it, which takes longer than a small addition."""
+    handle: int = torch._C._cuda_getCurrentRawStream(index)
+    return handle
 
 
 class _NoGradient(Function):
