@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import gradaccum as ga
+from gradaccum.sync import faults
 from gradaccum.sync.faults import Whereabouts
 from oracle import assert_same_gradients, gradients_of, parameters_of, whole_batches
 from ranks import results_of, run_ranks
@@ -180,3 +182,19 @@ def test_whereabouts() -> None:
     os.waitpid(child, 0)
     assert Whereabouts(own.host, child).is_gone()
     assert not Whereabouts("another host", child).is_gone()
+
+
+class EndsWhileLookedAt(Whereabouts):
+    """A process that hears of another's fault, says so and ends, all just before it is looked at."""
+
+    def is_gone(self) -> bool:
+        faults.tell(1, "it ended without a word, as a process that is killed")
+        return True
+
+
+def test_who_ends_of_what_it_heard_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(faults, "_store", lambda: store)
+    own = Whereabouts.own()
+    message = faults.found([own, own, EndsWhileLookedAt(own.host, own.pid)], own_rank=0)
+    assert message == "rank 1 failed (it ended without a word, as a process that is killed)"

@@ -76,10 +76,10 @@ def found(whereabouts: list[Whereabouts], *, own_rank: int) -> str:
     """What is known about the fault of another process, after a collective has failed here."""
     end = time.monotonic() + _SECONDS_TO_DIE
     while True:
-        told = _told()
+        gone = [rank for rank, where in enumerate(whereabouts) if rank != own_rank and where.is_gone()]
+        told = _told()  # asked second: who has ended by now of what it heard itself has told before
         if told is not None and told[0] != own_rank:
             return f"rank {told[0]} failed ({told[1]})"
-        gone = [rank for rank, where in enumerate(whereabouts) if rank != own_rank and where.is_gone()]
         if gone:
             ranks = ", ".join(map(str, gone))
             message = f"rank{'s' if len(gone) > 1 else ''} {ranks} ended without a word, as a process that is killed"
