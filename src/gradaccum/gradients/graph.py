@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 LEAF = "AccumulateGrad"
 FIRST = 2**64 - 1  # the sequence number that AccumulateGrad nodes have
 _CAST = "ToCopyBackward0"
 _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
-_FOLLOWED = _TRANSPOSITIONS | {_CAST, LEAF}
+_FOLLOWED = _TRANSPOSITIONS | {_CAST}
+
+_PASSED, _ASKED_FOR, _A_LEAF, _A_CHECKPOINT = 1, 2, 3, 4  # what a node is to the walk
+_torchs_own: dict[type, int] = {}  # of these there are a few hundred types; a type's name is a new string each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +96,10 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
     leaves: dict[Any, Tensor] = {}
     # Of every node seen: those that read it, where that will be asked for.
     readers: dict[Any, list[tuple[Any, int]] | None] = {
-        root: [] if type(root).__name__ in _FOLLOWED else None for root in nodes
+        root: [] if _role_of(type(root)) == _ASKED_FOR else None for root in nodes
     }
-    checkpoints = [node for node in nodes if "Checkpoint" in type(node).__name__]
+    checkpoints = [node for node in nodes if _role_of(type(node)) == _A_CHECKPOINT]
+    known = _torchs_own.get
     for node in nodes:  # more are appended
         for position, (child, _) in enumerate(node.next_functions):
             if child is None:
@@ -104,15 +109,34 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
                 if found is not None:
                     found.append((node, position))
                 continue
-            kind = type(child).__name__
-            readers[child] = [(node, position)] if kind in _FOLLOWED else None
-            if kind == LEAF:
+            role = known(type(child)) or _role_of(type(child))
+            if role == _PASSED:
+                readers[child] = None
+                nodes.append(child)
+            elif role == _A_LEAF:
+                readers[child] = [(node, position)]
                 leaves[child] = child.variable  # type: ignore[attr-defined]
-                continue
-            if "Checkpoint" in kind:
+            elif role == _ASKED_FOR:
+                readers[child] = [(node, position)]
+                nodes.append(child)
+            else:
+                readers[child] = None
+                nodes.append(child)
                 checkpoints.append(child)
-            nodes.append(child)
     return Graph(leaves, readers, graph_roots, checkpoints)
+
+
+def _role_of(type_: type) -> int:
+    name = type_.__name__
+    if name == LEAF:
+        role = _A_LEAF
+    elif name in _FOLLOWED:
+        role = _ASKED_FOR
+    else:
+        role = _A_CHECKPOINT if "Checkpoint" in name else _PASSED
+    if not issubclass(type_, BackwardCFunction):  # which custom functions make, perhaps anew each time
+        _torchs_own[type_] = role
+    return role
 
 
 def _exchanges_last_two(node: Any, kind: str, num_dims: int) -> bool:

@@ -31,14 +31,13 @@ from torch.autograd import Function, Variable
 from torch.autograd.graph import GradientEdge
 
 from gradaccum.gradients.fused import embedding, linear
+from gradaccum.gradients.fused.add import Add, Gradients
 from gradaccum.gradients.fused.choose import Choice
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import accumulate_dtype_of
 from gradaccum.gradients.graph import Graph, Use, read_graph
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-Add = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +161,10 @@ class FusedBackward:
         if prepare is None:
             return add
 
-        def prepare_and_add(gradient: Tensor) -> None:
-            prepare(weight)
-            add(gradient)
+        def prepare_and_add(gradients: Gradients) -> None:
+            if gradients[0] is not None:
+                prepare(weight)
+            add(gradients)
 
         return prepare_and_add
 
@@ -219,12 +219,12 @@ class _Streams:
         index = caller.device_index
         callers_own = caller.cuda_stream
 
-        def wait_and_add(gradient: Tensor) -> None:
+        def wait_and_add(gradients: Gradients) -> None:
             if _raw_stream(index) != callers_own:
                 current = torch.cuda.current_stream(device)
                 current.wait_stream(caller)
                 self._others.append((caller, current))
-            add(gradient)
+            add(gradients)
 
         return wait_and_add
 
@@ -234,25 +234,18 @@ class _Streams:
             caller.wait_stream(other)
 
 
-def _hook(add: Add, weight: Tensor, streams: _Streams) -> Callable[[tuple[Tensor | None, ...]], None]:
+def _hook(add: Add, weight: Tensor, streams: _Streams) -> Add:
     """What a node's hook is. All questions are asked here, once: right after a large GEMM each one takes 10 us."""
     if torch.is_autocast_enabled(weight.device.type):  # as it is in the engine's threads; it would cast the factors
         add = _outside_autocast(add, weight.device.type)
-    add = streams.before(add, weight.device)
-
-    def before(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[0]
-        if gradient is not None:
-            add(gradient)
-
-    return before
+    return streams.before(add, weight.device)
 
 
 def _outside_autocast(add: Add, device_type: str) -> Add:
-    def outside(gradient: Tensor) -> None:  # leaving a context in a thread of the engine would throw all casts away
+    def outside(gradients: Gradients) -> None:  # leaving a context in a thread of the engine would throw all casts away
         torch.set_autocast_enabled(device_type, False)
         try:
-            add(gradient)
+            add(gradients)
         finally:
             torch.set_autocast_enabled(device_type, True)
 

@@ -6,18 +6,18 @@ each element of the table, 620 MB for GPT-2 small, whatever the number of tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from gradaccum.gradients.fused.add import Add, Gradients
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import accumulate_dtype_of
-from gradaccum.gradients.fused.saved import can_read_twice, read
+from gradaccum.gradients.fused.saved import can_read_twice, name_of, read
 from gradaccum.gradients.graph import Use
 
 
-def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[Tensor], None] | None:
+def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None:
     """What adds the gradient of this use to ``parameter.grad``, given that of the rows looked up; None if unknown."""
     node: Any = use.node
     if type(node).__name__ != "EmbeddingBackward0" or use.position != 0 or use.is_transposed or parameter.dim() != 2:
@@ -26,8 +26,13 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[
         return None
     padding_row = _signed(node._saved_padding_idx)
 
-    def add(gradient: Tensor) -> None:
-        indices = read(node, "indices").reshape(-1)
+    saved = name_of("indices")
+
+    def add(gradients: Gradients) -> None:
+        gradient = gradients[0]
+        if gradient is None:
+            return
+        indices = read(node, saved).reshape(-1)
         rows = gradient.reshape(-1, parameter.shape[1])
         if parameter.grad is None:
             parameter.grad = memory.take(parameter, accumulate_dtype_of(parameter)).zero_()

@@ -6,14 +6,14 @@ For  y = x W  the gradient is  x^T dy,  and for  y = W x  it is  dy x^T.  Read t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from gradaccum.gradients.fused.add import Add, Gradients
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import add_product
-from gradaccum.gradients.fused.saved import can_read_twice, read
+from gradaccum.gradients.fused.saved import can_read_twice, name_of, read
 from gradaccum.gradients.graph import Use
 
 # By kind of node: where the two matrices stand among its inputs, and under what names they are saved.
@@ -24,7 +24,7 @@ _PRODUCTS = {
 }
 
 
-def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[Tensor], None] | None:
+def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None:
     """What adds the gradient of this use to ``parameter.grad``, given that of the product; None if unknown."""
     kind = type(use.node).__name__
     product = _PRODUCTS.get(kind)
@@ -34,19 +34,25 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Callable[[
     if use.position not in (left, right):
         return None  # the summand of addmm
     is_left = use.position == left
+    is_transposed = use.is_transposed
+    comes_first = is_left != is_transposed  # the incoming gradient, of the two factors
     other_name = right_name if is_left else left_name
     if not can_read_twice(use.node, other_name):
         return None
     node: Any = use.node
-    is_transposed = use.is_transposed
     alpha = node._saved_alpha if kind == "AddmmBackward0" else 1
+    saved = name_of(other_name)
 
-    def add(gradient: Tensor) -> None:
-        other = read(node, other_name)
+    def add(gradients: Gradients) -> None:
+        gradient = gradients[0]
+        if gradient is None:
+            return
+        other = read(node, saved)
+        left, right = (gradient, other) if comes_first else (other, gradient)
         if is_left:  # dy x^T, transposed x dy^T
-            factors = (other, gradient.transpose(-2, -1)) if is_transposed else (gradient, other.transpose(-2, -1))
+            right = right.transpose(-2, -1)
         else:  # x^T dy, transposed dy^T x
-            factors = (gradient.transpose(-2, -1), other) if is_transposed else (other.transpose(-2, -1), gradient)
-        add_product(parameter, *factors, alpha=alpha, memory=memory)
+            left = left.transpose(-2, -1)
+        add_product(parameter, left, right, alpha, memory)
 
     return add

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradaccum.gradients.fused.memory import Memory
 
 
-def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: float, memory: Memory) -> None:
+def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, alpha: float, memory: Memory) -> None:
     """Adds to ``parameter.grad``, or writes there where nothing is yet.
 
     In one dtype that is one GEMM with beta = 1, and 0 for the first one. A product of bf16 that is added up in fp32 is
@@ -34,10 +34,8 @@ def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: 
     if total is None:
         parameter.grad = _first(parameter, left, right, alpha, memory)
     elif narrow == dtype:
-        if left.dim() == 2:
-            total.addmm_(left, right, alpha=alpha)
-        else:
-            total.baddbmm_(left, right, alpha=alpha)
+        add = total.addmm_ if left.dim() == 2 else total.baddbmm_
+        add(left, right, alpha=alpha)
     elif left.is_cuda and left.dim() == 2 and _widens(narrow, dtype):
         torch.addmm(total, left, right, alpha=alpha, out_dtype=dtype, out=total)  # type: ignore[call-overload]
     else:

@@ -42,10 +42,20 @@ def can_read_twice(node: Any, name: str) -> bool:
     return type(data.handles) is _ReadTwice
 
 
+def name_of(name: str) -> str:
+    """What `read` knows a saved tensor by."""
+    return f"_saved_{name}"
+
+
 def read(node: Any, name: str) -> Tensor:
-    """The saved tensor."""
-    saved: Tensor = getattr(node, f"_saved_{name}").detach()
-    return saved.to_dense() if saved.layout is not torch.strided else saved
+    """The saved tensor, in a backward: nothing is recorded there, so that it need not be detached.
+
+    Args:
+        node: of a graph whose backward runs.
+        name: as `name_of` has it.
+    """
+    saved: Tensor = getattr(node, name)
+    return saved if saved.layout is torch.strided else saved.to_dense()
 
 
 class _ReadTwice(dict[Any, Any]):
