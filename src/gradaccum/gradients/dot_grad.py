@@ -111,7 +111,8 @@ class DotGrad:
             The graph, for `add`.
         """
         graph = read_graph(roots)
-        foreign = any(isinstance(leaf, nn.Parameter) and id(leaf) not in self._own for leaf in graph.leaves.values())
+        others = [leaf for leaf in graph.leaves.values() if id(leaf) not in self._own]
+        foreign = any(isinstance(leaf, nn.Parameter) for leaf in others)
         reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
         for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
             function = getattr(node, "run_function", None)

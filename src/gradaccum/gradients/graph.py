@@ -21,8 +21,26 @@ _CAST = "ToCopyBackward0"
 _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 _FOLLOWED = _TRANSPOSITIONS | {_CAST}
 
-_PASSED, _ASKED_FOR, _A_LEAF, _A_CHECKPOINT = 1, 2, 3, 4  # what a node is to the walk
-_torchs_own: dict[type, int] = {}  # of these there are a few hundred types; a type's name is a new string each time
+_ASKED_FOR, _A_LEAF, _A_CHECKPOINT = 1, 2, 3  # what a node is to the walk; 0 is nothing but a node
+
+
+class _Roles(dict[type, int]):
+    """By type of node: its name is a new string each time. Those of torch's own, a few hundred, are kept."""
+
+    def __missing__(self, node: type) -> int:
+        name = node.__name__
+        if name == LEAF:
+            role = _A_LEAF
+        elif name in _FOLLOWED:
+            role = _ASKED_FOR
+        else:
+            role = _A_CHECKPOINT if "Checkpoint" in name else 0
+        if not issubclass(node, BackwardCFunction):  # a custom function's, which may be made anew each time
+            self[node] = role
+        return role
+
+
+_ROLES = _Roles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +114,10 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
     leaves: dict[Any, Tensor] = {}
     # Of every node seen: those that read it, where that will be asked for.
     readers: dict[Any, list[tuple[Any, int]] | None] = {
-        root: [] if _role_of(type(root)) == _ASKED_FOR else None for root in nodes
+        root: [] if _ROLES[type(root)] == _ASKED_FOR else None for root in nodes
     }
-    checkpoints = [node for node in nodes if _role_of(type(node)) == _A_CHECKPOINT]
-    known = _torchs_own.get
+    checkpoints = [node for node in nodes if _ROLES[type(node)] == _A_CHECKPOINT]
+    roles = _ROLES
     for node in nodes:  # more are appended
         for position, (child, _) in enumerate(node.next_functions):
             if child is None:
@@ -109,34 +127,18 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
                 if found is not None:
                     found.append((node, position))
                 continue
-            role = known(type(child)) or _role_of(type(child))
-            if role == _PASSED:
+            role = roles[type(child)]
+            if role == 0:
                 readers[child] = None
-                nodes.append(child)
-            elif role == _A_LEAF:
-                readers[child] = [(node, position)]
-                leaves[child] = child.variable  # type: ignore[attr-defined]
-            elif role == _ASKED_FOR:
-                readers[child] = [(node, position)]
-                nodes.append(child)
             else:
-                readers[child] = None
-                nodes.append(child)
-                checkpoints.append(child)
+                readers[child] = [(node, position)]
+                if role == _A_LEAF:
+                    leaves[child] = child.variable  # type: ignore[attr-defined]
+                    continue
+                if role == _A_CHECKPOINT:
+                    checkpoints.append(child)
+            nodes.append(child)
     return Graph(leaves, readers, graph_roots, checkpoints)
-
-
-def _role_of(type_: type) -> int:
-    name = type_.__name__
-    if name == LEAF:
-        role = _A_LEAF
-    elif name in _FOLLOWED:
-        role = _ASKED_FOR
-    else:
-        role = _A_CHECKPOINT if "Checkpoint" in name else _PASSED
-    if not issubclass(type_, BackwardCFunction):  # which custom functions make, perhaps anew each time
-        _torchs_own[type_] = role
-    return role
 
 
 def _exchanges_last_two(node: Any, kind: str, num_dims: int) -> bool:

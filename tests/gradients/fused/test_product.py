@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gradaccum.gradients.fused.memory import Memory
-from gradaccum.gradients.fused.product import add_product
+from gradaccum.gradients.fused.product import add_product, adder_of
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -22,7 +22,7 @@ def test_in_one_dtype(is_first: bool, alpha: float, batch: tuple[int, ...]) -> N
     parameter = nn.Parameter(torch.zeros(*batch, 3, 4, dtype=torch.float64))
     before = torch.zeros_like(parameter) if is_first else torch.randn_like(parameter)
     parameter.grad = None if is_first else before.detach().clone()
-    add_product(parameter, left, right, alpha=alpha, memory=Memory())
+    adder_of(parameter, left.dtype, Memory())(left, right, alpha=alpha)
     torch.testing.assert_close(parameter.grad, (before + alpha * left @ right).detach())
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from gradaccum.gradients.fused.add import Add, Gradients
 from gradaccum.gradients.fused.memory import Memory
 from gradaccum.gradients.fused.product import accumulate_dtype_of
-from gradaccum.gradients.fused.saved import can_read_twice, name_of, read
+from gradaccum.gradients.fused.saved import can_read_twice
 from gradaccum.gradients.graph import Use
 
 
@@ -26,13 +26,11 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None
         return None
     padding_row = _signed(node._saved_padding_idx)
 
-    saved = name_of("indices")
-
     def add(gradients: Gradients) -> None:
         gradient = gradients[0]
         if gradient is None:
             return
-        indices = read(node, saved).reshape(-1)
+        indices = node._saved_indices.reshape(-1)
         rows = gradient.reshape(-1, parameter.shape[1])
         if parameter.grad is None:
             parameter.grad = memory.take(parameter, accumulate_dtype_of(parameter)).zero_()

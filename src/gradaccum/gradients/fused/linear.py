@@ -12,8 +12,8 @@ from torch import nn
 
 from gradaccum.gradients.fused.add import Add, Gradients
 from gradaccum.gradients.fused.memory import Memory
-from gradaccum.gradients.fused.product import add_product
-from gradaccum.gradients.fused.saved import can_read_twice, name_of, read
+from gradaccum.gradients.fused.product import adder_of
+from gradaccum.gradients.fused.saved import can_read_twice
 from gradaccum.gradients.graph import Use
 
 # By kind of node: where the two matrices stand among its inputs, and under what names they are saved.
@@ -40,19 +40,20 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None
     if not can_read_twice(use.node, other_name):
         return None
     node: Any = use.node
+    saved = f"_saved_{other_name}"
+    into = adder_of(parameter, node._input_metadata[0].dtype, memory)
     alpha = node._saved_alpha if kind == "AddmmBackward0" else 1
-    saved = name_of(other_name)
 
     def add(gradients: Gradients) -> None:
         gradient = gradients[0]
         if gradient is None:
             return
-        other = read(node, saved)
+        other = getattr(node, saved)
         left, right = (gradient, other) if comes_first else (other, gradient)
         if is_left:  # dy x^T, transposed x dy^T
             right = right.transpose(-2, -1)
         else:  # x^T dy, transposed dy^T x
             left = left.transpose(-2, -1)
-        add_product(parameter, left, right, alpha, memory)
+        into(left, right, alpha=alpha)
 
     return add

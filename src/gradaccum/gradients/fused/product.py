@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,21 @@ from torch import Tensor, nn
 from gradaccum.gradients.fused.memory import Memory
 
 
-def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, alpha: float, memory: Memory) -> None:
+def adder_of(parameter: nn.Parameter, dtype: torch.dtype, memory: Memory) -> Callable[..., object]:
+    """What adds products to ``parameter.grad``, called with their factors and ``alpha=``: decided before the backward.
+
+    Args:
+        parameter: as for `add_product`.
+        dtype: of the factors.
+        memory: as for `add_product`.
+    """
+    total = parameter.grad
+    if total is not None and total.dtype == dtype:  # one call of torch's: nothing else is run between two GEMMs
+        return total.addmm_ if parameter.dim() == 2 else total.baddbmm_
+    return functools.partial(add_product, parameter, memory=memory)
+
+
+def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: float, memory: Memory) -> None:
     """Adds to ``parameter.grad``, or writes there where nothing is yet.
 
     In one dtype that is one GEMM with beta = 1, and 0 for the first one. A product of bf16 that is added up in fp32 is
@@ -34,8 +49,10 @@ def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, alpha: flo
     if total is None:
         parameter.grad = _first(parameter, left, right, alpha, memory)
     elif narrow == dtype:
-        add = total.addmm_ if left.dim() == 2 else total.baddbmm_
-        add(left, right, alpha=alpha)
+        if left.dim() == 2:
+            total.addmm_(left, right, alpha=alpha)
+        else:
+            total.baddbmm_(left, right, alpha=alpha)
     elif left.is_cuda and left.dim() == 2 and _widens(narrow, dtype):
         torch.addmm(total, left, right, alpha=alpha, out_dtype=dtype, out=total)  # type: ignore[call-overload]
     else:

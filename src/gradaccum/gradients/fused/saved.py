@@ -25,7 +25,7 @@ def can_read_twice(node: Any, name: str) -> bool:
 
     Args:
         node: of a graph whose backward has not run.
-        name: of the saved tensor, such as ``mat1``.
+        name: of the saved tensor, such as ``mat1``. It is read as ``_saved_mat1``.
     """
     raw: Any = getattr(node, f"_raw_saved_{name}")
     try:
@@ -40,22 +40,6 @@ def can_read_twice(node: Any, name: str) -> bool:
     if not handles:
         data.handles = _ReadTwice()
     return type(data.handles) is _ReadTwice
-
-
-def name_of(name: str) -> str:
-    """What `read` knows a saved tensor by."""
-    return f"_saved_{name}"
-
-
-def read(node: Any, name: str) -> Tensor:
-    """The saved tensor, in a backward: nothing is recorded there, so that it need not be detached.
-
-    Args:
-        node: of a graph whose backward runs.
-        name: as `name_of` has it.
-    """
-    saved: Tensor = getattr(node, name)
-    return saved if saved.layout is torch.strided else saved.to_dense()
 
 
 class _ReadTwice(dict[Any, Any]):
