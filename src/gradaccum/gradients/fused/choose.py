@@ -54,9 +54,9 @@ _WHEREVER_RIGHT = Choice(host=Limits(0, float("inf")), device=Limits(0, float("i
 
 # On the CPU measured: four layers of 512 x 512 came out even at 4 to 2,048 rows (0.98 to 1.17 of the time), four of
 # 1,024 x 1,024 at 0.74 of it with 4 rows and 0.92 to 0.97 with 32 to 512. On a device measured with an H100 under bf16
-# autocast: layers of up to 2,048 x 2,048 took 1.0 to 1.5 of the time at 256 to 16,384 rows, since it is the host that
-# takes it, and the host does more for each weight; 4,096 x 4,096 came out at 0.84 to 1.38, and only 8,192 x 8,192 won
-# at every number of rows (0.67 to 0.97).
+# autocast: layers of up to 2,048 x 2,048 took 0.94 to 1.55 of the time at 256 to 16,384 rows, since it is the host that
+# takes it, and the host does more for each weight; 4,096 x 4,096 came out at 0.84 to 1.37, and only 8,192 x 8,192 won
+# at every number of rows (0.60 to 0.97).
 _WHERE_IT_PAYS = Choice(host=Limits(1 << 19, 2048), device=Limits(1 << 26, 16384))
 
 
