@@ -21,7 +21,7 @@ _CAST = "ToCopyBackward0"
 _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 _FOLLOWED = _TRANSPOSITIONS | {_CAST}
 
-_ASKED_FOR, _A_LEAF, _A_CHECKPOINT = 1, 2, 3  # what a node is to the walk; 0 is nothing but a node
+_PASSED, _ASKED_FOR, _A_LEAF, _A_CHECKPOINT = range(4)  # what a node is to the walk
 
 
 class _Roles(dict[type, int]):
@@ -34,7 +34,7 @@ class _Roles(dict[type, int]):
         elif name in _FOLLOWED:
             role = _ASKED_FOR
         else:
-            role = _A_CHECKPOINT if "Checkpoint" in name else 0
+            role = _A_CHECKPOINT if "Checkpoint" in name else _PASSED
         if not issubclass(node, BackwardCFunction):  # a custom function's, which may be made anew each time
             self[node] = role
         return role
@@ -117,7 +117,6 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
         root: [] if _ROLES[type(root)] == _ASKED_FOR else None for root in nodes
     }
     checkpoints = [node for node in nodes if _ROLES[type(node)] == _A_CHECKPOINT]
-    roles = _ROLES
     for node in nodes:  # more are appended
         for position, (child, _) in enumerate(node.next_functions):
             if child is None:
@@ -127,16 +126,17 @@ def read_graph(roots: Iterable[Tensor]) -> Graph:
                 if found is not None:
                     found.append((node, position))
                 continue
-            role = roles[type(child)]
-            if role == 0:
+            role = _ROLES[type(child)]
+            if role == _PASSED:
                 readers[child] = None
+            elif role == _A_CHECKPOINT:
+                readers[child] = None
+                checkpoints.append(child)
             else:
                 readers[child] = [(node, position)]
                 if role == _A_LEAF:
                     leaves[child] = child.variable  # type: ignore[attr-defined]
                     continue
-                if role == _A_CHECKPOINT:
-                    checkpoints.append(child)
             nodes.append(child)
     return Graph(leaves, readers, graph_roots, checkpoints)
 

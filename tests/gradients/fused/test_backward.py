@@ -7,6 +7,7 @@ added up, by torch and by the library, in float64.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+import casting
 from gradaccum.errors import MisuseError
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.fused.backward import FusedBackward
@@ -26,6 +28,7 @@ from gradaccum.gradients.options import GradientOptions
 from oracle import EXACT, assert_same_gradients, gradients_of
 
 WIDTH, ROWS, WORDS = 5, 7, 11
+ADJACENCY = torch.tensor([[float((i * j) % 3 == 0) for j in range(WIDTH)] for i in range(ROWS)]).double().to_sparse()
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -211,6 +214,16 @@ IN_PLACE: dict[str, Case] = {
         make=layers, forward=lambda m, x: checkpointed(m, x.requires_grad_()), in_place=BOTH
     ),
     "checkpoint of a checkpoint": Case(make=layers, forward=nested, in_place=BOTH),
+    "sparse adjacency under a checkpoint": Case(
+        make=Matrix,
+        forward=lambda m, x: checkpoint(lambda x: (ADJACENCY @ m.w) * x[:, :4], x, use_reentrant=False),
+        in_place=W,
+    ),
+    "compressed sparse adjacency under a checkpoint": Case(
+        make=Matrix,
+        forward=lambda m, x: checkpoint(lambda x: (ADJACENCY.to_sparse_csr() @ m.w) * x[:, :4], x, use_reentrant=False),
+        in_place=W,
+    ),
     "checkpoint without early stop": Case(make=layers, forward=not_stopped_early, in_place=BOTH),
     "checkpointed embedding": Case(
         make=Tied, forward=checkpointed, reads="words", in_place=frozenset({"table.weight", "body.weight"})
@@ -512,6 +525,23 @@ def test_under_autocast_the_products_are_torchs_before_rounding(inside: bool) ->
 
     # Torch rounds each product to bf16 before it is added in fp32; here it is not rounded.
     assert_same_gradients(backward(True), backward(False), tolerance=2.0**-8)
+
+
+def test_in_a_thread_of_the_engine_the_casts_are_left_alone() -> None:
+    model = casting.make()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(ROWS, casting.FEATURES)).float().pow(2).sum()
+
+        def backward() -> None:  # as the engine sets autocast in its threads: switched on, in no context
+            torch.set_autocast_dtype("cpu", torch.bfloat16)
+            torch.set_autocast_enabled("cpu", True)
+            run(model, loss)
+
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+        assert model[0].weight.grad is not None
+        assert not casting.is_cache_empty(model)
 
 
 def test_inside_of_autocast_a_layer_that_is_not_cast_keeps_its_precision() -> None:
