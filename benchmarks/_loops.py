@@ -55,8 +55,14 @@ def pieces(batch: Batch, rows: int) -> list[Batch]:
     return list(zip(batch[0].split(rows), batch[1].split(rows), strict=True))
 
 
-def textbook(job: Job) -> Loop:
-    """https://docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation, without the scaler."""
+def textbook(job: Job, rows: int | None = None) -> Loop:
+    """https://docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation, without the scaler.
+
+    Args:
+        job: what is trained.
+        rows: of a micro-batch, where not as the job is cut.
+    """
+    job = job if rows is None else job.cut(rows)
 
     def update() -> None:
         for micro_batch in job.micro_batches:
@@ -156,10 +162,10 @@ def error(gradient: Tensor, exact: Tensor) -> float:
     return float((gradient - exact).norm() / exact.norm())
 
 
-def peers(job: Job) -> dict[str, Loop]:
-    """The loops of the peers that are installed."""
+def peers() -> dict[str, Callable[[Job], Loop]]:
+    """What makes the loops of the peers that are installed."""
     make = {"Accelerate": accelerate, "Lightning Fabric": fabric}
-    return {name: make[name](job) for name, package in PEERS.items() if is_installed(package, name)}
+    return {name: make[name] for name, package in PEERS.items() if is_installed(package, name)}
 
 
 def is_installed(package: str, name: str) -> bool:

@@ -19,6 +19,9 @@ import torch
 
 Loop = Callable[[], object]
 
+Clocked = Callable[[], tuple[float, float]]
+"""Has a loop run once; wall and processor time of that, in seconds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
@@ -54,18 +57,23 @@ def measure(
         warm_up: rounds before them, which do not count.
         device: that is waited for before a clock is read.
     """
-    first, names = next(iter(loops)), list(loops)
+    runs = {name: clocked(loop, device) for name, loop in loops.items()}
+    return compare(runs, rounds, bases=bases, warm_up=warm_up)
+
+
+def compare(
+    runs: Mapping[str, Clocked], rounds: int, *, bases: Mapping[str, str] | None = None, warm_up: int = 1
+) -> dict[str, Times]:
+    """The same for loops that are timed elsewhere."""
+    first, names = next(iter(runs)), list(runs)
     wall: dict[str, list[float]] = {name: [] for name in names}
     processor: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-warm_up, rounds):
         for name in order(names, round_):
-            _wait(device)
-            started = time.perf_counter(), time.process_time()
-            loops[name]()
-            _wait(device)
+            seconds = runs[name]()
             if round_ >= 0:
-                wall[name].append(time.perf_counter() - started[0])
-                processor[name].append(time.process_time() - started[1])
+                wall[name].append(seconds[0])
+                processor[name].append(seconds[1])
     base = {name: (bases or {}).get(name, first) for name in names}
     return {
         name: Times(
@@ -76,6 +84,19 @@ def measure(
         )
         for name in names
     }
+
+
+def clocked(loop: Loop, device: torch.device | None = None) -> Clocked:
+    """Has the loop timed whenever it runs."""
+
+    def run() -> tuple[float, float]:
+        _wait(device)
+        started = time.perf_counter(), time.process_time()
+        loop()
+        _wait(device)
+        return time.perf_counter() - started[0], time.process_time() - started[1]
+
+    return run
 
 
 def order(names: Sequence[str], round_: int) -> list[str]:

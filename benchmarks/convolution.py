@@ -55,7 +55,7 @@ def loops_of(job: Job, *, with_peers: bool) -> dict[str, Loop]:
         "gradaccum TrainStep": train_step(job, MICRO_BATCH),
         'gradaccum TrainStep, "auto"': train_step(job, "auto"),
         "whole batch": textbook(job.cut(rows)),
-        **(peers(job) if with_peers else {}),
+        **({name: make(job) for name, make in peers().items()} if with_peers else {}),
     }
 
 

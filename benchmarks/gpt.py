@@ -1,6 +1,6 @@
 """GPT-2 small's shape: the textbook loop, its peers, and the library with and without weight gradients added in place.
 
-    python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N] [--no-peers]
+    python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N] [--no-peers] [--together]
 
 12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. Three questions:
 
@@ -9,25 +9,27 @@
                       cost in time? 1.00 is the whole batch's own time, on the memory of eight times the activations.
     own-python        which share of an update's time is the library's own Python? Under a profiler, which adds to it.
 
-All loops make the same update. Runs alternate; what is compared is the median of the ratios to the first loop in the
-same round, of wall time and of processor time, which other programs on the machine disturb less. Needs 4 GB and takes
-a few minutes a round.
+All loops make the same update, each in a process of its own. Runs alternate; what is compared is the median of the
+ratios to the first loop in the same round, of wall time and of processor time, which other programs on the machine
+disturb less. Needs 12 GB and takes five to ten minutes a round.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _apart import apart, together
 from _common import write_results
 from _gpt import GPT, SHAPES, Shape, loss_fn, make_batch
 from _loops import Job, accumulator, peers, pieces, textbook, train_step
 from _own import own_share
-from _timing import Loop, measure
+from _timing import Loop, compare
 
 import gradaccum as ga
 
@@ -53,24 +55,25 @@ def make_job(shape: Shape, tokens: int) -> Job:
     )
 
 
-def micro_steps(job: Job, *, with_peers: bool) -> dict[str, Loop]:
-    return {
-        "textbook loop": textbook(job),
-        "gradaccum, fused=True": accumulator(job, fused=True),
-        "gradaccum, default": accumulator(job),
-        "gradaccum, fused=False": accumulator(job, fused=False),
-        **(peers(job) if with_peers else {}),
-    }
+MICRO_STEPS: dict[str, Callable[[Job], Loop]] = {
+    "textbook loop": textbook,
+    "gradaccum, fused=True": partial(accumulator, fused=True),
+    "gradaccum, default": accumulator,
+    "gradaccum, fused=False": partial(accumulator, fused=False),
+}
+
+TIME_FOR_SPACE: dict[str, Callable[[Job], Loop]] = {
+    "whole batch": partial(textbook, rows=MICRO_BATCHES),
+    "textbook loop, pieces of 1": textbook,
+    "gradaccum, pieces of 1": partial(train_step, size=1),
+    "textbook loop, pieces of 2": partial(textbook, rows=2),
+    "gradaccum, pieces of 2": partial(train_step, size=2),
+}
 
 
-def time_for_space(job: Job) -> dict[str, Loop]:
-    return {
-        "whole batch": textbook(job.cut(MICRO_BATCHES)),
-        "textbook loop, pieces of 1": textbook(job),
-        "gradaccum, pieces of 1": train_step(job, 1),
-        "textbook loop, pieces of 2": textbook(job.cut(2)),
-        "gradaccum, pieces of 2": train_step(job, 2),
-    }
+def make_loop(make: Callable[[Job], Loop], shape: Shape, tokens: int) -> Loop:
+    """A loop with a job of its own."""
+    return make(make_job(shape, tokens))
 
 
 def gradient_difference(job: Job) -> float:
@@ -96,8 +99,10 @@ def own_python(shape: Shape, every: Sequence[int]) -> dict[str, float]:
     return shares
 
 
-def timed(loops: dict[str, Loop], rounds: int, title: str) -> Results:
-    results = {name: asdict(times) for name, times in measure(loops, rounds).items()}
+def timed(loops: dict[str, Callable[[Job], Loop]], tokens: int, arguments: argparse.Namespace, title: str) -> Results:
+    makers = {name: partial(make_loop, make, SHAPES[arguments.shape], tokens) for name, make in loops.items()}
+    with (together if arguments.together else apart)(makers) as runs:
+        results = {name: asdict(times) for name, times in compare(runs, arguments.rounds).items()}
     print(title)
     for name, result in results.items():
         print(
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in a micro-batch of the micro-steps")
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="Accelerate and Fabric")
+    parser.add_argument("--together", action="store_true", help="all loops in one process, which moves their times")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = SHAPES[arguments.shape]
@@ -125,14 +131,14 @@ def main() -> None:
     questions = QUESTIONS if arguments.only is None else (arguments.only,)
     if "micro-steps" in questions:
         results["micro_steps"] = {}
+        loops = MICRO_STEPS | (peers() if arguments.peers else {})
         for tokens in arguments.tokens:
-            loops = micro_steps(make_job(shape, tokens), with_peers=arguments.peers)
             title = f"{MICRO_BATCHES} micro-batches of {tokens} tokens"
-            results["micro_steps"][str(tokens)] = timed(loops, arguments.rounds, title)
+            results["micro_steps"][str(tokens)] = timed(loops, tokens, arguments, title)
     if "time-for-space" in questions:
         tokens = min(SPACE_TOKENS, shape.context)
         title = f"{MICRO_BATCHES} x {tokens} tokens"
-        results["time_for_space"] = timed(time_for_space(make_job(shape, tokens)), arguments.rounds, title)
+        results["time_for_space"] = timed(TIME_FOR_SPACE, tokens, arguments, title)
     if "own-python" in questions:
         results["own_python"] = own_python(shape, arguments.tokens)
     if arguments.json:

@@ -27,16 +27,15 @@ def test_the_shape_is_gpt_2s(gpt: ModuleType) -> None:
     assert sizes["1B"] == pytest.approx(1e9, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["micro_steps", "time_for_space"])
+@pytest.mark.parametrize("kind", ["MICRO_STEPS", "TIME_FOR_SPACE"])
 def test_all_loops_make_the_same_update(kind: str, gpt: ModuleType) -> None:
     job = gpt.make_job(gpt.SHAPES["tiny"], 8)
-    loops = gpt.micro_steps(job, with_peers=False) if kind == "micro_steps" else gpt.time_for_space(job)
     start = {name: value.clone() for name, value in job.model.state_dict().items()}
     for group in job.optimizer.param_groups:
         group["lr"] = 1.0
     moved = []
-    for loop in loops.values():
-        loop()
+    for make in getattr(gpt, kind).values():
+        make(job)()
         moved.append(torch.cat([(start[n] - value).flatten() for n, value in job.model.named_parameters()]).detach())
         job.model.load_state_dict(start)
     assert moved[0].norm() > 0
@@ -52,7 +51,7 @@ def test_what_is_written(
     gpt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "gpt.json"
-    arguments = ["--shape", "tiny", "--tokens", "8", "--rounds", "1", "--no-peers", "--json", str(path)]
+    arguments = ["--shape", "tiny", "--tokens", "8", "--rounds", "1", "--no-peers", "--together", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["gpt.py", *arguments])
     gpt.main()
     results = json.loads(path.read_text(encoding="utf-8"))

@@ -65,5 +65,5 @@ def test_a_peer_that_is_not_installed_is_left_out(
     loops: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loops, "PEERS", {"Accelerate": "nobody_has_this"})
-    assert loops.peers(make_job(loops)) == {}
+    assert loops.peers() == {}
     assert capsys.readouterr().out == "Accelerate is not installed: left out\n"
