@@ -199,3 +199,13 @@ def test_a_size_that_comes_again_after_the_window_turned_out_larger() -> None:
     model(torch.cat(stream)).pow(2).mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(made[name], parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_carried_window_may_go_on_through_another_model() -> None:
+    """By then the micro-batches of several windows were alike, and nothing was asked about them any more."""
+    generator, judge = nn.Linear(3, 3), Judge(use_reentrant=None)
+    accumulator = accumulator_of(generator, micro_batches=3, tail="carry")
+    train(accumulator, micro_batches(8), lambda x: generator(x).mean())
+    train(accumulator, micro_batches(1), lambda x: judge(generator(x)).mean())
+    assert accumulator.updates == 3
+    assert judge.layer.weight.grad is None

@@ -84,7 +84,9 @@ def test_errors_are_value_errors_too() -> None:
 def test_micro_batches_like_the_first(
     size: WindowSize, samples: int | None, target: int, expected: list[int | None]
 ) -> None:
-    assert list(size.expected(samples, target=target)) == expected
+    found = size.expected(samples, target=target)
+    assert list(found.sizes) == expected
+    assert found.samples == sum(rows or 0 for rows in expected)
 
 
 @pytest.mark.parametrize(

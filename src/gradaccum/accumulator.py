@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -131,8 +131,7 @@ class Accumulator:
         self._bar: ProgressBar | None = None
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
         self._target = 1
-        self._expected_for: tuple[int | None, int] | None = None
-        self._expected: Sequence[int | None] = ()
+        self._target_of_all: int | None = None
         self._updates_before_pass = 0
         # The micro-batch that over() has handed out last: rows, whether it is the last, what its means are over.
         self._samples: int | None = None
@@ -142,7 +141,7 @@ class Accumulator:
         self._unused: deque[Any] = deque()
         self._unused_of: Any = None
         # Held while a window is open outside of a pass.
-        self._outside = ExitStack()
+        self._outside = guards.Held()
 
     @property
     def updates(self) -> int:
@@ -308,7 +307,7 @@ class Accumulator:
             self._bar.close()
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
-            self._outside.enter_context(self._accumulation.no_calls_by_hand())
+            self._outside.enter(self._accumulation.no_calls_by_hand())
             self._accumulation.casts.release()  # between passes weights may be loaded, or exchanged for their average
             return
         lost_samples = self._accumulation.open_samples
@@ -335,12 +334,10 @@ class Accumulator:
             share = (samples, target) if samples else (1, 1)
         else:
             share = (1, target)
-        if (samples, target) != self._expected_for:
-            self._expected_for, self._expected = (samples, target), self._size.expected(samples, target=target)
-        sizes = self._expected
-        if (self._wants_progress and self._bar is None) or self._accumulation.telling.has_to_tell(sizes):
-            self._tell(sizes)
-        self._accumulation.open(totals=totals, first_share=share, samples=sum(size or 0 for size in sizes))
+        expected = self._size.expected(samples, target=target)
+        if (self._wants_progress and self._bar is None) or self._accumulation.telling.has_to_tell(expected.sizes):
+            self._tell(expected.sizes)
+        self._accumulation.open(totals=totals, first_share=share, samples=expected.samples)
 
     def _tell(self, sizes: Sequence[int | None]) -> None:
         """What is to come, before the first window of these sizes."""
@@ -356,8 +353,12 @@ class Accumulator:
 
     def _size_of_next(self) -> int:
         """Of this process's next window, in the unit it is measured in."""
+        if self._target_of_all is not None:
+            return self._target_of_all
         size = self._size.at(self.updates + 1)
-        return self._together.share(size) if self._counts_samples else size
+        target = self._together.share(size) if self._counts_samples else size
+        self._target_of_all = target if self._size.is_fixed else None
+        return target
 
     def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
         return totals_of_window(weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples)
@@ -381,7 +382,7 @@ class Accumulator:
             self._accumulation.tell([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
             self._accumulation.casts.release()
-            self._outside.enter_context(self._accumulation.no_calls_by_hand())
+            self._outside.enter(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:
         current = self._pass() if self._pass is not None else None

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -203,6 +203,25 @@ def tell_lost(micro_batches: int, samples: int) -> None:
         logger.warning(message)
 
 
+class Held:
+    """A context that is entered in one place and left in another; closing it costs nothing where it holds none."""
+
+    def __init__(self) -> None:
+        self._context: AbstractContextManager[Any] | None = None
+
+    def enter(self, context: AbstractContextManager[Any]) -> None:
+        """Holds it, instead of one that was held before."""
+        self.close()
+        context.__enter__()
+        self._context = context
+
+    def close(self) -> None:
+        """Leaves what is held, if anything."""
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+
 @contextmanager
 def no_calls_by_hand(
     optimizers: Sequence[Optimizer],
@@ -221,7 +240,7 @@ def no_calls_by_hand(
     """
 
     def refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if open_micro_batches() and not is_ours():
+        if not is_ours() and open_micro_batches():
             raise MisuseError(
                 f"optimizer.step() was called at {user_line()}, inside a window, after {open_micro_batches()} of its "
                 "micro-batches. It would update with a part of the batch's gradient. Remove the call: "
@@ -229,7 +248,7 @@ def no_calls_by_hand(
             )
 
     def refuse_zero_grad() -> None:
-        if open_micro_batches() and not is_ours():
+        if not is_ours() and open_micro_batches():
             raise MisuseError(
                 f"optimizer.zero_grad() was called at {user_line()}, inside a window, after {open_micro_batches()} of "
                 "its micro-batches, whose gradients it would throw away. Remove the call: gradients are cleared after "

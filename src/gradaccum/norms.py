@@ -47,8 +47,8 @@ def are_finite(gradients: Sequence[Tensor]) -> bool:
     for gradient in gradients:
         if not gradient.is_cpu:
             break
-        if gradient.numel() <= _FEW and not gradient.is_complex():
-            dtype = gradient.dtype
+        dtype = gradient.dtype
+        if gradient.numel() <= _FEW and not dtype.is_complex:
             if dtype in few:
                 few[dtype].append(gradient)
             else:

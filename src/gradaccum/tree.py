@@ -43,13 +43,12 @@ def rows_or_none(batch: Any) -> int | None:
     if type(batch) is tuple or type(batch) is list:  # (x, y) is what most loops see; asked once a micro-batch
         count = None
         for leaf in batch:
-            if not isinstance(leaf, Tensor) or not leaf.dim():
+            if not isinstance(leaf, Tensor):
                 break
-            here = leaf.size(0)
-            if count is None:
-                count = here
-            elif here != count:
+            shape = leaf.shape
+            if not shape or (count is not None and shape[0] != count):
                 break
+            count = shape[0]
         else:
             return count
     first: int | None = None

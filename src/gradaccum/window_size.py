@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradaccum.errors import GradAccumError, LossError, UnsupportedError, WindowError
 
 Schedule = int | Callable[[int], int]
 """A size, or a function from the update it is for (1, 2, ...) to a size."""
+
+
+class Expected(NamedTuple):
+    """The micro-batches that a window will be made of.
+
+    Attributes:
+        sizes: rows of each; None where they cannot be seen.
+        samples: of those that can be seen, in all.
+    """
+
+    sizes: Sequence[int | None]
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +67,14 @@ class WindowSize:
             )
         return size
 
-    def expected(self, samples: int | None, *, target: int) -> Sequence[int | None]:
-        """The rows of each micro-batch of a window, if all are like the first.
+    def expected(self, samples: int | None, *, target: int) -> Expected:
+        """The micro-batches of a window, if all are like the first.
 
         Args:
             samples: rows of the first; None where they cannot be seen.
             target: the window's size, in the unit it is measured in.
         """
-        if not self.counts_samples:
-            return [samples] * target
-        if not samples or samples > target:
-            return [samples]
-        full, rest = divmod(target, samples)
-        return [samples] * full + ([rest] if rest else [])
+        return _expected(samples, target, self.batch_size is not None)
 
     def updates_in(self, length: int | None, per_window: int, *, only_complete: bool) -> int | None:
         """Windows in a pass of ``length`` micro-batches; None where that is unknown or the size changes."""
@@ -105,6 +114,16 @@ class WindowSize:
         schedule = self.batch_size if self.micro_batches is None else self.micro_batches
         assert schedule is not None, "checked at construction"
         return schedule
+
+
+@functools.lru_cache(maxsize=4)  # asked before each window, and nearly all are alike
+def _expected(samples: int | None, target: int, counts_samples: bool) -> Expected:
+    if not counts_samples:
+        return Expected([samples] * target, (samples or 0) * target)
+    if not samples or samples > target:
+        return Expected([samples], samples or 0)
+    full, rest = divmod(target, samples)
+    return Expected([samples] * full + ([rest] if rest else []), target)
 
 
 def check_tail(tail: str, *, has_weights: bool) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gradaccum as ga
-from gradaccum.losses.normalise import SINGLE, Normaliser, Seeds
+from gradaccum.losses.normalise import SINGLE, Normaliser
+from gradaccum.losses.seeds import Seeds
 
 FP64 = 1e-12  # a few roundings of 1e-16 each, over at most 8 micro-batches
 FP32 = 1e-6  # a few of 6e-8
@@ -405,3 +406,54 @@ def test_a_total_of_zero_and_nothing_that_weighs() -> None:
     assert corrected(parameter, normaliser) == 5
     assert normaliser.means()["experts"].isnan()
     assert not normaliser.is_empty
+
+
+# ----------------------------------------------------------------------------------------- micro-batches that are alike
+
+
+class Subclass(Tensor):
+    """A loss that may be anything: read by nobody."""
+
+
+anything_else: dict[str, tuple[Callable[[], Any], int | None]] = {
+    "of other rows": (lambda: leaf() * 2, 5),
+    "of rows unseen": (lambda: leaf() * 2, None),
+    "of another dtype": (lambda: leaf(torch.float32) * 2, 7),
+    "of another device": (lambda: torch.ones((), dtype=torch.float64, device="meta", requires_grad=True) * 2, 7),
+    "without a graph": (lambda: leaf().detach(), 7),
+    "with a dimension": (lambda: leaf() * torch.ones(1), 7),
+    "a subclass": (lambda: (leaf() * 2).as_subclass(Subclass), 7),
+    "a Loss": (lambda: ga.Loss.mean(leaf() * 2, over=7), 7),
+    "named": (lambda: {"a": leaf() * 2}, 7),
+    "a number": (lambda: 2.0, 7),
+}
+
+
+def test_a_micro_batch_like_the_one_before_gets_the_same_seed() -> None:
+    normaliser = Normaliser(first_share=(7, 21))
+    assert normaliser.seeds_again(leaf() * 2, 7) is None, "there is none before"
+    _, seed = normaliser.seed_mean(leaf() * 2, 7)
+    for value in (3.0, 4.0):
+        assert normaliser.seeds_again(leaf() * value, 7) == (seed,)
+    assert seed.item() == pytest.approx(1 / 3, rel=FP64)
+    assert normaliser.weight == 21
+    assert normaliser.means()[SINGLE].item() == 3.0
+
+
+@pytest.mark.parametrize("name", anything_else)
+def test_nothing_is_added_of_a_micro_batch_that_is_not(name: str) -> None:
+    make, samples = anything_else[name]
+    normaliser = Normaliser(first_share=(7, 21))
+    normaliser.seed_mean(leaf() * 2, 7)
+    assert normaliser.seeds_again(make(), samples) is None
+    assert normaliser.weight == 7
+    assert normaliser.means()[SINGLE].item() == 2.0
+
+
+def test_on_a_device_micro_batches_that_are_alike_are_not_read() -> None:
+    normaliser = Normaliser(first_share=(7, 21))
+    make = lambda: torch.ones((), device="meta", requires_grad=True) * 2  # noqa: E731 - as above
+    _, seed = normaliser.seed_mean(make(), 7)
+    assert normaliser.seeds_again(make(), 7) == (seed,)
+    assert normaliser.seeds_again(leaf(torch.float32) * 2, 7) is None
+    assert normaliser.weight == 14

@@ -193,11 +193,13 @@ class DotGrad:
             for parameter in self.parameters:
                 if self._is_untouched(parameter):
                     parameter.grad = None
-        found = [parameter for parameter in among if parameter.grad is not None]
-        for parameter in found:
+        found: list[nn.Parameter] = []
+        for parameter in among:
             gradient = parameter.grad
-            if gradient is not None and gradient.is_sparse and not gradient.is_coalesced():
-                parameter.grad = gradient.coalesce()
+            if gradient is not None:
+                found.append(parameter)
+                if gradient.is_sparse and not gradient.is_coalesced():
+                    parameter.grad = gradient.coalesce()
         return found
 
     def narrow(self) -> None:
@@ -257,8 +259,12 @@ class DotGrad:
     def _watch(self) -> None:
         gradient = None if self._watched is None else self._watched.grad
         if gradient is None:
-            self._watched = next((parameter for parameter in self.parameters if parameter.grad is not None), None)
-            gradient = None if self._watched is None else self._watched.grad
+            self._watched = None
+            for parameter in self.parameters:
+                gradient = parameter.grad
+                if gradient is not None:
+                    self._watched = parameter
+                    break
         if gradient is not None:
             self._watched_gradient, self._watched_version = gradient, gradient._version
 

@@ -107,6 +107,8 @@ class SampleMeans:
 
     def window_closed(self) -> None:
         """The next micro-batch belongs to another window."""
+        if not self._seen:
+            return
         if any(len(seen) > 1 for seen in self._seen.values()):
             self._is_first_window = False
             self.is_looking = any(

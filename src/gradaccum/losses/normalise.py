@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.term_sum import Number, TermSum, is_read_at_once
+from gradaccum.losses.seeds import Again, Seeds
+from gradaccum.losses.term_sum import Number, TermSum
 
 SINGLE = ""
 """The name under which a loss that is not a dict of terms is kept."""
@@ -38,7 +40,6 @@ SINGLE = ""
 
 _HALF = (torch.float16, torch.bfloat16)
 _ROUNDING = 1e-6  # of sums of fp32 class weights, taken in two orders
-_MAX_SEEDS = 256
 
 
 def host_number(weight: Weight) -> Number:
@@ -60,25 +61,6 @@ def weighs_nothing(totals: Mapping[str, Weight] | None) -> bool:
     """Whether it is known on the host, before a window begins, that all its terms have a total of 0."""
     numbers = None if totals is None else [host_number(total) for total in totals.values()]
     return numbers is not None and all(not isinstance(number, Tensor) and number == 0 for number in numbers)
-
-
-class Seeds:
-    """0-d tensors to start backwards with, made once for each value: most windows need the same few."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-
-    def of(self, share: Number, root: Tensor) -> Tensor:
-        """``share`` as a tensor like ``root``."""
-        if isinstance(share, Tensor):
-            return share.to(device=root.device, dtype=root.dtype)
-        key = (share, root.dtype, root.device)
-        seed = self._made.get(key)
-        if seed is None:
-            if len(self._made) >= _MAX_SEEDS:  # token counts give a new value each time
-                self._made.clear()
-            seed = self._made[key] = torch.full((), share, dtype=root.dtype, device=root.device)
-        return seed
 
 
 class Normaliser:
@@ -111,7 +93,7 @@ class Normaliser:
         self._is_fixed = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, TermSum] = {}
-        self._again: tuple[int, torch.dtype, torch.device, Tensor, TermSum] | None = None
+        self._again: Again | None = None
 
     def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
         """Adds a micro-batch's loss to the window's sums.
@@ -123,19 +105,44 @@ class Normaliser:
 
     def seed_mean(self, root: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """The same for a plain mean over samples, at least one, with a graph: of most losses, so the short way."""
-        again = self._again
-        if again is not None and again[0] == samples and again[1] == root.dtype and again[2] == root.device:
-            term = again[4]
-            term.weight = term.weight + samples  # type: ignore[operator]
-            if is_read_at_once(root):
-                term.on_host += root.item() * samples
-            else:
-                term.add(root, samples)
-            return root, again[3]
         one = self.seed_root(root, samples, is_mean=True)
         assert one is not None, "it weighs something and has a graph"
-        self._again = samples, root.dtype, root.device, one[1], self._terms[SINGLE]
+        if type(root) is Tensor:
+            device = None if root.is_cpu else root.device
+            self._again = Again(samples, root.dtype, device, self._terms[SINGLE], one[1:])
         return one
+
+    def seeds_again(self, root: Any, samples: int | None) -> tuple[Tensor] | None:
+        """The same where the micro-batch is like the one before, so that nothing about it has to be asked again.
+
+        Args:
+            root: whatever the user returned.
+            samples: rows of the micro-batch; None where unknown.
+
+        Returns:
+            The gradient its backward starts with; None where it is anything else, and nothing has been added.
+        """
+        again = self._again
+        if (
+            again is None
+            or again.samples != samples
+            or type(root) is not Tensor
+            or root.dtype is not again.dtype
+            or root.dim()
+            or not root.requires_grad
+        ):
+            return None
+        term, samples = again.term, again.samples
+        if root.is_cpu:
+            if again.device is not None:
+                return None
+            term.on_host += root.item() * samples
+        else:
+            if again.device != root.device:
+                return None
+            term.add(root, samples)
+        term.weight += samples  # type: ignore[operator]
+        return again.seeds
 
     def seed_root(
         self, root: Tensor, weight: Weight | None, *, is_mean: bool, name: str = SINGLE
@@ -208,10 +215,13 @@ class Normaliser:
     @property
     def weight(self) -> Number | dict[str, Number] | None:
         """The window's total weight; by name where the terms have totals of their own; None for plain sums."""
-        weights = {name: term.weight for name, term in self._terms.items() if term.weight is not None}
+        terms = self._terms
+        if len(terms) == 1:
+            return next(iter(terms.values())).weight
+        weights = {name: term.weight for name, term in terms.items() if term.weight is not None}
         if not weights:
             return None
-        return weights if len(self._terms) > 1 and self._totals is not None else next(iter(weights.values()))
+        return weights if self._totals is not None else next(iter(weights.values()))
 
     @property
     def is_empty(self) -> bool:
@@ -227,7 +237,9 @@ class Normaliser:
         Raises:
             LossError: they do not, so the gradient has been divided by the wrong number.
         """
-        for name, total in (self._totals or {}).items():
+        if self._totals is None:
+            return
+        for name, total in self._totals.items():
             seen = self._terms[name].weight if name in self._terms else None
             if isinstance(total, Tensor) or isinstance(seen, Tensor) or seen is None:
                 continue  # not compared: that would wait for the device

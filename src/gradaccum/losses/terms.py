@@ -60,6 +60,9 @@ def seeded(
     normaliser: Normaliser, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The roots of a micro-batch's loss that weigh anything, and the gradients their backward starts with."""
+    again = normaliser.seeds_again(loss, samples) if weights is None else None
+    if again is not None:
+        return (loss,), again
     if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
         root, seed = normaliser.seed_mean(loss, samples)  # the short way, of most losses: as as_loss would
         return (root,), (seed,)

@@ -23,7 +23,8 @@ from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.options import GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
-from gradaccum.losses.normalise import Normaliser, Seeds, weighs_nothing
+from gradaccum.losses.normalise import Normaliser, weighs_nothing
+from gradaccum.losses.seeds import Seeds
 from gradaccum.losses.terms import as_named, expect_rows, no_gradient, seeded, without_value
 from gradaccum.runners.counted import Counted, loss_of, update_of
 from gradaccum.runners.counters import Counters
@@ -78,6 +79,7 @@ class Accumulation:
         self.ranks: OverRanks | None = over_ranks(self.models, sync, self._trained.named)
         has_ranks = self.ranks is not None
         gradients.check_rest(self.optimizers, clip_norm=clip_norm, has_scaler=scaler is not None, has_ranks=has_ranks)
+        self._is_plain = scaler is None and not has_ranks and not gradients.into_momentum
         self._look_at_parameters()
         self._schedulers = guards.as_list(scheduler)
         self._updater = Updater(
@@ -104,10 +106,6 @@ class Accumulation:
     def open_micro_batches(self) -> int:
         """Micro-batches added to the open window so far."""
         return len(self._sizes)
-
-    def has_coupled_layers(self) -> bool:
-        """Whether layers see the micro-batch, so that the gradient depends on how a batch is cut."""
-        return bool(self.telling.coupled_layers(self.models))
 
     def device(self) -> torch.device:
         """Where the first model's first parameter is."""
@@ -157,6 +155,7 @@ class Accumulation:
             seeds=self._seeds, totals=totals, first_share=first_share, at_least=last, expected=expected
         )
         self.is_open = True
+        self._asks_nothing = self._is_plain and not (self._looks_for_foreign or self._means.is_looking)
         self._is_on_cuda = self._gradients.parameters[0].is_cuda
         if self._is_on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device())
@@ -168,6 +167,7 @@ class Accumulation:
         """Has the backwards of the next window looked through for parameters of other models."""
         # Shards are leaves of no graph: FSDP2 brings their gradients over from whole parameters of its own.
         self._looks_for_foreign = self.ranks is None or not self.ranks.shards
+        self._asks_nothing = False
 
     def add(self, loss: Any, *, samples: int | None, weights: Mapping[str, Weight] | None = None) -> None:
         """Runs the backward of one micro-batch's loss, with its share of the whole.
@@ -182,15 +182,19 @@ class Accumulation:
         normaliser = self._normaliser
         assert normaliser is not None, "a window is opened before anything is added to it"
         try:
-            if self._gradients.momentum is not None and self._gradients.momentum.is_open:
-                expect_rows(normaliser, loss, samples, weights, rows=self._rows_ahead)
-            roots, seeds = seeded(normaliser, loss, samples, weights)
-            if self._means.is_looking and samples is not None:
-                self._means.check_all(loss, samples, weights or {})
-            if roots:
-                self._run_backward(normaliser, roots, seeds)
-            elif self.ranks is not None:
-                self.ranks.backward_of_nothing()
+            again = normaliser.seeds_again(loss, samples) if self._asks_nothing and weights is None else None
+            if again is not None:
+                self._gradients.add((loss,), again)
+            else:
+                if self._gradients.momentum is not None and self._gradients.momentum.is_open:
+                    expect_rows(normaliser, loss, samples, weights, rows=self._rows_ahead)
+                roots, seeds = seeded(normaliser, loss, samples, weights)
+                if self._means.is_looking and samples is not None:
+                    self._means.check_all(loss, samples, weights or {})
+                if roots:
+                    self._run_backward(normaliser, roots, seeds)
+                elif self.ranks is not None:
+                    self.ranks.backward_of_nothing()
         except BaseException:
             before = self.discard()
             if before:

@@ -43,7 +43,7 @@ class Counted(NamedTuple):
         if None in sizes:
             return Counted(len(sizes), None, None, correction)
         known = cast("Sequence[int]", sizes)
-        return Counted(len(known), sum(known), max(known, default=0), correction)
+        return Counted(len(known), sum(known), max(known) if known else 0, correction)
 
 
 def update_of(
@@ -57,7 +57,8 @@ def update_of(
     peak_bytes: int | None,
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
-    later = _means_later(normaliser)
+    means = _Means(normaliser)
+    later: dict[str, Callable[[], Any]] = {"loss": means.loss, "losses": means.losses}
     values: dict[str, Any] = {
         "index": index,
         "weight": normaliser.weight,
@@ -77,18 +78,25 @@ def update_of(
     return Update.made(values)
 
 
-def _means_later(normaliser: Normaliser) -> dict[str, Callable[[], Any]]:
-    means: dict[str, Tensor] = {}
+class _Means:
+    """A window's means, computed when they are first asked for."""
 
-    def computed() -> dict[str, Tensor]:
-        if not means:
-            means.update(normaliser.means())
-        return means
+    __slots__ = ("_means", "_normaliser")
 
-    return {
-        "loss": lambda: sum_of(computed()),
-        "losses": lambda: {name: mean for name, mean in computed().items() if name != SINGLE},
-    }
+    def __init__(self, normaliser: Normaliser) -> None:
+        self._normaliser = normaliser
+        self._means: dict[str, Tensor] | None = None
+
+    def loss(self) -> Tensor:
+        return sum_of(self._computed())
+
+    def losses(self) -> dict[str, Tensor]:
+        return {name: mean for name, mean in self._computed().items() if name != SINGLE}
+
+    def _computed(self) -> dict[str, Tensor]:
+        if self._means is None:
+            self._means = self._normaliser.means()
+        return self._means
 
 
 def sum_of(means: Mapping[str, Tensor]) -> Tensor:

@@ -141,7 +141,8 @@ class Fitting:
 
     def _started_search(self) -> SizeSearch:
         if self._search is None:
-            by_time = self._by_time and self._cuts_by_samples and not self._accumulation.has_coupled_layers()
+            coupled = self._accumulation.telling.coupled_layers(self._accumulation.models)
+            by_time = self._by_time and self._cuts_by_samples and not coupled
             self._search = SizeSearch() if by_time else SizeSearch.of_memory_only()
         return self._search
 
