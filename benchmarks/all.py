@@ -57,6 +57,7 @@ RUNS = (
     Run(name="scenarios", needs=("accelerate", "lightning")),
     Run(name="overhead", full="--rounds 21", quick="--rounds 5"),
     Run(name="gpt", full="--rounds 3", quick="--rounds 1 --only micro-steps --tokens 32"),
+    Run(name="limit", full="--rounds 3", quick="--rounds 1 --shape tiny"),
     Run(name="convolution", quick="--rounds 1"),
     Run(name="additions", quick="--rounds 1 --sides 64"),
     Run(name="contrastive", quick="--rounds 2"),

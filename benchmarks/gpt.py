@@ -2,14 +2,12 @@
 
     python benchmarks/gpt.py [--json FILE] [--rounds N] [--threads N] [--no-peers] [--together]
 
-12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. The questions:
+12 layers, width 768, 12 heads, a vocabulary of 50,257 that is also the last layer, fp32, SGD. Three questions:
 
     micro-steps       an update of 8 micro-batches of one sequence of 32, 128 or 256 tokens: what do the loops take?
     time for space    an update of 8 sequences of 128 tokens, whole and in pieces of 1 and 2: what does accumulation
                       cost in time? 1.00 is the whole batch's own time, on the memory of eight times the activations.
     own-python        which share of an update's time is the library's own Python? Under a profiler, which adds to it.
-    limit             only with --only limit: what is there to be had? The same updates by layers written anew, whose
-                      backwards add weight gradients up in place: no hooks, no graph that is read, no library.
 
 All loops make the same update, each in a process of its own. Runs alternate; what is compared is the median of the
 ratios to the first loop in the same round, of wall time and of processor time, which other programs on the machine
@@ -27,7 +25,6 @@ from typing import Any
 
 import torch
 from _apart import apart, together
-from _by_hand import by_hand
 from _common import write_results
 from _gpt import GPT, SHAPES, Shape, loss_fn, make_batch
 from _loops import Job, accumulator, peers, pieces, textbook, train_step
@@ -41,7 +38,6 @@ MICRO_BATCHES = 8
 SPACE_TOKENS = 128
 DIFFERENCE_TOKENS = 32
 QUESTIONS = ("micro-steps", "time-for-space", "own-python")
-ASKED_FOR = ("limit",)
 
 Results = dict[str, dict[str, float]]
 
@@ -72,22 +68,6 @@ TIME_FOR_SPACE: dict[str, Callable[[Job], Loop]] = {
     "gradaccum, pieces of 1": partial(train_step, size=1),
     "textbook loop, pieces of 2": partial(textbook, rows=2),
     "gradaccum, pieces of 2": partial(train_step, size=2),
-}
-
-
-LIMIT: dict[str, dict[str, Callable[[Job], Loop]]] = {
-    "micro_steps": {
-        "textbook loop": textbook,
-        "in place by hand": by_hand,
-        "gradaccum, fused=True": partial(accumulator, fused=True),
-    },
-    "time_for_space": {
-        "whole batch": partial(textbook, rows=MICRO_BATCHES),
-        "in place by hand, pieces of 1": by_hand,
-        "gradaccum, pieces of 1": partial(train_step, size=1),
-        "in place by hand, pieces of 2": partial(by_hand, rows=2),
-        "gradaccum, pieces of 2": partial(train_step, size=2),
-    },
 }
 
 
@@ -138,7 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results are written")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=QUESTIONS + ASKED_FOR)
+    parser.add_argument("--only", choices=QUESTIONS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in a micro-batch of the micro-steps")
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="Accelerate and Fabric")
@@ -159,13 +139,6 @@ def main() -> None:
         tokens = min(SPACE_TOKENS, shape.context)
         title = f"{MICRO_BATCHES} x {tokens} tokens"
         results["time_for_space"] = timed(TIME_FOR_SPACE, tokens, arguments, title)
-    if "limit" in questions:
-        longest, tokens = max(arguments.tokens), min(SPACE_TOKENS, shape.context)
-        title = f"{MICRO_BATCHES} micro-batches of {longest} tokens"
-        results["micro_steps"] = {str(longest): timed(LIMIT["micro_steps"], longest, arguments, title)}
-        results["time_for_space"] = timed(
-            LIMIT["time_for_space"], tokens, arguments, f"{MICRO_BATCHES} x {tokens} tokens"
-        )
     if "own-python" in questions:
         results["own_python"] = own_python(shape, arguments.tokens)
     if arguments.json:
