@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import torch
@@ -72,14 +72,14 @@ def _serve(connection: Connection, make: Callable[[], Loop], threads: int) -> No
     """Runs the loop each time it is asked to, until nobody is there to ask."""
     torch.set_num_threads(threads)
     run: Clocked | None = None
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             connection.recv()
-        except EOFError:
-            return
-        try:
-            if run is None:
-                run = clocked(make())
-            connection.send(run())
-        except Exception:  # noqa: BLE001 - told where it is raised
-            connection.send(traceback.format_exc())
+            answer: tuple[float, float] | str
+            try:
+                if run is None:
+                    run = clocked(make())
+                answer = run()
+            except Exception:  # noqa: BLE001 - told where it is raised
+                answer = traceback.format_exc()
+            connection.send(answer)
