@@ -17,8 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,7 @@ _NOTHING = nullcontext()
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(NamedTuple):
     """What became of a summed gradient.
 
     Attributes:

@@ -120,8 +120,8 @@ class LookingAhead(Generic[Item]):
         if not ahead:
             return self._nothing_left()
         item = ahead.popleft()
-        if not ahead:
-            self._fill(1)
+        if not ahead and not self._is_exhausted:
+            self._read()
         follower.micro_batch_begins(item, not ahead and self._error is None, self.peek)
         return item
 
@@ -185,14 +185,17 @@ class LookingAhead(Generic[Item]):
             self.close()
 
     def _fill(self, count: int) -> None:
-        assert self._iterator is not None, "the stream is opened with the first item"
         while len(self._ahead) < count and not self._is_exhausted:
-            try:
-                self._ahead.append(next(self._iterator))
-            except StopIteration:
-                self._is_exhausted = True
-            except Exception as error:  # noqa: BLE001 - raised again in its place
-                self._is_exhausted, self._error = True, error
+            self._read()
+
+    def _read(self) -> None:
+        assert self._iterator is not None, "the stream is opened with the first item"
+        try:
+            self._ahead.append(next(self._iterator))
+        except StopIteration:
+            self._is_exhausted = True
+        except Exception as error:  # noqa: BLE001 - raised again in its place
+            self._is_exhausted, self._error = True, error
 
     def _end(self, *, completely: bool) -> None:
         if self._is_over:
