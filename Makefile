@@ -42,7 +42,7 @@ format: $(STAMP) ## put imports and layout in order
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: $(PEERS) ## all benchmarks, an hour alone on the machine; with ARGS=--quick 5 minutes
+bench: $(PEERS) ## all benchmarks, one to two hours alone on the machine; with ARGS=--quick 5 minutes
 	@$(BIN)/gradaccum bench
 	@$(BIN)/python benchmarks/all.py $(ARGS)
 

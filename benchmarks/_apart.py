@@ -1,8 +1,9 @@
 """Loops that each have a process of their own; one of them runs at a time.
 
 Loops in one process share its allocator. The holes that one leaves are memory that the next one need not have from the
-system, cleared page by page, and that is much of what accumulation costs: between two of GPT-2 small the textbook loop
-took a tenth less than by itself. A program that trains has one loop.
+system, cleared page by page, and that is much of what accumulation costs: at 256 tokens of GPT-2 small the library's
+loop made 0.4 million page faults an update by itself, and next to none after the textbook loop. A program that trains
+has one loop.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Results replace those in benchmarks/results/; with --quick, which runs fewer rounds and only the smallest GPT, they go
 to benchmarks/results/quick/. Peers that are not installed are left out. Run it on an idle machine. On one core all of
-it takes half an hour to an hour, most of it GPT-2 small; --quick takes five minutes.
+it takes one to two hours, most of it GPT-2 small; --quick takes five minutes.
 
 Exit status: 0, or 1 if a benchmark failed; the others are run all the same.
 """

@@ -421,7 +421,7 @@ anything_else: dict[str, tuple[Callable[[], Any], int | None]] = {
     "of another dtype": (lambda: leaf(torch.float32) * 2, 7),
     "of another device": (lambda: torch.ones((), dtype=torch.float64, device="meta", requires_grad=True) * 2, 7),
     "without a graph": (lambda: leaf().detach(), 7),
-    "with a dimension": (lambda: leaf() * torch.ones(1), 7),
+    "with a dimension": (lambda: leaf() * torch.ones(1, dtype=torch.float64), 7),
     "a subclass": (lambda: (leaf() * 2).as_subclass(Subclass), 7),
     "a Loss": (lambda: ga.Loss.mean(leaf() * 2, over=7), 7),
     "named": (lambda: {"a": leaf() * 2}, 7),

@@ -141,7 +141,7 @@ class Normaliser:
             if again.device != root.device:
                 return None
             term.add(root, samples)
-        term.weight += samples  # type: ignore[operator]
+        term.weight = term.weight + samples  # type: ignore[operator]
         return again.seeds
 
     def seed_root(
