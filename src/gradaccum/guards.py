@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from gradaccum.checked_calls import checked_before
 from gradaccum.errors import (
     BatchNormWarning,
     DiscardedWindowWarning,
@@ -266,48 +267,10 @@ def no_calls_by_hand(
     with ExitStack() as held:
         for optimizer in optimizers:
             held.callback(optimizer.register_step_pre_hook(refuse_step).remove)
-            held.enter_context(_checked_before(optimizer, "zero_grad", refuse_zero_grad))
+            held.enter_context(checked_before(optimizer, "zero_grad", refuse_zero_grad))
         for scheduler in schedulers:
-            held.enter_context(_checked_before(scheduler, "step", refuse_schedule))
+            held.enter_context(checked_before(scheduler, "step", refuse_schedule))
         yield
-
-
-@contextmanager
-def _checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterator[None]:
-    """Runs ``check`` before each call of a method of one object; leaves the object as it was.
-
-    The object is for this time of a class derived from its own. An attribute would be simpler, but the state_dict() of
-    torch's schedulers is their ``__dict__``, and would have it too.
-    """
-    original = type(owner)
-    is_watching = True
-
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_watching:  # somebody who has wrapped the method in the meantime keeps what is called here
-            check()
-        return inherited(self, *args, **kwargs)
-
-    inherited = getattr(original, name)
-
-    def reduced(self: Any, protocol: Any) -> Any:  # what is pickled meanwhile is of the class that can be found again
-        reduce: Any = original.__reduce_ex__
-        made, arguments, *rest = reduce(self, 1)  # higher ones compare the classes
-        return (made, tuple(original if argument is derived else argument for argument in arguments), *rest)
-
-    members = {name: functools.wraps(inherited)(checked), "__reduce_ex__": reduced}
-    derived: Any = type(original.__name__, (original,), members)
-    derived.__module__, derived.__qualname__ = original.__module__, original.__qualname__
-    try:
-        owner.__class__ = derived
-    except TypeError:  # a class with a layout of its own: not watched
-        yield
-        return
-    try:
-        yield
-    finally:
-        is_watching = False
-        if type(owner) is derived:
-            owner.__class__ = original
 
 
 def _described(value: Any) -> str:
