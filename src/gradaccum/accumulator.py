@@ -123,6 +123,7 @@ class Accumulator:
             sync=sync,
         )
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
+        self._fills = self._together.fills
         guards.refuse_closures(self._accumulation.optimizers)
         self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
@@ -180,7 +181,7 @@ class Accumulator:
             micro_batch_begins=self._micro_batch_begins,
             micro_batch_ends=self._micro_batch_ends,
             pass_ends=self._pass_ends,
-            wants_again=self._together.wants_filler if self._together.fills else None,
+            wants_again=self._together.wants_filler if self._fills else None,
         )
         if isinstance(micro_batches, LookingAhead) and not micro_batches.has_begun:
             shared: LookingAhead[Item] = micro_batches
@@ -231,9 +232,10 @@ class Accumulator:
         done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
         if self._bar is not None:
             self._bar.inside(done, self._target)
-        if done == self._target or (self._is_last and self._tail == "step") or self._together.is_filler:
-            return self._close() if self._together.closes else None
-        return None
+        is_complete = done == self._target or (self._is_last and self._tail == "step")
+        if self._fills:
+            is_complete = (is_complete or self._together.is_filler) and self._together.closes
+        return self._close() if is_complete else None
 
     def flush(self) -> Update | None:
         """Applies an incomplete window with its true weight: one that was carried, or begun outside of a pass.
@@ -265,25 +267,25 @@ class Accumulator:
         self._accumulation.look_for_foreign_leaves()
         return self._together.held(self._accumulation.no_calls_by_hand())
 
-    def _micro_batch_begins(self, micro_batch: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
+    def _micro_batch_begins(self, micro_batch: Any, is_last: bool, items: LookingAhead[Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
         samples = tree.rows_or_none(micro_batch)
         accumulation = self._accumulation
         if self._any_rows is not None:
             self._any_rows.marked(micro_batch)
-        if self._together.is_filler:
+        if self._fills and self._together.is_filler:
             self._samples, self._is_last, self._awaits_backward = 0, is_last, True
             self._together.begins(completes=True)
             return
         if not accumulation.is_open:
-            self._open(micro_batch, samples, peek)
+            self._open(micro_batch, samples, items)
         if self._counts_samples and (samples is None or accumulation.open_samples + samples > self._target):
             raise self._size.does_not_fit(samples, before=accumulation.open_samples, target=self._target)
         self._samples = samples
         self._is_last = is_last
         self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
         self._awaits_backward = True
-        if self._together.fills:
+        if self._fills:
             before = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
             done = before + ((samples or 0) if self._counts_samples else 1)
             self._together.begins(completes=is_last or done == self._target)
@@ -327,9 +329,9 @@ class Accumulator:
             self._outside.close()
             guards.tell_lost(accumulation.discard(), samples)
 
-    def _open(self, micro_batch: Any, samples: int | None, peek: Callable[[int], Any]) -> None:
+    def _open(self, micro_batch: Any, samples: int | None, items: LookingAhead[Any]) -> None:
         target = self._target = self._size_of_next()
-        totals = None if self._weights is None else self._totals(self._weights, micro_batch, peek)
+        totals = None if self._weights is None else self._totals(self._weights, micro_batch, items.peek)
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
         else:

@@ -43,28 +43,24 @@ def are_finite(gradients: Sequence[Tensor]) -> bool:
     On the host, a sum over something that is not finite is not finite either, and takes half the time of a norm. The
     norm is asked only where the sum says no: it may have overflowed.
     """
-    few: dict[torch.dtype, list[Tensor]] = {}
+    few: list[Tensor] = []
     for gradient in gradients:
         if not gradient.is_cpu:
             break
-        dtype = gradient.dtype
-        if gradient.numel() <= _FEW and not dtype.is_complex:
-            if dtype in few:
-                few[dtype].append(gradient)
-            else:
-                few[dtype] = [gradient]
+        if gradient.numel() <= _FEW and not gradient.is_complex():
+            few.append(gradient)
         elif not cmath.isfinite(gradient.sum().item()):
             break
     else:
-        for group in few.values():  # noqa: SIM110 - asked once an update, and a generator takes twice the time
-            if not _are_few_finite(group):
-                return False
-        return True
+        return not few or _are_few_finite(few)
     return math.isfinite(combined(norms(gradients, math.inf), math.inf).item())
 
 
 def _are_few_finite(gradients: list[Tensor]) -> bool:
-    """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each."""
+    """The same for gradients of a few elements, where one call for all of them takes less time than a sum of each.
+
+    On the host the kernel takes them one by one, of whatever dtype.
+    """
     try:
         found = _ZEROS.pop()  # one for each thread that is in here
     except IndexError:

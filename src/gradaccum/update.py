@@ -43,6 +43,9 @@ class Applied(NamedTuple):
     skipped: bool | Tensor
 
 
+_APPLIED = Applied(None, skipped=False)
+
+
 class Updater:
     """Applies gradients: everything that happens once an update.
 
@@ -93,6 +96,9 @@ class Updater:
         self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
         self._narrow = narrow
         self._stepping = stepping
+        # Whether the optimizers are asked in each update if they skip by themselves: some never do.
+        is_as_torch = narrow is None and stepping is None
+        self._may_skip = is_as_torch and all(hasattr(one, "_step_supports_amp_scaling") for one in optimizers)
         self.is_stepping = False
         self.total_norm: Callable[[Sequence[nn.Parameter], float], Tensor] | None = None
 
@@ -136,11 +142,14 @@ class Updater:
         _multiply(parameters, correction)
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
-        is_as_torch = self._narrow is None and self._stepping is None
-        skips_by_itself = is_as_torch and all(map(_skips_by_itself, self._optimizers))
+        skips_by_itself = self._may_skip and all(map(_skips_by_itself, self._optimizers))
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
-            finite = are_finite([_values(parameter) for parameter in parameters])
-            return self._step_if(finite, parameters, correction, None)
+            is_finite = are_finite(_values_of(parameters))
+            if is_finite and correction is None and self._narrow is self._stepping is None:  # of most updates
+                for optimizer in self._optimizers:
+                    optimizer.step()
+                return _APPLIED
+            return self._step_if(is_finite, parameters, correction, None)
         norm = self._norm(parameters)
         grad_norm, factor = self._clipped(norm, correction)
         if not skips_by_itself:
@@ -222,7 +231,7 @@ class Updater:
     def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         if self.total_norm is not None:
             return self.total_norm(parameters, self._order)
-        return combined(norms([_values(parameter) for parameter in parameters], self._order), self._order)
+        return combined(norms(_values_of(parameters), self._order), self._order)
 
     def _clipped(self, norm: Tensor, correction: float | Tensor | None) -> tuple[Tensor | None, float | Tensor | None]:
         """The norm of the corrected gradient, and the factor that corrects and clips in one."""
@@ -232,6 +241,15 @@ class Updater:
             norm = norm * correction
         factor = torch.clamp(self._clip_norm / (norm + _EPSILON), max=1.0)
         return norm, factor if correction is None else factor * correction
+
+
+def _values_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        is_plain = type(gradient) is Tensor and not gradient.is_sparse
+        found.append(gradient if is_plain else _values(parameter))  # type: ignore[arg-type]
+    return found
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
@@ -246,7 +264,7 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def _multiply(parameters: Sequence[nn.Parameter], factor: float | Tensor | None) -> None:
     if factor is None:
         return
-    for group in grouped([_values(parameter) for parameter in parameters]):
+    for group in grouped(_values_of(parameters)):
         if isinstance(factor, Tensor):
             wide = group[0].dtype in (torch.float64, torch.complex128)
             torch._foreach_mul_(group, factor.to(group[0].device, torch.float64 if wide else torch.float32))

@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -38,8 +38,8 @@ class Recorder:
         yield
         self.note("let go")
 
-    def item(self, item: Any, is_last: bool, peek: Callable[[int], Any]) -> None:
-        ahead = [peek(offset) for offset in range(self.peeks)]
+    def item(self, item: Any, is_last: bool, items: LookingAhead[Any]) -> None:
+        ahead = [items.peek(offset) for offset in range(self.peeks)]
         self.note("item", item, *(["last"] if is_last else []), *ahead)
 
     def item_ends(self) -> None:
@@ -313,7 +313,7 @@ def pass_of_items(*, fails: bool = False) -> LookingAhead[Item]:
 
     nothing = Follower(
         pass_begins=nullcontext,
-        micro_batch_begins=lambda item, is_last, peek: None,
+        micro_batch_begins=lambda item, is_last, items: None,
         micro_batch_ends=lambda: None,
         pass_ends=lambda completely, unused: None,
     )

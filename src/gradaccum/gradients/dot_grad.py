@@ -73,7 +73,10 @@ class DotGrad:
         Raises:
             MisuseError: a gradient is there already, which the window would be added to.
         """
-        self.check_empty()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self.check_empty()
+                break
         if self._wide is not None:
             self._wide.begin()
         if self.momentum is not None and is_for_update:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.seeds import Again, Seeds
+from gradaccum.losses.seeds import Again, Seeds, Start
 from gradaccum.losses.term_sum import Number, TermSum
 
 SINGLE = ""
@@ -93,7 +93,13 @@ class Normaliser:
         self._is_fixed = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, TermSum] = {}
-        self._again: Again | None = None
+        # What another loss would have to be like, and the term it is added to: None before the window's first one.
+        start = None if totals is not None or expected is not None else self._seeds.start
+        if start is not None and (start.first_share != first_share or start.at_least != at_least):
+            start = None
+        self._start = start
+        self._again: Again | None = None if start is None else start.again
+        self._term: TermSum | None = None
 
     def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
         """Adds a micro-batch's loss to the window's sums.
@@ -105,15 +111,21 @@ class Normaliser:
 
     def seed_mean(self, root: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """The same for a plain mean over samples, at least one, with a graph: of most losses, so the short way."""
+        is_first = not self._terms
         one = self.seed_root(root, samples, is_mean=True)
         assert one is not None, "it weighs something and has a graph"
         if type(root) is Tensor:
-            device = None if root.is_cpu else root.device
-            self._again = Again(samples, root.dtype, device, self._terms[SINGLE], one[1:])
+            again = Again(samples, root.dtype, None if root.is_cpu else root.device, one[1:])
+            self._again, self._term = again, self._terms[SINGLE]
+            if is_first and self._totals is None and not self._is_fixed:
+                assert self._expected is not None, "the loss has been divided by it"
+                self._seeds.start = Start(self._first_share, self._at_least, self._expected, again)
         return one
 
     def seeds_again(self, root: Any, samples: int | None) -> tuple[Tensor] | None:
         """The same where the micro-batch is like the one before, so that nothing about it has to be asked again.
+
+        The first of a window is compared with the first of the window before, if that began with the same expectation.
 
         Args:
             root: whatever the user returned.
@@ -132,22 +144,27 @@ class Normaliser:
             or not root.requires_grad
         ):
             return None
-        term, samples = again.term, again.samples
-        if root.is_cpu:
-            if again.device is not None:
-                return None
+        samples = again.samples
+        is_on_host = root.is_cpu
+        if again.device is not None if is_on_host else again.device != root.device:
+            return None
+        term = self._term
+        if term is None:
+            assert self._start is not None, "what is begun again has begun before"
+            self._expected = self._start.expected
+            term = self._term = self._terms[SINGLE] = TermSum(0, dtype=again.dtype)
+        if is_on_host:
             term.on_host += root.item() * samples
         else:
-            if again.device != root.device:
-                return None
             term.add(root, samples)
-        term.weight = term.weight + samples  # type: ignore[operator]
+        term.weight += samples  # type: ignore[operator]
         return again.seeds
 
     def seed_root(
         self, root: Tensor, weight: Weight | None, *, is_mean: bool, name: str = SINGLE
     ) -> tuple[Tensor, Tensor] | None:
         """The same for what a `Loss` is made of."""
+        self._again = None
         if isinstance(weight, Tensor):
             weight = _exact(weight)
         self._add(name, root, weight, is_mean=is_mean)
@@ -178,7 +195,7 @@ class Normaliser:
 
     def expect(self, total: float) -> None:
         """Takes a total that was not given to be this."""
-        self._expected, self._is_fixed = total, True
+        self._expected, self._is_fixed, self._again = total, True, None
 
     def expect_all_of(
         self,
@@ -198,6 +215,7 @@ class Normaliser:
                 if loss.weight is not None:
                     totals[name] = totals.get(name, 0) + _exact(loss.weight)
         self._totals = totals if added_up is None else added_up(totals)
+        self._again = None
 
     @property
     def correction(self) -> Number | None:
@@ -324,7 +342,6 @@ class Normaliser:
             larger = 2.0 ** math.ceil(math.log2(weight)) * self._first_share[1]
             self._rescale = self._expected / larger
             self._expected = larger
-            self._again = None
         return self._expected
 
     def take_rescale(self) -> float | None:

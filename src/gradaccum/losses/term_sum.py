@@ -20,6 +20,10 @@ _HALF = (torch.float16, torch.bfloat16)
 class TermSum:
     """The roots of one term, each times its share.
 
+    Args:
+        weight: see below.
+        dtype: of the roots; None where none has been seen.
+
     Attributes:
         weight: the total so far; None for a plain sum, which nothing is divided by.
         on_host: the sum of those that were read.
@@ -27,11 +31,11 @@ class TermSum:
 
     __slots__ = ("_dtype", "_on_device", "on_host", "weight")
 
-    def __init__(self, weight: Number | None) -> None:
+    def __init__(self, weight: Number | None, *, dtype: torch.dtype | None = None) -> None:
         self.weight = weight
         self.on_host = 0.0
         self._on_device: list[tuple[Tensor, Number]] = []
-        self._dtype: torch.dtype | None = None
+        self._dtype = torch.float32 if dtype in _HALF else dtype
 
     def add(self, root: Tensor, share: Number) -> None:
         """Adds a root, 0-d, ``share`` times; not at all where that is 0, since a mean over nothing is NaN."""

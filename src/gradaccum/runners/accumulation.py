@@ -144,7 +144,8 @@ class Accumulation:
             self._trained.find()
             self._look_at_parameters()
         self._rows_ahead = samples if pieces else 0
-        self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
+        is_for_update = not (self._is_for_user or (totals is not None and weighs_nothing(totals)))
+        self._gradients.begin(is_for_update=is_for_update)
         last, expected = self._last_total, None
         if self.ranks is not None:
             said = {"samples": samples, "pieces": pieces}
@@ -200,7 +201,8 @@ class Accumulation:
             if before:
                 logger.warning("a window was discarded with its first %d micro-batches: the next one raised", before)
             raise
-        self.count(samples)
+        self._sizes.append(samples)  # `count`, without a call
+        self.open_samples += samples or 0
 
     def add_together(
         self,
@@ -258,20 +260,20 @@ class Accumulation:
             is_done: this process has no more windows, and only takes part in those of others.
             drops_incomplete: whether there is no update where some process is done.
         """
+        normaliser = self._normaliser
+        assert normaliser is not None, "a window is opened before it is closed"
         try:
-            return self._close(is_done=is_done, drops_incomplete=drops_incomplete)
+            self.casts.release()
+            counted = self._counted(normaliser, self._optimized, is_done=is_done)
+            if counted.is_over or (counted.is_incomplete and drops_incomplete):
+                self.discard()
+                return None
+            return self._close(normaliser, counted)
         except BaseException:  # no window stays half-open: the next one would find its gradients
             self.discard()
             raise
 
-    def _close(self, *, is_done: bool, drops_incomplete: bool) -> Update | None:
-        normaliser = self._normaliser
-        assert normaliser is not None, "a window is opened before it is closed"
-        self.casts.release()
-        counted = self._counted(normaliser, self._optimized, is_done=is_done)
-        if counted.is_over or (counted.is_incomplete and drops_incomplete):
-            self.discard()
-            return None
+    def _close(self, normaliser: Normaliser, counted: Counted) -> Update:
         normaliser.check_totals()
         parameters = self._gradients.filled(self._optimized)
         grad_norm = None

@@ -40,10 +40,13 @@ class Counted(NamedTuple):
             sizes: rows of each micro-batch; None where they could not be seen.
             correction: see the class.
         """
+        number = len(sizes)
+        if number and sizes.count(first := sizes[0]) == number:  # as nearly always
+            return Counted(number, None if first is None else first * number, first, correction)
         if None in sizes:
-            return Counted(len(sizes), None, None, correction)
+            return Counted(number, None, None, correction)
         known = cast("Sequence[int]", sizes)
-        return Counted(len(known), sum(known), max(known) if known else 0, correction)
+        return Counted(number, sum(known), max(known, default=0), correction)
 
 
 def update_of(

@@ -28,7 +28,7 @@ class Follower:
 
     Attributes:
         pass_begins: before the first item; what it returns is held until the pass ends.
-        micro_batch_begins: before an item is handed out; gets it, whether it is the last, and `LookingAhead.peek`.
+        micro_batch_begins: before an item is handed out; gets it, whether it is the last, and the pass.
         micro_batch_ends: before the item after it is asked for, or the pass ends.
         pass_ends: at the end; gets whether all items have been handed out, or the loop was left before; and what had
             been read ahead and not handed out of a bare iterator, which cannot be asked for it again.
@@ -37,7 +37,7 @@ class Follower:
     """
 
     pass_begins: Callable[[], AbstractContextManager[None]]
-    micro_batch_begins: Callable[[Any, bool, Callable[[int], Any]], None]
+    micro_batch_begins: Callable[[Any, bool, LookingAhead[Any]], None]
     micro_batch_ends: Callable[[], None]
     pass_ends: Callable[[bool, deque[Any]], None]
     wants_again: Callable[[bool, bool], bool] | None = None
@@ -122,7 +122,7 @@ class LookingAhead(Generic[Item]):
         item = ahead.popleft()
         if not ahead and not self._is_exhausted:
             self._read()
-        follower.micro_batch_begins(item, not ahead and self._error is None, self.peek)
+        follower.micro_batch_begins(item, not ahead and self._error is None, self)
         return item
 
     def _advance(self) -> Item:
@@ -139,7 +139,7 @@ class LookingAhead(Generic[Item]):
             self._fill(1)
         if self._repeats and self._error is None and self._is_wanted_again():
             for follower in self._followers:
-                follower.micro_batch_begins(self._before, not self._ahead, self.peek)
+                follower.micro_batch_begins(self._before, not self._ahead, self)
             return self._before
         if not self._ahead:
             return self._nothing_left()
@@ -150,7 +150,7 @@ class LookingAhead(Generic[Item]):
         if self._repeats:
             self._before = item
         for follower in self._followers:
-            follower.micro_batch_begins(item, is_last, self.peek)
+            follower.micro_batch_begins(item, is_last, self)
         return item
 
     def _nothing_left(self) -> Any:

@@ -20,14 +20,18 @@ from gradaccum.types import Update
 
 
 class Alone:
-    """No other processes: nothing to do, at no cost."""
+    """No other processes: nothing to do, at no cost.
+
+    Attributes:
+        close: makes the update of the open window.
+    """
 
     fills = False
     is_filler = False
     closes = True
 
     def __init__(self, accumulation: Accumulation) -> None:
-        self._accumulation = accumulation
+        self.close: Callable[[], Update | None] = accumulation.close_with_others
 
     def share(self, batch_size: int) -> int:
         """How many samples of a batch this process passes."""
@@ -36,10 +40,6 @@ class Alone:
     def held(self, watched: AbstractContextManager[None]) -> AbstractContextManager[Any]:
         """What is held while a pass runs."""
         return watched
-
-    def close(self) -> Update:
-        """The update of the open window."""
-        return self._accumulation.close()
 
     def begins(self, *, completes: bool) -> None:
         """A micro-batch is handed out."""
