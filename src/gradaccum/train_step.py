@@ -305,7 +305,8 @@ class TrainStep:
         sizes = [num_rows(piece) for piece in pieces]
         if self._any_rows is not None:
             self._any_rows.expect(sizes, is_final=is_final)
-        accumulation.tell(sizes, is_final=is_final)
+        if accumulation.telling.has_to_tell(sizes):
+            accumulation.tell(sizes, is_final=is_final)
         accumulation.open(
             totals=totals,
             first_share=(sizes[0], sum(sizes)) if sizes else (1, 1),

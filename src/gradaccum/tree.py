@@ -71,12 +71,14 @@ def rows_or_none(batch: Any) -> int | None:
 
 def take(batch: Any, which: Rows) -> Any:
     """The given rows of every tensor and column, in the batch's own structure. Slices are views, nothing is copied."""
-    if (
-        type(batch) is tuple
-        and isinstance(which, slice)
-        and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in batch)
-    ):
-        return tuple(leaf[which] for leaf in batch)
+    if type(batch) is tuple and isinstance(which, slice):  # the short way of most batches, asked once a micro-batch
+        taken: list[Tensor] = []
+        for leaf in batch:
+            if not isinstance(leaf, Tensor) or not leaf.dim():
+                break
+            taken.append(leaf[which])
+        else:
+            return tuple(taken)
 
     def pick(leaf: Any) -> Any:
         if _has_rows(leaf):
@@ -93,8 +95,12 @@ def take(batch: Any, which: Rows) -> Any:
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """Every tensor on the device. With ``non_blocking``, host tensors bound for CUDA are pinned first."""
-    if type(batch) is tuple and all(isinstance(leaf, Tensor) and leaf.device == device for leaf in batch):
-        return batch
+    if type(batch) is tuple:
+        for leaf in batch:
+            if not isinstance(leaf, Tensor) or leaf.device != device:
+                break
+        else:
+            return batch
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device == device:

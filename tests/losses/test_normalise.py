@@ -457,3 +457,84 @@ def test_on_a_device_micro_batches_that_are_alike_are_not_read() -> None:
     assert normaliser.seeds_again(make(), 7) == (seed,)
     assert normaliser.seeds_again(leaf(torch.float32) * 2, 7) is None
     assert normaliser.weight == 14
+
+
+# ---------------------------------------------------------------------------------------------- windows that are alike
+
+
+def mean_over(samples: int) -> ga.Loss:
+    return ga.Loss.mean(leaf() * 2, over=samples)
+
+
+def after_one_window(**options: Any) -> Normaliser:
+    """The normaliser of a second window, after one that began with a plain mean of 2 over 7 of 21 samples."""
+    seeds = Seeds()
+    Normaliser(seeds=seeds, first_share=(7, 21)).seed_mean(leaf() * 2, 7)
+    return Normaliser(seeds=seeds, **{"first_share": (7, 21), **options})
+
+
+def test_a_window_that_begins_as_the_one_before_gets_its_seed() -> None:
+    normaliser = after_one_window()
+    for value in (5.0, 6.0, 4.0):
+        (seed,) = normaliser.seeds_again(leaf() * value, 7) or (None,)
+        assert seed is not None
+        assert seed.item() == pytest.approx(1 / 3, rel=FP64)
+    assert normaliser.weight == 21
+    assert normaliser.correction is None
+    assert normaliser.means()[SINGLE].item() == 5.0
+    assert normaliser.means()[SINGLE].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"first_share": (7, 22)}, {"at_least": 22.0}, {"totals": {SINGLE: 21}}, {"expected": 21.0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_window_of_which_something_else_is_expected_does_not(options: dict[str, Any]) -> None:
+    assert after_one_window(**options).seeds_again(leaf() * 2, 7) is None
+
+
+@pytest.mark.parametrize("learn", [lambda n: n.expect(30), lambda n: n.expect_all_of([{SINGLE: mean_over(30)}])])
+def test_nor_one_whose_total_is_known_by_then(learn: Callable[[Normaliser], None]) -> None:
+    normaliser = after_one_window()
+    learn(normaliser)
+    assert normaliser.seeds_again(leaf() * 2, 7) is None
+    _, seed = normaliser.seed_mean(leaf() * 2, 7)
+    assert seed.item() == pytest.approx(7 / 30, rel=FP64)
+
+
+@pytest.mark.parametrize("name", anything_else)
+def test_a_window_may_begin_with_anything_else(name: str) -> None:
+    make, samples = anything_else[name]
+    normaliser = after_one_window()
+    assert normaliser.seeds_again(make(), samples) is None
+    assert normaliser.is_empty
+    assert not normaliser.means()
+
+
+def test_after_a_loss_of_another_kind_nothing_is_like_the_window_before() -> None:
+    """The sum seeds with 1 / 21; a mean over 7 that then came by the short way would begin the window anew."""
+    normaliser = after_one_window()
+    normaliser.seed(ga.Loss.sum(leaf() * 14, over=7))
+    assert normaliser.seeds_again(leaf() * 2, 7) is None
+    assert normaliser.weight == 7
+    assert normaliser.means()[SINGLE].item() == 2.0
+
+
+def test_a_short_window_that_begins_alike_is_corrected() -> None:
+    normaliser = after_one_window()
+    parameter = leaf()
+    (seed,) = normaliser.seeds_again(parameter * 3, 7) or (None,)
+    assert seed is not None
+    (parameter * 3).backward(seed)
+    assert corrected(parameter, normaliser) == pytest.approx(3, rel=FP64)
+
+
+def test_only_the_first_loss_of_the_window_before_counts() -> None:
+    seeds = Seeds()
+    before = Normaliser(seeds=seeds, first_share=(1, 3))
+    before.seed_mean(leaf() * 2, 7)
+    before.seed_mean(leaf() * 2, 5)
+    normaliser = Normaliser(seeds=seeds, first_share=(1, 3))
+    assert normaliser.seeds_again(leaf() * 2, 5) is None, "15 samples are to be expected, not 21"
+    assert normaliser.seeds_again(leaf() * 2, 7) is not None

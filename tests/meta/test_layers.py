@@ -13,7 +13,7 @@ MAX_LINES = 400
 
 # From the ground up. A room is a file or a folder directly under the package.
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("words", frozenset({"errors", "types", "tree", "norms"})),
+    ("words", frozenset({"errors", "types", "tree", "norms", "checked_calls"})),
     (
         "stages",
         frozenset(

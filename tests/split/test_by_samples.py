@@ -99,3 +99,11 @@ def test_a_batch_without_rows() -> None:
 def test_rows_that_disagree() -> None:
     with pytest.raises(ga.BatchError, match="Rows disagree"):
         ga.split_by_samples().plan((torch.zeros(4), torch.zeros(5)), 2)
+
+
+def test_a_plan_is_the_callers_to_change() -> None:
+    batch = torch.zeros(13, 2)
+    first = ga.split_by_samples().plan(batch, 4)
+    assert isinstance(first, list)
+    first.clear()
+    assert len(ga.split_by_samples().plan(batch, 4)) == 4

@@ -144,8 +144,7 @@ class Accumulation:
             self._trained.find()
             self._look_at_parameters()
         self._rows_ahead = samples if pieces else 0
-        is_for_update = not (self._is_for_user or (totals is not None and weighs_nothing(totals)))
-        self._gradients.begin(is_for_update=is_for_update)
+        self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         last, expected = self._last_total, None
         if self.ranks is not None:
             said = {"samples": samples, "pieces": pieces}
@@ -390,8 +389,7 @@ class Accumulation:
     def _reset(self) -> None:
         self._normaliser = None
         self.is_open = False
-        self._sizes = []
-        self.open_samples = 0
+        self._sizes, self.open_samples = [], 0
 
     def _look_at_parameters(self) -> None:
         named = self._trained.named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,13 +40,18 @@ class _BySamples:
                 f"micro_batch_size={micro_batch_size}: a micro-batch has at least one sample. "
                 "Pass the largest number of samples that fits in memory."
             )
-        pieces = -(-rows // micro_batch_size)
-        size, longer = divmod(rows, pieces)
-        starts = [i * size + min(i, longer) for i in range(pieces + 1)]
-        return [slice(start, stop) for start, stop in pairwise(starts)]
+        return list(_pieces(rows, micro_batch_size))
 
     def cut(self, batch: Any, rows: Rows) -> Any:
         return tree.take(batch, rows)
+
+
+@functools.lru_cache(maxsize=4)  # nearly all batches of a run have the same number of rows
+def _pieces(rows: int, micro_batch_size: int) -> tuple[slice, ...]:
+    pieces = -(-rows // micro_batch_size)
+    size, longer = divmod(rows, pieces)
+    starts = [i * size + min(i, longer) for i in range(pieces + 1)]
+    return tuple(slice(start, stop) for start, stop in pairwise(starts))
 
 
 def rows_to_split(batch: Any) -> int:
