@@ -44,6 +44,7 @@ class Applied(NamedTuple):
 
 
 _APPLIED = Applied(None, skipped=False)
+"""What becomes of most gradients."""
 
 
 class Updater:
@@ -96,9 +97,9 @@ class Updater:
         self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
         self._narrow = narrow
         self._stepping = stepping
-        # Whether the optimizers are asked in each update if they skip by themselves: some never do.
-        is_as_torch = narrow is None and stepping is None
-        self._may_skip = is_as_torch and all(hasattr(one, "_step_supports_amp_scaling") for one in optimizers)
+        self._is_as_torch = narrow is None and stepping is None
+        # Whether the optimizers are asked, in each update, if they skip by themselves: most never do.
+        self._may_skip = self._is_as_torch and all(hasattr(one, "_step_supports_amp_scaling") for one in optimizers)
         self.is_stepping = False
         self.total_norm: Callable[[Sequence[nn.Parameter], float], Tensor] | None = None
 
@@ -145,7 +146,7 @@ class Updater:
         skips_by_itself = self._may_skip and all(map(_skips_by_itself, self._optimizers))
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
             is_finite = are_finite(_values_of(parameters))
-            if is_finite and correction is None and self._narrow is self._stepping is None:  # of most updates
+            if is_finite and correction is None and self._is_as_torch:  # most updates: the short way
                 for optimizer in self._optimizers:
                     optimizer.step()
                 return _APPLIED

@@ -157,7 +157,7 @@ class Normaliser:
             term.on_host += root.item() * samples
         else:
             term.add(root, samples)
-        term.weight += samples  # type: ignore[operator]
+        term.weight = term.weight + samples  # type: ignore[operator]
         return again.seeds
 
     def seed_root(
