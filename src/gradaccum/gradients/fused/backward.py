@@ -73,7 +73,8 @@ class FusedBackward:
         self._candidates = {id(parameter) for parameter in parameters if choice.may_pay(parameter)}
 
         self._memory = Memory()
-        self._written: dict[nn.Parameter, None] = {}
+        # What was added up in place in this window: the sums, which need not be looked at again.
+        self._written: dict[nn.Parameter, Tensor | None] = {}
 
     @property
     def has_candidates(self) -> bool:
@@ -142,7 +143,8 @@ class FusedBackward:
             for handle in handles:  # each holds its node, and is held by it
                 handle.remove()
         streams.leave()
-        self._written.update(dict.fromkeys(plan.in_place))
+        for weight in plan.in_place:
+            self._written[weight] = weight.grad
         _tell_hooks(plan.in_place)
         return True
 
@@ -174,7 +176,9 @@ class FusedBackward:
             return None
         dtype = accumulate_dtype_of(leaf)
         total = leaf.grad
-        if dtype not in _FLOATS or (total is not None and not _can_add_to(total, leaf)):
+        if dtype not in _FLOATS:
+            return None
+        if total is not None and total is not self._written.get(leaf) and not _can_add_to(total, leaf):
             return None
         uses = graph.uses_of(node)
         if uses is None:
@@ -183,9 +187,11 @@ class FusedBackward:
         num_rows = 0
         for use in uses:
             result = use.node._input_metadata[0]
-            if result.dtype not in _FLOATS or result.device != leaf.device:
+            of_result: torch.dtype = result.dtype
+            if of_result not in _FLOATS or result.device != leaf.device:
                 return None
-            add = linear.gradient_of(leaf, use, self._memory) or embedding.gradient_of(leaf, use, self._memory)
+            add = linear.gradient_of(leaf, use, of_result, self._memory)
+            add = add or embedding.gradient_of(leaf, use, self._memory)
             if add is None:
                 return None
             num_rows += math.prod(result.shape[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradaccum.gradients.fused.add import Add, Gradients
@@ -24,8 +25,15 @@ _PRODUCTS = {
 }
 
 
-def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None:
-    """What adds the gradient of this use to ``parameter.grad``, given that of the product; None if unknown."""
+def gradient_of(parameter: nn.Parameter, use: Use, dtype: torch.dtype, memory: Memory) -> Add | None:
+    """What adds the gradient of this use to ``parameter.grad``, given that of the product; None if unknown.
+
+    Args:
+        parameter: the weight.
+        use: one of its uses.
+        dtype: of the product, and so of its gradient.
+        memory: where the first sum goes.
+    """
     kind = type(use.node).__name__
     product = _PRODUCTS.get(kind)
     if product is None or parameter.dim() != (3 if kind == "BmmBackward0" else 2):
@@ -41,7 +49,7 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None
         return None
     node: Any = use.node
     saved = f"_saved_{other_name}"
-    into = adder_of(parameter, node._input_metadata[0].dtype, memory)
+    into = adder_of(parameter, dtype, memory)
     alpha = node._saved_alpha if kind == "AddmmBackward0" else 1
 
     def add(gradients: Gradients) -> None:
