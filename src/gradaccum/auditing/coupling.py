@@ -1,10 +1,11 @@
-"""Which layers couple samples: some are replaced, and what the others give is compared bit by bit.
+"""Which layers couple samples: some are replaced, and what the others give is compared.
 
-In a network that treats samples one by one, replacing a sample changes nothing about the others: kernels add up each
-row in the same order whatever the other rows hold, so there is no tolerance to choose. A module whose other rows change
-while those of its inputs did not is to blame. What it made is then mended (other rows as they were), be it its output
-or the input of a module inside of it, so that what comes after gets clean inputs, and the modules around it are asked
-for themselves alone: all culprits are found in one pass, and the innermost ones.
+In a network that treats samples one by one, replacing a sample changes nothing about the others, to the last bit:
+kernels add up each row in the same order whatever the other rows hold. Only where a layer gets another number of rows
+(an expert that is chosen less often) may the order be another, which is rounding and nobody's fault. A module whose
+other rows change by more, while those of its inputs did not change, is to blame. What it made is then mended (other
+rows as they were), be it its output or the input of a module inside of it, so that what comes after gets clean inputs,
+and the modules around it are asked for themselves alone: all culprits are found in one pass, and the innermost ones.
 
 Which samples are replaced by what matters: a router with a capacity couples only when it overflows. So a few ways are
 tried: one sample by its neighbour, one by itself enlarged, either half of the batch by copies of one of the others.
@@ -32,6 +33,8 @@ from gradaccum.auditing.pieces import copied, whole
 from gradaccum.auditing.task import Without
 
 _ENLARGED = 3.0
+_ROUNDING = {torch.float64: 64 * 2.0**-52, torch.float32: 64 * 2.0**-23}  # in others one step would hide a coupling
+"""What sums in another order may differ by, of the largest value: 64 roundings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,14 +219,13 @@ class _Comparison:
         if [one.shape for one in expected] != [one.shape for one in made]:
             return None
         mended: list[Tensor] = []
-        is_dirty = False
         for i, (before, now) in enumerate(zip(expected, made, strict=True)):
-            fixed, differs = self._mended(before, now, shapes[i] if len(shapes) == len(made) else None)
-            is_dirty = is_dirty or differs
+            fixed, is_coupled = self._mended(before, now, shapes[i] if len(shapes) == len(made) else None)
             mended.append(fixed)
-        if not is_dirty:
+            if is_coupled:
+                self.found[blamed] = None
+        if all(fixed is now for fixed, now in zip(mended, made, strict=True)):
             return None
-        self.found[blamed] = None
         remaining = iter(mended)
         return tree.map_leaves(
             value,
@@ -231,18 +233,30 @@ class _Comparison:
         )
 
     def _mended(self, before: Tensor, now: Tensor, small: tuple[int, ...] | None) -> tuple[Tensor, bool]:
-        """The output with its kept rows as they were, and whether they were not."""
+        """The output with its kept rows as they were, and whether they were anything else, but for rounding."""
         views = _views_by_row(before.shape, small, self._rows)
         kept = self._kept.to(now.device)
-        for view in views:
-            theirs, ours = view(before)[kept], view(now)[kept]
-            if bool(((theirs == ours) | (theirs.isnan() & ours.isnan())).all()):
-                return now, False
-        if not views:
+        both = [(view(before)[kept], view(now)[kept]) for view in views]
+        if not views or any(_is_same(theirs, ours) for theirs, ours in both):
             return now, False
+        rounded = [_is_same(theirs, ours, slack=_slack(before)) for theirs, ours in both]
+        view = views[rounded.index(True) if any(rounded) else 0]
         mended = now.clone()
-        views[0](mended).index_copy_(0, kept, views[0](before)[kept])
-        return mended, True
+        view(mended).index_copy_(0, kept, view(before)[kept])
+        return mended, not any(rounded)
+
+
+def _is_same(theirs: Tensor, ours: Tensor, *, slack: float = 0.0) -> bool:
+    is_same = (theirs == ours) | (theirs.isnan() & ours.isnan())
+    if slack:
+        is_same = is_same | ((theirs - ours).abs() <= slack)
+    return bool(is_same.all())
+
+
+def _slack(tensor: Tensor) -> float:
+    """What the sums in a tensor may differ by for their rounding."""
+    largest = tensor.abs().nan_to_num(0.0, posinf=0.0).max().item() if tensor.numel() else 0.0
+    return _ROUNDING.get(tensor.dtype, 0.0) * largest
 
 
 def _views_by_row(shape: tuple[int, ...], small: tuple[int, ...] | None, rows: int) -> list[Callable[[Tensor], Tensor]]:
