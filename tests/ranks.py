@@ -44,6 +44,8 @@ with open(os.path.join(folder, f"{rank}.part"), "wb") as file:
 os.rename(os.path.join(folder, f"{rank}.part"), os.path.join(folder, f"{rank}"))
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)  # everything is told: torch's own threads have been seen to abort a process while Python was ending
 """
 
 
