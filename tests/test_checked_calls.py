@@ -89,7 +89,7 @@ def test_an_object_is_of_the_same_class_each_time_it_is_watched() -> None:
     assert seen[0] is not Counting
 
 
-def test_a_method_of_a_subclass_is_the_subclass_s() -> None:
+def test_a_method_of_a_subclass_is_its_own() -> None:
     class Other(Counting):
         def step(self) -> int:
             return -super().step()
@@ -97,6 +97,15 @@ def test_a_method_of_a_subclass_is_the_subclass_s() -> None:
     one, other = Counting(), Other()
     with checked_before(one, "step", lambda: None), checked_before(other, "step", lambda: None):
         assert (one.step(), other.step()) == (1, -1)
+
+
+def test_a_method_that_is_patched_between_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Counting()
+    with checked_before(one, "step", lambda: None):
+        assert one.step() == 1
+    monkeypatch.setattr(Counting, "step", lambda self: "patched")
+    with checked_before(one, "step", lambda: None):
+        assert one.step() == "patched"
 
 
 def test_two_methods_of_one_object() -> None:

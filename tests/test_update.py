@@ -296,6 +296,18 @@ def test_the_scale_shrinks_and_grows_as_torchs_own(fused: bool) -> None:
 # ---------------------------------------------------------------------------------------------- loaded, mixed and plain
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_only_fused_optimizers_find_out_for_themselves(fused: bool) -> None:
+    """On a device that saves a wait for the gradient before each step."""
+    params = parameters()
+    optimizer = Adam(params, fused=fused)
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
+    give(params, gradients(params, 0))
+    assert Updater([optimizer]).apply(params, None).skipped is False
+    assert [None if found_inf is None else found_inf.item() for found_inf in seen] == [0.0 if fused else None]
+
+
 @pytest.mark.parametrize("loaded", [True, False], ids=["of a state", "of its own"])
 def test_groups_that_are_not_fused(loaded: bool) -> None:
     """Torch refuses what a fused optimizer is handed, and a state brings the groups of the optimizer it is of."""

@@ -62,21 +62,20 @@ def checked_before(owner: Any, name: str, check: Callable[[], None]) -> Iterator
 @functools.lru_cache(_MAX_CLASSES)
 def _derived(original: type, name: str) -> type:
     """A class like ``original``, one method of which runs the checks of its object first."""
-    inherited = getattr(original, name)
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         watched = _WATCHED.get((id(self), name))  # None where somebody wrapped the method meanwhile and has kept it
         if watched is not None:
             for check in watched.checks:
                 check()
-        return inherited(self, *args, **kwargs)
+        return getattr(original, name)(self, *args, **kwargs)  # as it is by now: classes get patched
 
     def reduced(self: Any, protocol: Any) -> Any:  # what is pickled meanwhile is of the class that can be found again
         reduce: Any = original.__reduce_ex__
         made, arguments, *rest = reduce(self, 1)  # higher ones compare the classes
         return (made, tuple(original if argument is derived else argument for argument in arguments), *rest)
 
-    members = {name: functools.wraps(inherited)(checked), "__reduce_ex__": reduced}
+    members = {name: functools.wraps(getattr(original, name))(checked), "__reduce_ex__": reduced}
     derived: Any = type(original.__name__, (original,), members)
     derived.__module__, derived.__qualname__ = original.__module__, original.__qualname__
     return derived

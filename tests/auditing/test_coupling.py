@@ -13,9 +13,11 @@ from gradaccum.auditing.make import _task
 from gradaccum.auditing.task import NOTHING
 
 
-def coupled(model: nn.Module, loss: zoo.LossFunction = zoo.classes, batch: object = None) -> dict[str, bool]:
+def coupled(
+    model: nn.Module, loss: zoo.LossFunction = zoo.classes, batch: object = None, *, is_double: bool = True
+) -> dict[str, bool]:
     task = _task(model, loss, zoo.vectors() if batch is None else batch, 4, None, None, "concat", None)
-    return coupled_modules(Runs(task, is_double=True), NOTHING)
+    return coupled_modules(Runs(task, is_double=is_double), NOTHING)
 
 
 class Outer(nn.Module):
@@ -72,6 +74,21 @@ def test_modules(model: object, expected: dict[str, bool]) -> None:
 def test_rounding_is_nobodys_fault(part: float, expected: dict[str, bool]) -> None:
     """Sums of other numbers of rows may be rounded another way, as those of experts are on some processors."""
     assert coupled(zoo.mlp(ByAPart(part))) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "expected"),
+    [
+        (5e-7, torch.float32, {}),
+        (1e-4, torch.float32, {"1": False}),
+        (0.1, torch.bfloat16, {"1": False}),
+    ],
+    ids=["rounding in fp32", "more than that", "any in bf16"],
+)
+def test_rounding_in_the_models_own_dtype(part: float, dtype: torch.dtype, expected: dict[str, bool]) -> None:
+    """Of bf16, 64 roundings would be a half of everything."""
+    batch = tuple(leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in zoo.vectors())
+    assert coupled(zoo.mlp(ByAPart(part)).to(dtype), batch=batch, is_double=False) == expected
 
 
 def test_samples_flattened_with_something_else() -> None:
