@@ -7,7 +7,6 @@ import typing as _typing
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
-from gradaccum.data.global_batches import GlobalBatchSampler
 from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
@@ -30,17 +29,18 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
-from gradaccum.runners.lockstep.gather import gather
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
+from gradaccum.sync.global_batches import GlobalBatchSampler
 from gradaccum.train_step import TrainStep
 from gradaccum.types import GhostBatch, Job, Update
+from gradaccum.whole_batch.lockstep.gather import gather
 
 if _typing.TYPE_CHECKING:
     from gradaccum.auditing.make import audit
     from gradaccum.auditing.report import Culprit, Report
-    from gradaccum.planning.make import plan
-    from gradaccum.planning.plan import Plan
+    from gradaccum.fit.make_plan import plan
+    from gradaccum.fit.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -86,9 +86,9 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     """Tools are imported when they are first asked for: training does not wait for them."""
     if name == "plan":
-        from gradaccum.planning.make import plan as found
+        from gradaccum.fit.make_plan import plan as found
     elif name == "Plan":
-        from gradaccum.planning.plan import Plan as found
+        from gradaccum.fit.plan import Plan as found
     elif name == "audit":
         from gradaccum.auditing.make import audit as found
     elif name == "Report":

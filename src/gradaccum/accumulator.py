@@ -13,21 +13,22 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import guards, tree
+from gradaccum import tree
 from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.gradients.momentum import check_own_loop
 from gradaccum.gradients.options import AccumulateInto, GradientOptions
 from gradaccum.losses.loss import Weight
-from gradaccum.progress import ProgressBar
-from gradaccum.runners.accumulation import Accumulation
-from gradaccum.runners.compiled import any_number_of_rows
-from gradaccum.runners.looking_ahead import Follower, LookingAhead
-from gradaccum.runners.together import together
-from gradaccum.runners.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
-from gradaccum.window_size import Schedule, WindowSize, check_tail
+from gradaccum.window import guards
+from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.looking_ahead import Follower, LookingAhead
+from gradaccum.window.progress import ProgressBar
+from gradaccum.window.together import together
+from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
+from gradaccum.window.window_size import Schedule, WindowSize, check_tail
 
 Item = TypeVar("Item")
 Tail = Literal["step", "drop", "carry"]

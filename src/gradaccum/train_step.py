@@ -10,21 +10,22 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import guards, tree
+from gradaccum import tree
 from gradaccum.errors import WindowError
+from gradaccum.fit.fitting import Fitting, num_rows
 from gradaccum.gradients.fused.choose import FusedOption
 from gradaccum.gradients.momentum import check_whole_batch
 from gradaccum.gradients.options import AccumulateInto, GradientOptions
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.progress import ProgressBar
-from gradaccum.runners.accumulation import Accumulation
-from gradaccum.runners.choose import Combine, choose_runner
-from gradaccum.runners.compiled import any_number_of_rows
-from gradaccum.runners.layers import ADVICE, BatchNorm, LayerOptions
-from gradaccum.runners.weights import WeightsFunction, weights_by_name
-from gradaccum.sizing.fitting import Fitting, num_rows
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
+from gradaccum.whole_batch.layers import ADVICE, BatchNorm, LayerOptions
+from gradaccum.whole_batch.runners import Combine, choose_runner
+from gradaccum.window import guards
+from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.progress import ProgressBar
+from gradaccum.window.weights import WeightsFunction, weights_by_name
 
 
 class TrainStep:

@@ -39,7 +39,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path = tmp_path / "training_for_plan.py"
     path.write_text(SOURCE, encoding="utf-8")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("gradaccum.planning.probe._SECONDS_PER_SIZE", 0.0)
+    monkeypatch.setattr("gradaccum.fit.probe._SECONDS_PER_SIZE", 0.0)
     return str(path)
 
 

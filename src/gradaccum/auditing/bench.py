@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradaccum import guards, tree
+from gradaccum import tree
 from gradaccum.auditing.pieces import Piece, copied, whole
 from gradaccum.auditing.replay import Replay
 from gradaccum.auditing.states import State
@@ -18,6 +18,7 @@ from gradaccum.auditing.task import Task, Without
 from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.terms import as_loss, as_terms
+from gradaccum.window import guards
 
 Gradients = dict[str, Tensor | None]
 

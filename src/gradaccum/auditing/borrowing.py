@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.auditing.in_double import in_double
-from gradaccum.planning.borrowed import borrowed
+from gradaccum.fit.borrowed_model import borrowed
 
 # What nn.Module keeps for itself: tensors in it are replaced by `borrowed`, or there are none.
 _OWN = frozenset(vars(nn.Module()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradaccum import guards, tree
+from gradaccum import tree
 from gradaccum.auditing.bench import Bench, Gradients, Run, value_of
 from gradaccum.auditing.borrowing import on_copies
 from gradaccum.auditing.in_double import InDouble, in_double, no_modes
@@ -28,6 +28,7 @@ from gradaccum.auditing.task import NOTHING, Task, Without
 from gradaccum.errors import MeanError
 from gradaccum.losses.loss import Loss
 from gradaccum.train_step import TrainStep
+from gradaccum.window import guards
 
 Seen = TypeVar("Seen")
 

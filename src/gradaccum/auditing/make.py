@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradaccum import guards, tree
+from gradaccum import tree
 from gradaccum.auditing import remedies, search
 from gradaccum.auditing.bench import Gradients, Run
 from gradaccum.auditing.gradients import Runs
@@ -21,8 +21,9 @@ from gradaccum.auditing.states import differences
 from gradaccum.auditing.task import NOTHING, Task, Without
 from gradaccum.auditing.verdicts import BIASED, MISSING, SCALED, compare, relative_error
 from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
-from gradaccum.runners.choose import Combine
-from gradaccum.runners.weights import WeightsFunction
+from gradaccum.whole_batch.runners import Combine
+from gradaccum.window import guards
+from gradaccum.window.weights import WeightsFunction
 
 # Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
 # weighted wrongly, 1e-6.

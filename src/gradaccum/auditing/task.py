@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum.runners.choose import Combine
-from gradaccum.runners.weights import WeightsFunction
+from gradaccum.whole_batch.runners import Combine
+from gradaccum.window.weights import WeightsFunction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,193 @@
+"""The user's model for a while, with everything put back as it was, also after an error.
+
+The modules themselves run, since a loss function may hold on to parts of them, but with stand-ins in place of their
+tensors: other parameters on the same memory where something is to be measured, fake ones where it is estimated. So no
+gradient reaches the user's parameters, none of their hooks runs, and the buffers that are written are copies.
+
+What is put back besides: every attribute of every module and what lists and dicts among them hold (a mask that the
+first forward keeps for the next ones must not remain, least of all a fake one), gradients, the random state of torch,
+Python and numpy, and torch.Generators of the modules. What is not: objects of the user's own that the forward changes,
+and what a loss function leaves in variables of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradaccum.memory.live_bytes import storages_of
+from gradaccum.window.snapshot import RandomState
+
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
+# Buffers up to here are copied: the kernels of BatchNorm write theirs without saying so. Larger ones (a quantised
+# model's frozen weights) are watched, and saved when an operation writes them.
+_MOST_COPIED_BYTES = 16 * 2**20
+
+
+@contextmanager
+def borrowed(
+    models: Sequence[nn.Module], optimizers: Sequence[Optimizer], stand_in: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Puts a stand-in in the place of every parameter and buffer, and afterwards everything back.
+
+    Args:
+        models: all of their modules are borrowed.
+        optimizers: their parameters keep their gradients; the optimizers themselves are not touched.
+        stand_in: from a parameter or buffer to what takes its place; called once for each.
+    """
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+    parameters = _parameters(modules, optimizers)
+    with ExitStack() as undone:
+        undone.callback(torch.clear_autocast_cache)  # casts of stand-ins, if the caller has autocast on
+        undone.callback(_restorer_of_random_state())
+        for parameter in parameters:
+            undone.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        undone.callback(_restorer_of_attributes(modules))
+        replaced: dict[int, Tensor] = {}
+        for module in modules:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if id(tensor) not in replaced:
+                            replaced[id(tensor)] = stand_in(tensor)
+                        tensors[name] = replaced[id(tensor)]  # pyright: ignore[reportArgumentType]
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+
+
+def sharing_memory(tensor: Tensor) -> Tensor:
+    """A stand-in that computes the same: a parameter on the same memory, a buffer on memory of its own if it is small.
+
+    Parameters of a class of their own (quantised, sharded) stay what they are: what they carry is not known here.
+    """
+    if type(tensor) is nn.Parameter:
+        alias = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        vars(alias).update(vars(tensor))
+        return alias
+    if isinstance(tensor, nn.Parameter) or tensor.nbytes > _MOST_COPIED_BYTES:
+        return tensor
+    return tensor.detach().clone()
+
+
+class SavedBeforeWriting(TorchDispatchMode):
+    """Saves a tensor's memory right before an operation writes it, and puts it back at the end.
+
+    A forward may write parameters: the average of a teacher, the vectors of a codebook. Copying all of them ahead
+    would take the memory that is to be measured. Sees what operations declare to write, in this thread and in
+    backward.
+
+    May be entered again: what was saved once is put back at every end.
+
+    Args:
+        tensors: whose memory is watched.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._watched = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+        self._saved: dict[int, UntypedStorage] = {}
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether anything was written."""
+        return bool(self._saved)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for key, saved in self._saved.items():
+            self._watched[key].copy_(saved)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation, after saving what it is about to write."""
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            given = [*zip(schema.arguments, args, strict=False)]
+            given += [(one, (kwargs or {}).get(one.name)) for one in schema.arguments[len(args) :]]
+            for declared, value in given:
+                if declared.alias_info is not None and declared.alias_info.is_write:
+                    self._save(value)
+        return func(*args, **(kwargs or {}))
+
+    def _save(self, written: Any) -> None:
+        for tensor in written if isinstance(written, (list, tuple)) else [written]:
+            if isinstance(tensor, Tensor):
+                for storage in storages_of(tensor):
+                    if id(storage) in self._watched and id(storage) not in self._saved:
+                        self._saved[id(storage)] = storage.clone()
+
+
+def _parameters(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Every parameter of the modules and of the optimizers, which may train some that no module has."""
+    of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
+    of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return list({id(parameter): parameter for parameter in [*of_modules, *of_optimizers]}.values())
+
+
+def _restorer_of_random_state() -> Callable[[], None]:
+    torch_state, python_state = RandomState.now(), random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def restore() -> None:
+        torch_state.restore()
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+    return restore
+
+
+def _restorer_of_attributes(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    """Remembers the attributes of modules and what built-in containers among them hold, at any depth."""
+    held: dict[int, tuple[Any, Any]] = {}  # by id: the container and a copy of what it held
+    generators: list[tuple[torch.Generator, Tensor]] = []
+
+    def remember(value: Any) -> None:
+        if isinstance(value, torch.Generator):
+            generators.append((value, value.get_state()))
+        elif type(value) in _CONTAINERS and id(value) not in held:
+            held[id(value)] = (value, value.copy())
+            for entry in value.values() if isinstance(value, dict) else value:
+                remember(entry)
+
+    for module in modules:
+        remember(vars(module))
+
+    def restore() -> None:
+        for container, before in held.values():
+            if _is_same(container, before):
+                continue
+            container.clear()
+            container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+        for generator, state in generators:
+            generator.set_state(state)
+
+    return restore
+
+
+def _is_same(container: Any, before: Any) -> bool:
+    """Whether a container holds the very objects it held before, in the same order."""
+    if len(container) != len(before):
+        return False
+    if isinstance(container, dict):
+        return all(
+            key is other and value is container_before
+            for (key, value), (other, container_before) in zip(container.items(), before.items(), strict=True)
+        )
+    if isinstance(container, set):
+        return container == before
+    return all(entry is other for entry, other in zip(container, before, strict=True))

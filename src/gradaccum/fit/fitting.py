@@ -1,0 +1,245 @@
+"""Batches in pieces that fit: out-of-memory is a transaction.
+
+A backward that dies half-way has already added some gradients, and which ones nobody knows. So the window is started
+again as if it never had been: gradients gone, random state and buffers as before its first micro-batch, the same
+samples in smaller pieces. The optimizer has not been touched yet, so there is no update twice and none lost. The
+rejected alternative, going on behind the pieces that had succeeded, needs a copy of all gradients just when there is no
+memory.
+
+What a failure costs is the pieces that had run; failures are rare, since a size that failed is remembered (`search`).
+An attempt is repeated outside of the ``except`` block, with the error's frames cleared: a live traceback keeps the
+failed piece's tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradaccum import tree
+from gradaccum.errors import DoesNotFitError
+from gradaccum.fit.reserve import state_reserved
+from gradaccum.fit.size_search import SizeSearch
+from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
+from gradaccum.split.by_samples import rows_to_split, split_by_samples
+from gradaccum.types import Rows, Split
+from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.snapshot import Buffers, RandomSeed
+
+logger = logging.getLogger("gradaccum")
+
+RunPieces = Callable[[Sequence[Rows], Callable[[int], None]], None]
+"""Runs pieces of a batch, telling after each how many have run."""
+
+
+def num_rows(piece: Rows) -> int:
+    """How many rows a piece has."""
+    return piece.stop - piece.start if isinstance(piece, slice) else len(piece)
+
+
+class Fitting:
+    """Runs one batch after another in micro-batches of the fastest size that fits.
+
+    Args:
+        split: how batches are cut. Only for cutting by samples are sizes compared by time; others have a budget that
+            the user has chosen, which is kept unless memory runs out.
+        accumulation: whose models' buffers are put back, and on whose device memory is freed.
+        by_time: whether the fastest size is searched; otherwise the largest one that fits is taken.
+        advice: what can help besides where one sample alone does not fit.
+        agree: from whether this process ran out of memory to whether any has, where there are several.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        accumulation: Accumulation,
+        *,
+        by_time: bool = True,
+        advice: str = "",
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self._split = split
+        self._accumulation = accumulation
+        self._by_time = by_time
+        self._advice = advice
+        self._agree = agree
+        self._cuts_by_samples = type(split) is type(split_by_samples())
+        self._search: SizeSearch | None = None
+        self._has_told = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the size has been found."""
+        return self._search is not None and not self._search.wants_times
+
+    def run(self, batch: Any, run_pieces: RunPieces) -> None:
+        """Runs a batch whole, in as many attempts as it takes.
+
+        Args:
+            batch: the whole batch.
+            run_pieces: adds the gradients of these pieces to a new window, and leaves none open if it raises.
+
+        Raises:
+            DoesNotFitError: one sample alone ran out of memory.
+        """
+        random_seed = RandomSeed()
+        try:
+            with state_reserved(self._accumulation.optimizers, self._accumulation.device()):
+                sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
+        except BaseException:
+            self._accumulation.discard()
+            random_seed.undo()
+            raise
+        random_seed.end()
+        self._tell(sizes)
+
+    def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
+        search = self._started_search()
+        largest, elements = self._described(batch)
+        buffers = Buffers.of(self._accumulation.models)
+        while True:
+            random_seed.begin()
+            pieces, sizes = self._cut(batch, largest, elements)
+            failed_at, failure = self._attempt(pieces, run_pieces, elements)
+            if not self._agree(failure is not None):
+                if sizes:
+                    search.updated(sizes, elements)
+                return sizes
+            if failure is None:  # another process did: it takes smaller pieces, this one the same again
+                self._accumulation.discard()
+                buffers.restore()
+                continue
+            message = str(failure)
+            let_go_of(failure)
+            failed_rows = num_rows(pieces[failed_at])
+            size = failed_rows if self._cuts_by_samples else max(sizes)
+            failure = None
+            self._accumulation.discard()
+            free_memory(self._accumulation.device())
+            buffers.restore()
+            if not search.failed(size, elements) or failed_rows == 1:
+                raise DoesNotFitError(self._diagnosis(batch, message))
+            logger.warning(
+                "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
+                "gradient (%s)",
+                self._in_words(size),
+                message.splitlines()[0] if message else "no message",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sizes found so far."""
+        return self._started_search().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the sizes another run has found."""
+        self._started_search().load_state_dict(state)
+
+    def _started_search(self) -> SizeSearch:
+        if self._search is None:
+            coupled = self._accumulation.telling.coupled_layers(self._accumulation.models)
+            by_time = self._by_time and self._cuts_by_samples and not coupled
+            self._search = SizeSearch() if by_time else SizeSearch.of_memory_only()
+        return self._search
+
+    def _described(self, batch: Any) -> tuple[int, int]:
+        """How large a piece can be, and how many elements each of its rows has."""
+        if not tree.rows(batch):  # an empty share of a batch that other processes have
+            return 0, 1
+        largest = self._split.largest(batch)
+        if not self._cuts_by_samples:
+            return largest, 1
+        rows = rows_to_split(batch)
+        return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows)
+
+    def _cut(self, batch: Any, largest: int, elements: int) -> tuple[Sequence[Rows], Sequence[int]]:
+        """The pieces, and their sizes in the unit of the split."""
+        if not largest:
+            return [], []
+        search = self._started_search()
+        if not self._cuts_by_samples:
+            size = search.size(largest, elements)
+            return self._split.plan(batch, size), [size]
+        sizes = search.sizes(largest, elements)
+        starts = list(itertools.accumulate(sizes, initial=0))
+        return [slice(start, stop) for start, stop in itertools.pairwise(starts)], sizes
+
+    def _attempt(
+        self, pieces: Sequence[Rows], run_pieces: RunPieces, elements: int
+    ) -> tuple[int, BaseException | None]:
+        """Runs the pieces; how many have run, and the error where memory ran out."""
+        search = self._started_search()
+        device = self._accumulation.device()
+        done_before = 0
+        since = time.perf_counter()
+
+        def ran(done: int) -> None:
+            nonlocal done_before, since
+            if search.wants_times:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # only while searching
+                now = time.perf_counter()
+                search.ran(num_rows(pieces[done - 1]), now - since, elements)
+                since = now
+            done_before = done
+
+        try:
+            run_pieces(pieces, ran)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            return done_before, error
+        return done_before, None
+
+    def _tell(self, sizes: Sequence[int]) -> None:
+        search = self._started_search()
+        if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not search.seconds:
+            return
+        self._has_told = True
+        size = search.best_size()
+        rates = ", ".join(f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()) if seconds)
+        logger.info(
+            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
+            size,
+            rates,
+            size,
+        )
+
+    def _in_words(self, size: int) -> str:
+        return f"{size} samples" if self._cuts_by_samples else f"at most {size} in cost"
+
+    def _diagnosis(self, batch: Any, message: str) -> str:
+        parameters = [parameter for model in self._accumulation.models for parameter in model.parameters()]
+        states = [
+            value
+            for optimizer in self._accumulation.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
+        held = (
+            f"parameters {_size(parameters)}, gradients {_size([p for p in parameters if p.requires_grad])}, "
+            f"optimizer state {_size(states)}"
+        )
+        return (
+            "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
+            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self._advice}"
+            f"{' Otherwise' if self._advice else 'What can help'}: gradient "
+            "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
+            "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
+            f"buffers and random state are as they were. The error was: {message}"
+        )
+
+
+def _size(tensors: Sequence[torch.Tensor]) -> str:
+    num_bytes = float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"

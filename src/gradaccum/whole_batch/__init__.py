@@ -1,0 +1,1 @@
+"""Losses and layers that see the whole batch: two passes, lockstep, BatchNorm."""

@@ -1,0 +1,156 @@
+"""Running a forward a second time, as it was run the first time.
+
+Apart from parameters and input a forward depends on random state and on buffers. Both are noted before the first run
+and put back for the second; afterwards they are where the first pass had left them, so that buffers advance once for
+each micro-batch, however often it ran. Python's and numpy's generators are among them: masks of speech models come from
+numpy, and layer drop from `random`.
+
+That the second run gave what the first had given is not assumed but compared. What neither random state nor buffers
+hold, a counter kept in an attribute, say, or a generator of the user's own, would otherwise give a gradient that
+belongs to no loss. GradCache's functional form and the usual hand-written two passes have been wrong in this way.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum.errors import ReplayError
+from gradaccum.window.snapshot import Buffers, RandomState
+
+_ALWAYS_COPIED = 1 << 16  # elements
+
+
+@dataclass(frozen=True, slots=True)
+class AllRandomState:
+    """The state of torch's generators, of Python's, and of numpy's where it has been imported."""
+
+    torch: RandomState
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def now() -> AllRandomState:
+        """The present state."""
+        numpy: Any = sys.modules.get("numpy")
+        return AllRandomState(RandomState.now(), random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def restore(self) -> None:
+        """Makes it the present state."""
+        self.torch.restore()
+        random.setstate(self.python)
+        if self.numpy is not None:
+            numpy: Any = sys.modules["numpy"]
+            numpy.random.set_state(self.numpy)
+
+
+class Replay:
+    """Notes what micro-batches start from, and puts it back for their second run.
+
+    Args:
+        models: whose buffers may change.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self._models = models
+        self._first = Buffers.of(models)
+        self._versions = {id(buffer): buffer._version for _, _, buffer, _ in self._first.places if buffer is not None}
+        self._random = AllRandomState.now()
+        self._starts: dict[int, tuple[AllRandomState, Buffers]] = {}
+
+    def note(self, index: int) -> None:
+        """Notes where the micro-batch of this index starts from."""
+        self._starts[index] = AllRandomState.now(), self._changed()
+
+    @contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        """Runs the micro-batch of this index from where it started; leaves random state and buffers as they are now."""
+        state, buffers = self._starts.pop(index)
+        now, here = AllRandomState.now(), self._changed()
+        self._first.restore(among=here)
+        buffers.restore()
+        state.restore()
+        try:
+            yield
+        finally:
+            here.restore()
+            now.restore()
+
+    def undo(self) -> None:
+        """Puts random state and buffers back to where the first micro-batch started."""
+        self._first.restore()
+        self._random.restore()
+        self._starts.clear()
+
+    def _changed(self) -> Buffers:
+        """Copies of the buffers that may be others than at the start.
+
+        In-place operations count versions, but BatchNorm's kernels write to its statistics without, so small buffers
+        are always copied. Large ones (masks, tables of positions) hardly ever change.
+        """
+        return Buffers.of(
+            self._models,
+            only=lambda buffer: buffer.numel() <= _ALWAYS_COPIED or self._versions.get(id(buffer)) != buffer._version,
+        )
+
+
+class Drift:
+    """How far second runs were from first ones; looked at once a window, so that nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self._furthest: dict[torch.dtype, Tensor] = {}
+
+    def compare(self, again: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Takes a micro-batch's outputs of both runs in.
+
+        Raises:
+            ReplayError: they differ in number, shape or dtype.
+        """
+        second = [(tuple(tensor.shape), tensor.dtype) for tensor in again]
+        first = [(tuple(tensor.shape), tensor.dtype) for tensor in before]
+        if first != second:
+            raise ReplayError(
+                f"The second forward of a micro-batch returned {_shown(second)}, the first {_shown(first)}. Its "
+                "gradient would belong to other outputs than the loss has seen. Does forward switch autocast by "
+                "something that changes between two calls, or depend on a state of its own?"
+            )
+        for one, other in zip(again, before, strict=True):
+            if one.numel() and one.is_floating_point():
+                scale = other.abs().amax().clamp_min(torch.finfo(other.dtype).tiny)
+                # NaN in the same places is no difference: what is not finite is found at the update.
+                apart = torch.where(one == other, 0.0, (one.detach() - other).abs()).nan_to_num(nan=0.0).amax() / scale
+                worst = self._furthest.get(one.dtype)
+                self._furthest[one.dtype] = apart if worst is None else torch.maximum(worst, apart.to(worst.device))
+
+    def check(self) -> None:
+        """That no run differed by more than rounding.
+
+        Nondeterministic kernels round differently in each run. ``eps ** (2 / 3)`` (4e-11 in fp64, 2e-5 in fp32, 4e-2 in
+        bf16) is far above that, and below what another dropout mask or another precision makes.
+
+        Raises:
+            ReplayError: one did.
+        """
+        for dtype, tensor in self._furthest.items():
+            apart = tensor.item()  # the one wait for the device, and only where something ran twice
+            if apart > torch.finfo(dtype).eps ** (2 / 3):
+                raise ReplayError(
+                    f"The second forward of a micro-batch gave outputs that differ from the first by {apart:.2g} of "
+                    "their size. The gradient would belong to other outputs than the loss has seen, so no update was "
+                    "made. Random state (torch's, numpy's and Python's) and buffers had been put back, so forward "
+                    "depends on something else that changed: a counter or a cache in an attribute (make it a buffer), "
+                    "a torch.Generator of its own (draw from the default one), or kernels that are not deterministic "
+                    "(torch.use_deterministic_algorithms(True)). With kept_graphs=None nothing runs twice as long as "
+                    "it fits."
+                )
+
+
+def _shown(described: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in described) or "no tensor"

@@ -1,0 +1,154 @@
+"""A tensor over the whole batch, inside of a model's own code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum.errors import BatchError, UnsupportedError
+from gradaccum.split.packing import restore_order
+from gradaccum.types import Rows
+from gradaccum.whole_batch.lockstep.conductor import Member
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of ``x`` of the whole batch, in the batch's order, with gradient.
+
+    For layers that see other samples: statistics over the minibatch, attention between samples, a contrastive head.
+    Where a training step runs its micro-batches in lockstep (``lockstep=True``, or ``batch_norm="exact"``), every
+    micro-batch waits here for the others and gets the rows of all; what it goes on with has the gradient of the whole
+    batch. Everywhere else (in evaluation, without accumulation, in a batch that is run in one piece) it returns ``x``.
+
+    Args:
+        x: ``[rows of the micro-batch, ...]``; every micro-batch has to come here, as often as the others.
+
+    Returns:
+        ``[rows of the batch, ...]``. To find the micro-batch's own rows in it, gather what tells them apart, too: an
+        index that the batch brings, say.
+
+    Raises:
+        BatchError: the tensors of two micro-batches do not fit together.
+
+    Example:
+        >>> class MinibatchStd(nn.Module):
+        ...     def forward(self, x):
+        ...         spread = ga.gather(x).std(0).mean()
+        ...         return torch.cat([x, spread.expand(len(x), 1)], dim=1)
+        >>> MinibatchStd()(torch.zeros(3, 2)).shape
+        torch.Size([3, 3])
+    """
+    if not isinstance(x, Tensor) or not x.dim():
+        raise BatchError(
+            f"ga.gather got {'a 0-d tensor' if isinstance(x, Tensor) else f'a {type(x).__name__}'}. It joins rows of "
+            "the micro-batches: pass a tensor with one row for each sample, and gather several one by one."
+        )
+    gathers: Gathers | None = getattr(_here, "gathers", None)
+    if gathers is not None:
+        return gathers.first(x, _here.member)
+    for gathers in reversed(_in_backward):
+        found = gathers.again(x)
+        if found is not None:
+            return found
+    return x
+
+
+_here = threading.local()
+_in_backward: list[Gathers] = []
+
+
+class Gathers:
+    """The gathered tensors of one batch.
+
+    Args:
+        pieces: the rows of each micro-batch.
+        is_all: whether these are the batch, and not the share of one process of several.
+    """
+
+    def __init__(self, pieces: Sequence[Rows], *, is_all: bool = True) -> None:
+        self._pieces = pieces
+        self._is_all = is_all
+        self._are_slices = all(isinstance(piece, slice) for piece in pieces)
+        self._gathered: list[tuple[Tensor, list[int], bool]] = []
+
+    @contextmanager
+    def in_forward(self, member: Member) -> Iterator[None]:
+        """While held, this thread's calls are this micro-batch's."""
+        before = getattr(_here, "gathers", None), getattr(_here, "member", None)
+        _here.gathers, _here.member = self, member
+        try:
+            yield
+        finally:
+            _here.gathers, _here.member = before
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """While held, calls outside of a forward are those of checkpoints."""
+        _in_backward.append(self)
+        try:
+            yield
+        finally:
+            _in_backward.remove(self)
+            self._gathered.clear()
+
+    def first(self, x: Tensor, member: Member) -> Tensor:
+        """Joins what all micro-batches bring."""
+        return member.meet("gather", "ga.gather", (x, torch.is_grad_enabled()), self._join)
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """What the forward of a checkpoint got that brings ``x`` again; waits for the device."""
+        for whole, rows, has_graph in self._gathered:
+            if any(one.shape == x.shape and torch.equal(one, x) for one in self._apart(whole.detach(), rows)):
+                if torch.is_grad_enabled() and not has_graph:
+                    raise UnsupportedError(
+                        "ga.gather ran without a graph and is run again in the backward: by a reentrant checkpoint. "
+                        "The gradient through the other micro-batches would be missing. Use "
+                        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                    )
+                return whole
+        if self._gathered:
+            raise UnsupportedError(
+                "ga.gather was called in the backward, by a checkpoint, with other values than in the forward. The "
+                "gradient would belong to another batch. Does the checkpointed part depend on something that changes "
+                "between two runs: a generator of its own, a counter, kernels that are not deterministic?"
+            )
+        return None
+
+    def _join(self, brought: Sequence[tuple[Tensor, bool]]) -> Tensor:
+        if not self._is_all:
+            raise UnsupportedError(
+                "ga.gather joins the micro-batches of one process, and this batch is spread over several: it would be "
+                "a part of the batch. Train in one process, or move what couples samples into forward= and batch_loss=."
+            )
+        tensors, has_graph = [x for x, _ in brought], any(one for _, one in brought)
+        shapes = sorted({tuple(x.shape[1:]) for x in tensors})
+        if len(shapes) > 1:
+            raise BatchError(
+                f"ga.gather got rows of shape {shapes[0]} in one micro-batch and {shapes[-1]} in another, so they are "
+                "not one tensor over the batch. Gather rows of one shape for every sample (pooled over its length), "
+                "or pass ga.split_by_cost(..., trim=False)."
+            )
+        with torch.set_grad_enabled(has_graph):
+            whole = torch.cat(tensors) if self._are_slices else self._in_order(tensors)
+        self._gathered.append((whole, [len(x) for x in tensors], has_graph))
+        return whole
+
+    def _apart(self, whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
+        """What each micro-batch had brought."""
+        if self._are_slices:
+            return whole.split(rows)
+        return [whole[piece.to(whole.device) if isinstance(piece, Tensor) else piece] for piece in self._pieces]
+
+    def _in_order(self, tensors: list[Tensor]) -> Tensor:
+        for piece, x in zip(self._pieces, tensors, strict=True):
+            rows: Any = piece.stop - piece.start if isinstance(piece, slice) else len(piece)
+            if len(x) != rows:
+                raise BatchError(
+                    f"ga.gather got {len(x)} rows in a micro-batch of {rows} samples, whose order in the batch is its "
+                    "split's. With one row for each sample they can be put back in the batch's order; others cannot."
+                )
+        return restore_order(self._pieces, tensors)

@@ -1,0 +1,271 @@
+"""The runner for losses over the whole batch: in-batch negatives, rankings, Dice, correlations.
+
+Such a loss is no mean of micro-losses, so no weights make a sum of micro-gradients right. But it sees the model through
+its outputs alone, and these are small. With y_b = f(x_b) for the micro-batches b and L = loss(y_1, ..., y_m):
+
+    pass 1   y_b for all b, most of them without a graph
+    loss     L and G = dL/dy over the whole batch's outputs, detached; parameters of the loss get their gradients here
+    pass 2   for each b: y_b again with its graph, and its backward started with G_b        grad = sum_b (dy_b/dw)^T G_b
+
+which is the chain rule, and exact (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup", arXiv 2101.06983). What is different here: graphs that fit are kept, so pass 2 runs only what did not fit
+(`kept_graphs`); what is run again is compared with what it gave before (`replay`); sums of statistics need no outputs
+at all (`outputs.Summed`), so a Dice loss over the batch takes the memory of four numbers.
+
+The micro-batches whose graphs are kept run last, so that they are held for the shortest time, and their backwards run
+first. A kept graph is freed as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradaccum import tree
+from gradaccum.errors import UnsupportedError
+from gradaccum.memory.graph_bytes import graph_bytes
+from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
+from gradaccum.types import Rows, Split
+from gradaccum.whole_batch.forward_replay import Drift, Replay
+from gradaccum.whole_batch.kept_graphs import KeptGraphs
+from gradaccum.whole_batch.outputs import Concatenated, Outputs, Summed
+from gradaccum.whole_batch.whole_over_ranks import GatheredOutputs, gathered_batch
+from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.in_step import Fillers
+from gradaccum.window.over_ranks import OverRanks
+
+Graphs = dict[int, list[Tensor]]
+"""By index of the micro-batch its output tensors, with their graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoPass:
+    """Runs the micro-batches of a batch whose loss sees all of their outputs.
+
+    Attributes:
+        output_of: from a micro-batch on the device to its outputs.
+        batch_loss: from the whole batch's outputs and the whole batch to the loss, a 0-d tensor or a `Loss`.
+        split: what cuts batches.
+        sums: whether outputs are statistics to be added up, instead of rows to be joined.
+        models: whose buffers are replayed.
+        kept: decides how many graphs are kept.
+        fillers: what runs where other processes have more micro-batches, and every forward waits for all.
+    """
+
+    output_of: Callable[[Any], Any]
+    batch_loss: Callable[[Any, Any], Any]
+    split: Split
+    sums: bool
+    models: Sequence[nn.Module]
+    kept: KeptGraphs
+    fillers: Fillers = field(default_factory=Fillers)
+
+    def run(
+        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
+    ) -> None:
+        """See `Runner`."""
+        device = accumulation.device()
+        batch = tree.to_device(batch, device)  # the loss sees all of it
+        if accumulation.ranks is not None:
+            self._run_over_ranks(accumulation, accumulation.ranks, batch, pieces, ran)
+            return
+        if len(pieces) == 1:
+            self._run_whole(accumulation, batch)
+            ran(1)
+            return
+        replay = Replay(self.models)
+        at_most = len(pieces)
+        while True:
+            window = _Window(self, accumulation, batch, pieces, replay)
+            failure = None
+            try:
+                window.run(at_most, ran)
+            except BaseException as error:
+                if not is_out_of_memory(error) or window.num_kept == 0:
+                    raise
+                failure = error
+            if failure is None:
+                self.kept.succeeded()
+                return
+            let_go_of(failure)
+            failure = None
+            at_most = window.num_kept // 2
+            window.graphs.clear()
+            self.kept.failed(device)
+            accumulation.discard()
+            free_memory(device)
+            replay.undo()
+            accumulation.open()
+
+    def _run_over_ranks(
+        self,
+        accumulation: Accumulation,
+        ranks: OverRanks,
+        batch: Any,
+        pieces: Sequence[Rows],
+        ran: Callable[[int], None],
+    ) -> None:
+        """One attempt: what other processes have got from this one cannot be taken back."""
+        window = _Window(self, accumulation, batch, pieces, Replay(self.models))
+        if ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
+            self.fillers.keep(batch)
+        try:
+            window.run(0 if ranks.runs_collectives else len(pieces), ran)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            window.graphs.clear()
+            raise UnsupportedError(
+                f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({error}). It cannot be "
+                f"run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
+                "kept_graphs=0."
+            ) from error
+
+    def _run_whole(self, accumulation: Accumulation, batch: Any) -> None:
+        """The whole batch in one piece: torch's own graph from end to end."""
+        rows = tree.rows(batch)
+        outputs = self.output_of(batch)
+        checked: Outputs = Summed() if self.sums else Concatenated(rows)
+        checked.put(slice(0, rows), rows, outputs)  # what is wrong in pieces is wrong here too
+        accumulation.add_together([(self.batch_loss(outputs, batch), rows, None)])
+        accumulation.count(rows)
+
+
+class _Window:
+    """One attempt at one batch.
+
+    Attributes:
+        graphs: those that are kept.
+        num_kept: how many were to be kept.
+        sizes: rows of each micro-batch.
+    """
+
+    def __init__(
+        self, runner: TwoPass, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], replay: Replay
+    ) -> None:
+        self._runner = runner
+        self._accumulation = accumulation
+        self._batch = batch
+        self._pieces = pieces
+        self._replay = replay
+        self.sizes = [len(piece) if isinstance(piece, Tensor) else piece.stop - piece.start for piece in pieces]
+        self._rows = sum(self.sizes)
+        self._elements = max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // max(self._rows, 1))
+        self._outputs: Outputs = Summed() if runner.sums else Concatenated(self._rows)
+        self.graphs: Graphs = {}
+        self.num_kept = 0
+        ranks = accumulation.ranks
+        self._in_step = ranks if ranks is not None and ranks.runs_collectives else None
+        self._num_fillers = 0 if self._in_step is None else self._in_step.pieces - len(pieces)
+
+    def run(self, at_most: int, ran: Callable[[int], None]) -> None:
+        """Both passes; keeps at most so many graphs."""
+        if self.sizes:
+            self._first_pass(at_most)
+        ranks = self._accumulation.ranks
+        if self._num_fillers:
+            with torch.no_grad():
+                self._run_fillers(lambda done: None, then=lambda: None)
+        if ranks is None:
+            leaves = self._outputs.leaves()
+            loss = self._runner.batch_loss(self._outputs.whole(), self._batch)
+            self._accumulation.add_together([(loss, self._rows, None)], also=leaves)
+        else:
+            self._add_shared_loss(ranks)
+        loss = None
+        self._second_pass(ran)
+
+    def _add_shared_loss(self, ranks: OverRanks) -> None:
+        """The loss over the outputs of all processes, which each of them computes."""
+        gathered = GatheredOutputs(ranks, self._outputs, self._rows, sums=self._runner.sums)
+        leaves = gathered.leaves()
+        loss = self._runner.batch_loss(gathered.whole(), gathered_batch(ranks, self._batch, self._rows))
+        self._accumulation.add_together([(loss, gathered.rows, None)], also=leaves, is_shared=True)
+        if self.sizes:
+            self._outputs.take_gradients(gathered.own_gradients())
+
+    def _first_pass(self, at_most: int) -> None:
+        kept = self._runner.kept
+        device = self._accumulation.device()
+        is_counted = at_most == 0 or kept.is_known(self._elements)
+        if is_counted:
+            self.num_kept = min(at_most, kept.number(self.sizes, device))
+        else:  # the first one's graph is counted, and with it is known how many fit
+            self.num_kept = 1
+            first = self._counted()
+            self.num_kept = min(at_most, kept.number(self.sizes, device))
+            if self.num_kept == len(self._pieces):
+                self.graphs[0] = first
+            del first
+        first_kept = len(self._pieces) - self.num_kept
+        for index in range(0 if is_counted else 1, len(self._pieces)):
+            if index < first_kept:
+                self._replay.note(index)
+            elif index == first_kept and index:
+                torch.clear_autocast_cache()  # casts of the weights made without a graph would be taken for the others
+            with torch.set_grad_enabled(index >= first_kept):
+                found = self._forward(index)
+            self._outputs.put(self._pieces[index], self.sizes[index], found)
+            if index >= first_kept:
+                self.graphs[index] = list(tree.tensors(found))
+
+    def _counted(self) -> list[Tensor]:
+        """The first micro-batch's output tensors, with a graph whose size has been counted."""
+        there_anyway = [
+            *(tensor for model in self._runner.models for tensor in (*model.parameters(), *model.buffers())),
+            *tree.tensors(self._batch),
+        ]
+        self._replay.note(0)
+        with torch.enable_grad(), graph_bytes(there_anyway) as saved:
+            outputs = self._forward(0)
+        self._runner.kept.counted(saved.count, rows=self.sizes[0], elements=self._elements)
+        self._outputs.put(self._pieces[0], self.sizes[0], outputs)
+        return list(tree.tensors(outputs))
+
+    def _second_pass(self, ran: Callable[[int], None]) -> None:
+        drift = Drift()
+        if not self.num_kept:
+            torch.clear_autocast_cache()
+        for done, index in enumerate(reversed(range(len(self._pieces))), start=1):
+            self._prepare(done)
+            if index in self.graphs:
+                self._push(index, self.graphs.pop(index))
+            else:
+                with self._replay.again(index), torch.enable_grad():
+                    again = list(tree.tensors(self._forward(index)))
+                    drift.compare(again, self._outputs.seen(index, self._pieces[index]))
+                    self._push(index, again)  # before buffers are put back, which this graph may have saved
+            self._accumulation.count(self.sizes[index])
+            ran(done)
+        if self._in_step is not None:
+            self._run_fillers(self._prepare, then=self._in_step.backward_of_nothing)
+        drift.check()
+
+    def _prepare(self, done: int) -> None:
+        """Before the forward and backward of the micro-batch of this number, where they wait for other processes."""
+        if self._in_step is not None:
+            self._in_step.prepare(is_last=done == self._in_step.pieces)
+
+    def _run_fillers(self, prepare: Callable[[int], None], *, then: Callable[[], None]) -> None:
+        for number in range(self._num_fillers):
+            prepare(len(self._pieces) + number + 1)
+            self._runner.fillers.run(self._runner.output_of, self._batch, self._accumulation, then=then)
+
+    def _forward(self, index: int) -> Any:
+        return self._runner.output_of(self._runner.split.cut(self._batch, self._pieces[index]))
+
+    def _push(self, index: int, outputs: Sequence[Tensor]) -> None:
+        gradients = self._outputs.gradients(self._pieces[index])
+        reached = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        if reached or self._in_step is None:
+            self._accumulation.push([output for output, _ in reached], [gradient for _, gradient in reached])
+        else:
+            self._in_step.backward_of_nothing()

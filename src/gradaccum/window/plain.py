@@ -1,0 +1,38 @@
+"""The plain runner: each micro-batch forward, its loss, its backward; one graph alive at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradaccum import tree
+from gradaccum.types import Rows, Split
+from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.prefetch import on_device
+from gradaccum.window.weights import WeightsFunction, weights_by_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """Runs micro-batches one after another.
+
+    Attributes:
+        loss_of: from a micro-batch on the device to its loss.
+        split: what cuts batches.
+        weights: counts what each plain mean is over; None for samples.
+    """
+
+    loss_of: Callable[[Any], Any]
+    split: Split
+    weights: WeightsFunction | None
+
+    def run(
+        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
+    ) -> None:
+        """See `Runner`."""
+        micro_batches = (self.split.cut(batch, piece) for piece in pieces)
+        for done, micro_batch in enumerate(on_device(micro_batches, accumulation.device()), start=1):
+            counted = None if self.weights is None else weights_by_name(self.weights(micro_batch))
+            accumulation.add(self.loss_of(micro_batch), samples=tree.rows(micro_batch), weights=counted)
+            ran(done)

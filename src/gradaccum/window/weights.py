@@ -1,0 +1,48 @@
+"""What the user has said that means are taken over, by the name of the term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradaccum import tree
+from gradaccum.losses.loss import Weight, checked_weight
+from gradaccum.losses.normalise import SINGLE, host_number
+from gradaccum.window.looking_ahead import END, FAILED
+
+WeightsFunction = Callable[[Any], Mapping[str, Weight] | Weight]
+"""From a batch, or a micro-batch, to what the means of its loss are taken over."""
+
+
+def weights_by_name(weights: Mapping[str, Weight] | Weight) -> dict[str, Weight]:
+    """What a `WeightsFunction` returned, a single loss's count under `SINGLE`."""
+    named = weights if isinstance(weights, Mapping) else {SINGLE: weights}
+    return {name: checked_weight(weight, name="weights=") for name, weight in named.items()}
+
+
+def add_weights(so_far: Mapping[str, Weight], more: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Counts by name, added up."""
+    names = list(so_far) + [name for name in more if name not in so_far]
+    return {name: host_number(so_far.get(name, 0)) + host_number(more.get(name, 0)) for name in names}
+
+
+def totals_of_window(
+    weights: WeightsFunction, first: Any, peek: Callable[[int], Any], *, size: int, counts_samples: bool
+) -> dict[str, Weight]:
+    """The weights of a window's micro-batches, added up before its first backward.
+
+    Args:
+        weights: of one micro-batch.
+        first: the window's first micro-batch.
+        peek: the ones after it; see `LookingAhead.peek`.
+        size: of the window.
+        counts_samples: whether the size is in samples, not in micro-batches.
+    """
+    totals = add_weights(weights_by_name(weights(first)), {})
+    done = (tree.rows_or_none(first) or 0) if counts_samples else 1
+    offset = 0
+    while done < size and (upcoming := peek(offset)) is not END and upcoming is not FAILED:
+        totals = add_weights(totals, weights_by_name(weights(upcoming)))
+        done += (tree.rows_or_none(upcoming) or 0) if counts_samples else 1
+        offset += 1
+    return totals

@@ -1,0 +1,842 @@
+"""Out-of-memory is a transaction: whatever fails, whenever it does, the update is the whole batch's.
+
+Memory runs out where `scarce.Memory` says; times are those of `scarce.Clock` where the sizes have to be known ahead.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+import gradaccum as ga
+from gradaccum.fit.size_search import SizeSearch
+from oracle import (
+    EXACT,
+    assert_same,
+    assert_same_gradients,
+    assert_same_number,
+    gradients_of,
+    parameters_of,
+    whole_batches,
+    whole_in_hand,
+)
+from scarce import TEXT, Clock, Memory, Scarce, counting, known_times, torch_error
+
+EITHER = pytest.mark.parametrize("where", ["forward", "backward"])
+FEATURES, ROWS = 3, 16
+
+# The scaler multiplies by a power of two, which costs nothing; but a correction goes through its fp32 scale: 2**-24.
+SCALED = 1e-7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """Each failure collects garbage: what was imported before need not be looked through every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Net(nn.Module):
+    """Memory runs out in the middle: in backward the second layer's gradient has been added by then."""
+
+    def __init__(self, memory: Memory, *, where: str = "forward", counts: str = "rows", between: Any = None) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 5)
+        self.scarce = Scarce(memory, where=where, counts=counts)
+        self.between = nn.Tanh() if between is None else between
+        self.second = nn.Linear(5, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.scarce(self.first(x))))
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+def make_batch(rows: int = ROWS, *, seed: int = 0) -> Batch:
+    made = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(rows, width, generator=made, dtype=torch.float64) for width in (FEATURES, 1))
+
+
+def mse(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def rows_of(batch: Any) -> int:
+    return len(batch[0])
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def undisturbed(net: Net) -> Net:
+    """A copy for which everything fits."""
+    other = copy.deepcopy(net)
+    other.scarce.memory = Memory()
+    return other
+
+
+def settled(step: ga.TrainStep, *, rows: int = ROWS, elements: int = FEATURES + 1) -> None:
+    """Leaves nothing to search: pieces are as large as they can be."""
+    sizes = {"fastest": rows * elements, "caps": {}, "searched_rows": ROWS}
+    step.load_state_dict({"updates": 0, "micro_batches": 0, "samples": 0, "sizes": sizes})
+
+
+# ------------------------------------------------------------------------------------------- the whole batch's update
+
+
+@EITHER
+@settings(max_examples=15)
+@given(data=st.data())
+def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 23), label="rows")
+    limits = data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 11, 1000]), min_size=3, max_size=14), label="limits")
+    torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
+    memory = Memory()
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    batches = [make_batch(rows, seed=i) for i in range(len(limits))]
+    optimizer = sgd(net)
+
+    def limited() -> Any:
+        for batch, limit in zip(batches, limits, strict=True):
+            memory.limit = limit
+            yield batch
+
+    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, limited())
+
+    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    assert [update.samples for update in updates] == [rows] * len(limits)
+    assert [update.weight for update in updates] == [rows] * len(limits)
+    assert all(update.micro_batch_size <= limit for update, limit in zip(updates, limits, strict=True))
+    assert [update.index for update in updates] == [*range(1, len(limits) + 1)]
+
+
+@EITHER
+@pytest.mark.parametrize("at", range(5))
+def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
+    memory = Memory()
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    batches = [make_batch(seed=i) for i in range(3)]
+    optimizer = sgd(net)
+    clock = Clock(fixed=0, per_row=1)  # all alike, so that pieces stay small
+    step = ga.TrainStep(net, optimizer, counting(clock, mse, rows_of))
+    with known_times(clock):
+        memory.countdown = at
+        made, updates = whole_in_hand(step, net, optimizer, batches)
+    assert memory.failures == 1
+    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    assert [update.samples for update in updates] == [ROWS] * 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch_error,
+        lambda: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        lambda: RuntimeError("std::bad_alloc"),
+        MemoryError,
+    ],
+    ids=["torch", "cpu", "cublas", "cudnn", "c++", "python"],
+)
+@EITHER
+def test_however_it_is_said(where: str, error: Callable[[], BaseException]) -> None:
+    memory = Memory(limit=3, error=error)
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    optimizer = sgd(net)
+    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, [make_batch()])
+    assert memory.failures
+    assert updates[0].micro_batch_size <= 3
+    assert_same(made, whole_batches(other, sgd(other), [make_batch()], mse))
+
+
+@EITHER
+def test_each_sample_counts_exactly_once(where: str) -> None:
+    """Each row has a weight of its own, whose gradient counts how often that row was run."""
+
+    class Counting(nn.Module):
+        def __init__(self, memory: Memory) -> None:
+            super().__init__()
+            self.times = nn.Embedding(ROWS, 1, dtype=torch.float64)
+            self.scarce = Scarce(memory, where=where)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.scarce(self.times(ids)).squeeze(1)
+
+    memory = Memory(limit=5)
+    model = Counting(memory)
+    nn.init.zeros_(model.times.weight)
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda m, ids: m(ids).mean())
+    update = step(torch.arange(ROWS))
+    assert memory.failures
+    assert update.samples == ROWS
+    torch.testing.assert_close(model.times.weight.detach(), torch.full((ROWS, 1), -1 / ROWS, dtype=torch.float64))
+
+
+def test_the_size_grows_back_and_settles() -> None:
+    memory = Memory()
+    net = Net(memory)
+    with known_times(clock := Clock()):
+        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
+        sizes = []
+        for index in range(100):
+            memory.limit = 3 if 10 <= index < 20 else 1000
+            sizes.append(step(make_batch(seed=index)).micro_batch_size)
+    assert sizes[3:10] == [ROWS] * 7
+    assert max(sizes[10:20]) <= 3
+    assert sizes[-1] == ROWS
+    assert memory.failures <= 5  # 16, 8 and 4 as the limit falls; trials while it stays
+
+
+def test_a_lower_limit_costs_few_failures_for_ever() -> None:
+    memory = Memory(limit=5)
+    net = Net(memory)
+    with known_times(clock := Clock()):
+        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
+        updates = [step(make_batch(seed=index)) for index in range(300)]
+    assert updates[-1].micro_batch_size == 4
+    assert memory.failures <= 8  # waits of 8, 16, 32, 64, 128 updates, and the search's own
+
+
+@EITHER
+def test_a_trial_that_fails_changes_nothing(where: str) -> None:
+    memory = Memory(limit=4)
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    optimizer = sgd(net)
+    step = ga.TrainStep(net, optimizer, mse)
+    settled(step)
+    batches = [make_batch(seed=i) for i in range(12)]
+    with known_times(Clock()):
+        made, _ = whole_in_hand(step, net, optimizer, batches)
+    assert memory.failures == 3  # 16 and 8 in the first update; 8 again, on trial
+    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+
+
+def test_two_passes_with_a_short_last_batch() -> None:
+    memory = Memory(limit=6)
+    net = Net(memory, where="backward")
+    other = undisturbed(net)
+    batches = [make_batch(rows, seed=i) for i, rows in enumerate([ROWS, ROWS, ROWS, 5] * 2)]
+    optimizer = sgd(net)
+    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, batches)
+    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    assert [update.samples for update in updates] == [16, 16, 16, 5] * 2
+
+
+def by_length(memory: Memory) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
+    """A model for samples of any length, which needs memory for each element."""
+    model = nn.Sequential(nn.Linear(1, 4), Scarce(memory, counts="elements"), nn.Tanh(), nn.Linear(4, 1)).double()
+    return model, lambda model, batch: model(batch.unsqueeze(2)).mean((1, 2)).square().mean()
+
+
+def test_batches_of_varying_lengths() -> None:
+    memory = Memory(limit=4 * 60)  # 60 elements of 4 features: 6 samples of 10, 2 of 30
+    model, loss = by_length(memory)
+    other = copy.deepcopy(model)
+    other[1].memory = Memory()
+    lengths = [10, 30, 20, 10, 30, 25, 10, 5, 30, 10]
+    batches = [torch.randn(12, length, dtype=torch.float64) for length in lengths]
+    optimizer = sgd(model)
+    made, updates = whole_in_hand(ga.TrainStep(model, optimizer, loss), model, optimizer, batches)
+    assert_same(made, whole_batches(other, sgd(other), batches, loss))
+    assert all(update.micro_batch_size * length <= 60 for update, length in zip(updates, lengths, strict=True))
+
+
+def test_what_one_length_has_shown_spares_longer_ones() -> None:
+    memory = Memory(limit=4 * 60)
+    model, loss = by_length(memory)
+    step = ga.TrainStep(model, sgd(model), loss)
+    for _ in range(4):
+        step(torch.randn(12, 10, dtype=torch.float64))
+    before = memory.failures
+    step(torch.randn(12, 30, dtype=torch.float64))
+    assert memory.failures == before
+
+
+# -------------------------------------------------------------------------------------------- random state and buffers
+
+
+class Noise(nn.Module):
+    """Draws as many random numbers for a piece however large it is, so that what is drawn tells the pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (0.5 + torch.rand(x.shape[1], dtype=x.dtype))
+
+
+RANDOM = {"dropout": lambda: nn.Dropout(0.3), "noise": Noise}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(("where", "is_settled"), [("forward", False), ("backward", False), ("backward", True)])
+def test_what_is_drawn_after_the_update_is_what_the_undisturbed_run_draws(
+    where: str, is_settled: bool, at: int, kind: str
+) -> None:
+    """Memory runs out once, at one piece of the first update."""
+
+    def run(memory: Memory) -> tuple[Tensor, Tensor, int]:
+        torch.manual_seed(1)
+        net = Net(memory, where=where, between=RANDOM[kind]())
+        step = ga.TrainStep(net, sgd(net), mse)
+        if is_settled:
+            settled(step, rows=4)
+        torch.manual_seed(2)
+        with known_times(Clock()):
+            update = step(make_batch())
+        return torch.get_rng_state(), update.loss, memory.failures
+
+    state, _, failures = run(Memory(countdown=at))
+    other, _, none = run(Memory())
+    assert (failures, none) == (1, 0)
+    assert torch.equal(state, other)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_limit_that_stays_leaves_the_undisturbed_random_state(kind: str) -> None:
+    """As above where the planned pieces could not be run again either: their forward does not fit."""
+
+    def run(memory: Memory) -> Tensor:
+        net = Net(memory, between=RANDOM[kind]())
+        step = ga.TrainStep(net, sgd(net), mse)
+        torch.manual_seed(2)
+        with known_times(Clock()):
+            step(make_batch())
+        return torch.get_rng_state()
+
+    assert torch.equal(run(Memory(limit=3)), run(Memory()))
+
+
+def test_the_pieces_that_are_run_again_draw_from_the_first_state() -> None:
+    """What ran out of memory drops the same units as if the smaller size had been taken at once."""
+    memory = Memory(limit=4)
+    net = Net(memory, where="backward", between=nn.Dropout(0.3))
+    other = undisturbed(net)
+    step = ga.TrainStep(net, sgd(net), mse)
+    settled(step)
+    torch.manual_seed(3)
+    with known_times(Clock()):
+        loss = step.backward(make_batch())
+    assert memory.failures == 2
+    torch.manual_seed(3)
+    at_once = ga.TrainStep(other, sgd(other), mse)
+    settled(at_once, rows=4)
+    expected = at_once.backward(make_batch())
+    assert_same_gradients(gradients_of(net), gradients_of(other))
+    assert_same_number(loss.value.item(), expected.value.item())
+
+
+class Remembering(nn.Module):
+    """Buffers of one's own: one changed in place, one replaced by a new tensor, one made in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.total.add_(x.detach().sum(0))
+        self.calls = self.calls + 1
+        return torch.tanh(x)
+
+
+@EITHER
+def test_buffers_of_ones_own_see_every_piece_once(where: str) -> None:
+    memory = Memory(limit=4)
+    net = Net(memory, where=where, between=Remembering())
+    other = undisturbed(net)
+    step = ga.TrainStep(net, sgd(net), mse)
+    settled(step)
+    with known_times(Clock()):
+        update = step(make_batch())
+    assert memory.failures == 2
+    ga.TrainStep(other, sgd(other), mse, micro_batch_size=4)(make_batch())
+    assert update.micro_batches == 4
+    assert net.between.calls.item() == other.between.calls.item() == 4
+    torch.testing.assert_close(net.between.total, other.between.total, rtol=EXACT, atol=EXACT)
+
+
+@EITHER
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
+def test_running_statistics_see_every_piece_once(where: str) -> None:
+    memory = Memory(limit=4)
+    net = Net(memory, where=where, between=nn.BatchNorm1d(5))
+    other = undisturbed(net)
+    with known_times(Clock()):
+        update = ga.TrainStep(net, sgd(net), mse)(make_batch())
+    ga.TrainStep(other, sgd(other), mse, micro_batch_size=4)(make_batch())
+    assert memory.failures == 2
+    assert update.micro_batches == 4
+    for (name, buffer), expected in zip(net.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=EXACT, atol=EXACT, msg=name)
+    assert_same_gradients(parameters_of(net), parameters_of(other))
+
+
+def test_batch_norm_and_dropout_together_count_no_forward_twice() -> None:
+    """The forwards that are run for the random state alone leave no trace in the statistics."""
+    memory = Memory(limit=4)
+    between = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5))
+    net = Net(memory, where="backward", between=between)
+    with known_times(Clock()), pytest.warns(ga.GradAccumWarning):
+        ga.TrainStep(net, sgd(net), mse)(make_batch())
+    assert memory.failures == 2
+    assert net.between[0].num_batches_tracked.item() == 4
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_how_a_batch_is_cut_does_not_show_in_what_is_drawn_later(kind: str) -> None:
+    """Sizes depend on how busy a machine is; the order of the next epoch's data must not."""
+
+    def run(rows: int) -> Tensor:
+        torch.manual_seed(5)
+        net = Net(Memory(), between=RANDOM[kind]())
+        step = ga.TrainStep(net, sgd(net), mse)
+        settled(step, rows=rows)
+        assert step(make_batch()).micro_batch_size == rows
+        return torch.get_rng_state()
+
+    assert torch.equal(run(16), run(2))
+
+
+def test_two_updates_draw_different_numbers() -> None:
+    net = Net(Memory(), between=nn.Dropout(0.5))
+    step = ga.TrainStep(net, sgd(net), mse)
+    settled(step)
+    assert step.backward(make_batch()).value != step.backward(make_batch()).value
+
+
+def test_where_nothing_is_drawn_the_random_state_stays() -> None:
+    net = Net(Memory(limit=3))
+    step = ga.TrainStep(net, sgd(net), mse)
+    state = torch.get_rng_state()
+    step(make_batch())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_an_error_leaves_the_random_state_of_before(error: BaseException) -> None:
+    net = Net(Memory(error=lambda: error, countdown=1), where="backward", between=nn.Dropout(0.5))
+    step = ga.TrainStep(net, sgd(net), mse)
+    state = torch.get_rng_state()
+    with pytest.raises(type(error)):
+        step(make_batch())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------- other ways to be called
+
+
+@EITHER
+def test_backward_adds_to_what_was_there(where: str) -> None:
+    memory = Memory(limit=3)
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    net(make_batch(2, seed=9)[0]).sum().backward()
+    mse(other, make_batch()).backward()
+    other(make_batch(2, seed=9)[0]).sum().backward()
+    loss = ga.TrainStep(net, sgd(net), mse).backward(make_batch())
+    assert memory.failures
+    assert_same_gradients(gradients_of(net), gradients_of(other))
+    assert_same_number(loss.value.item(), mse(other, make_batch()).item())
+
+
+def test_backward_that_cannot_fit_leaves_the_gradients_that_were_there() -> None:
+    memory = Memory()
+    net = Net(memory, where="backward")
+    net(make_batch(2, seed=9)[0]).sum().backward()
+    before = gradients_of(net)
+    memory.limit = 0
+    with pytest.raises(ga.DoesNotFitError):
+        ga.TrainStep(net, sgd(net), mse).backward(make_batch())
+    assert_same_gradients(gradients_of(net), before, tolerance=0)
+
+
+def test_several_terms_whose_weights_are_known_ahead() -> None:
+    memory = Memory(limit=3)
+    net = Net(memory, where="backward")
+    other = undisturbed(net)
+
+    def loss(model: nn.Module, batch: Any) -> dict[str, ga.Loss]:
+        x, y = batch
+        positive = (y > 0).double()
+        errors = (model(x) - y).square()
+        return {
+            "all": ga.Loss.mean(errors.mean(), over=len(x)),
+            "positive": ga.Loss.sum((errors * positive).sum(), over=positive.sum()),
+        }
+
+    def weights(batch: Any) -> dict[str, Any]:
+        return {"all": len(batch[0]), "positive": (batch[1] > 0).sum()}
+
+    def whole(model: nn.Module, batch: Any) -> Tensor:
+        errors = (model(batch[0]) - batch[1]).square()
+        return errors.mean() + errors[batch[1] > 0].mean()
+
+    batches = [make_batch(seed=i) for i in range(4)]
+    optimizer = sgd(net)
+    step = ga.TrainStep(net, optimizer, loss, weights=weights)
+    made, _ = whole_in_hand(step, net, optimizer, batches)
+    assert memory.failures
+    assert_same(made, whole_batches(other, sgd(other), batches, whole))
+
+
+def test_weights_of_tokens() -> None:
+    memory = Memory(limit=3)
+    net = Net(memory)
+    other = undisturbed(net)
+
+    def summed(model: nn.Module, batch: Any) -> ga.Loss:
+        counts = batch[1].abs()
+        return ga.Loss.sum((model(batch[0]) * counts).sum(), over=counts.sum())
+
+    def whole(model: nn.Module, batch: Any) -> Tensor:
+        counts = batch[1].abs()
+        return (model(batch[0]) * counts).sum() / counts.sum()
+
+    batches = [make_batch(seed=i) for i in range(4)]
+    optimizer = sgd(net)
+    made, _ = whole_in_hand(ga.TrainStep(net, optimizer, summed), net, optimizer, batches)
+    assert memory.failures
+    assert_same(made, whole_batches(other, sgd(other), batches, whole))
+
+
+@EITHER
+def test_a_scaler(where: str) -> None:
+    memory = Memory(limit=3)
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    batches = [make_batch(seed=i) for i in range(4)]
+    step = ga.TrainStep(net, sgd(net), mse, scaler=scaler)
+    for batch in batches:
+        step(batch)
+    whole_batches(other, sgd(other), batches, mse)
+    assert memory.failures
+    assert scaler.get_scale() == 1024.0
+    assert_same_gradients(parameters_of(net), parameters_of(other), tolerance=SCALED)
+
+
+def test_clipping_and_a_scheduler_see_one_update() -> None:
+    memory = Memory(limit=3)
+    net = Net(memory, where="backward")
+    other = undisturbed(net)
+    batches = [make_batch(seed=i) for i in range(4)]
+    optimizer, theirs = sgd(net), sgd(other)
+    scheduler, their_scheduler = (torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (optimizer, theirs))
+    step = ga.TrainStep(net, optimizer, mse, clip_norm=0.1, scheduler=scheduler)
+    made, _ = whole_in_hand(step, net, optimizer, batches)
+    expected = whole_batches(other, theirs, batches, mse, clip_norm=0.1, scheduler=their_scheduler)
+    # Clipping adds 1e-6 to the norm in both.
+    assert_same(made, expected)
+    assert memory.failures
+
+
+@EITHER
+def test_cut_by_cost(where: str) -> None:
+    memory = Memory(limit=2)
+    net = Net(memory, where=where)
+    other = undisturbed(net)
+    batches = [make_batch(seed=i) for i in range(3)]
+    optimizer = sgd(net)
+    split = ga.split_by_cost(lambda batch: 1 + torch.arange(len(batch[0])) % 5, 40)
+    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse, split=split), net, optimizer, batches)
+    assert memory.failures
+    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    assert [update.samples for update in updates] == [ROWS] * 3
+    assert updates[-1].micro_batch_size <= 2
+
+
+def test_cut_by_cost_one_sample_that_does_not_fit() -> None:
+    net = Net(Memory(limit=0))
+    split = ga.split_by_cost(lambda batch: torch.full((len(batch[0]),), 7), 40)
+    with pytest.raises(ga.DoesNotFitError, match="single sample"):
+        ga.TrainStep(net, sgd(net), mse, split=split)(make_batch())
+
+
+@EITHER
+def test_a_size_of_ones_own_is_not_tried_again(where: str) -> None:
+    memory = Memory(countdown=1)  # the second piece: the first one has left gradients
+    net = Net(memory, where=where)
+    step = ga.TrainStep(net, sgd(net), mse, micro_batch_size=8)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        step(make_batch())
+    assert memory.failures == 1
+    assert all(gradient is None for gradient in gradients_of(net).values())
+    assert step(make_batch()).index == 1
+
+
+def test_another_process_that_ran_out_of_memory_makes_this_one_run_again() -> None:
+    memory = Memory()
+    net = Net(memory)
+    other = undisturbed(net)
+    optimizer = sgd(net)
+    step = ga.TrainStep(net, optimizer, mse)
+    asked: list[bool] = []
+
+    def agree(failed_here: bool) -> bool:
+        asked.append(failed_here)
+        return len(asked) == 1  # elsewhere, at the first attempt
+
+    step._fitting._agree = agree
+    made, updates = whole_in_hand(step, net, optimizer, [make_batch(), make_batch(seed=1)])
+    assert asked == [False, False, False]
+    assert [update.samples for update in updates] == [ROWS, ROWS]
+    assert_same(made, whole_batches(other, sgd(other), [make_batch(), make_batch(seed=1)], mse))
+
+
+def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
+    memory = Memory(countdown=0)
+    net = Net(memory)
+    step = ga.TrainStep(net, sgd(net), mse)
+    asked: list[bool] = []
+    step._fitting._agree = lambda failed_here: bool(asked.append(failed_here)) or failed_here
+    step(make_batch())
+    assert asked == [True, False]
+
+
+# ------------------------------------------------------------------------------------------------- what is not repaired
+
+
+@EITHER
+def test_one_sample_that_does_not_fit(where: str) -> None:
+    memory = Memory()
+    net = Net(memory, where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
+    optimizer = torch.optim.Adam(net.parameters())
+    step = ga.TrainStep(net, optimizer, mse)
+    step(make_batch())
+    memory.limit = 0
+    parameters, state = parameters_of(net), torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with pytest.raises(ga.DoesNotFitError) as caught:
+        step(make_batch())
+    assert isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value, ga.GradAccumError)
+    said = str(caught.value)
+    numbers = (3 * 5 + 5 + 5 + 1) * 8
+    for part in ("(16, 3), (16, 1)", f"parameters {numbers} B", f"gradients {numbers} B", "optimizer state", TEXT[:40],
+                 "checkpointing"):  # fmt: skip
+        assert part in said
+    assert all(gradient is None for gradient in gradients_of(net).values())
+    assert_same_gradients(parameters_of(net), parameters, tolerance=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+    assert (step.updates, step.samples) == (1, ROWS)
+    memory.limit = 1000
+    assert step(make_batch()).index == 2  # nothing is left that would be in the way
+
+
+def test_the_number_of_attempts_is_bounded() -> None:
+    memory = Memory(limit=0)
+    net = Net(memory)
+    with pytest.raises(ga.DoesNotFitError):
+        ga.TrainStep(net, sgd(net), mse)(make_batch(1024))
+    assert memory.failures <= math.log2(1024) + 2
+
+
+def test_the_verdict_holds_none_of_the_failed_pieces() -> None:
+    net = Net(Memory(limit=0))
+    with pytest.raises(ga.DoesNotFitError) as caught:
+        ga.TrainStep(net, sgd(net), mse)(make_batch())
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+
+
+OTHERWISE = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError("x"),
+    KeyboardInterrupt(),
+    SystemExit(),
+]
+
+
+@EITHER
+@pytest.mark.parametrize("error", OTHERWISE, ids=lambda error: type(error).__name__)
+def test_any_other_error_passes_through_as_it_is(where: str, error: BaseException) -> None:
+    memory = Memory(error=lambda: error, countdown=1)  # the second piece: the first one has left gradients
+    net = Net(memory, where=where)
+    step = ga.TrainStep(net, sgd(net), mse)
+    with pytest.raises(type(error)) as caught:
+        step(make_batch())
+    assert caught.value is error
+    assert memory.failures == 1
+    assert all(gradient is None for gradient in gradients_of(net).values())
+    assert step.updates == 0
+    assert step(make_batch()).index == 1
+
+
+def test_an_optimizer_that_runs_out_of_memory_is_not_asked_twice() -> None:
+    class Greedy(torch.optim.SGD):
+        steps = 0
+        is_full = True
+
+        def step(self, closure: Any = None) -> Any:
+            type(self).steps += 1
+            if self.is_full:
+                raise torch_error()
+            return super().step(closure)
+
+    net = Net(Memory())
+    other = undisturbed(net)
+    optimizer = Greedy(net.parameters(), lr=0.1)
+    step = ga.TrainStep(net, optimizer, mse)
+    before = parameters_of(net)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(make_batch())
+    assert Greedy.steps == 1
+    assert_same_gradients(parameters_of(net), before, tolerance=0)
+    optimizer.is_full = False
+    made, _ = whole_in_hand(step, net, optimizer, [make_batch()])
+    assert Greedy.steps == 2
+    assert_same(made, whole_batches(other, torch.optim.SGD(other.parameters(), lr=0.1), [make_batch()], mse))
+
+
+def test_a_loss_without_graph_is_an_error_not_a_smaller_piece() -> None:
+    net = Net(Memory())
+    with pytest.raises(ga.LossError):
+        ga.TrainStep(net, sgd(net), lambda model, batch: model(batch[0]).detach().mean())(make_batch())
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is pinned
+
+
+class Piece:
+    """Lives as long as the failed piece's frames do. A tensor is kept by its graph too, which dies with it."""
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@EITHER
+def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
+    where: str, is_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where someone keeps the errors, as tools that report them do."""
+    monkeypatch.setattr("gradaccum.memory.out_of_memory.gc.collect", lambda: 0)  # it must not be needed
+    made: list[weakref.ref[Any]] = []
+    alive: list[list[bool]] = []
+
+    class Watching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append([reference() is not None for reference in made])
+            piece, activations = Piece(), self.first(x)
+            made.extend([weakref.ref(piece), weakref.ref(activations)])
+            value = self.second(self.between(self.scarce(activations)))
+            del piece
+            return value
+
+    kept: list[BaseException] = []
+
+    def error() -> BaseException:
+        raised = torch_error()
+        if is_kept:
+            kept.append(raised)
+        return raised
+
+    memory = Memory(limit=4, error=error)
+    net = Watching(memory, where=where)
+    step = ga.TrainStep(net, sgd(net), mse)
+    settled(step)
+    with known_times(Clock()):
+        step(make_batch())
+    assert memory.failures == 2
+    assert alive[0] == []
+    assert alive[1] == [False, False]
+    assert alive[2] == [False] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def test_sizes_travel_with_the_state() -> None:
+    memory = Memory(limit=5)
+    net = Net(memory)
+    step = ga.TrainStep(net, sgd(net), mse)
+    for index in range(4):
+        step(make_batch(seed=index))
+    state = json.loads(json.dumps(step.state_dict()))  # plain enough for any file
+
+    resumed = ga.TrainStep(net, sgd(net), mse)
+    resumed.load_state_dict(state)
+    before = memory.failures
+    update = resumed(make_batch())
+    assert memory.failures == before
+    assert update.index == 5
+    assert update.micro_batch_size == step(make_batch()).micro_batch_size
+
+
+def test_a_state_is_read_with_another_micro_batch_size() -> None:
+    net = Net(Memory())
+    auto, fixed = ga.TrainStep(net, sgd(net), mse), ga.TrainStep(net, sgd(net), mse, micro_batch_size=4)
+    auto(make_batch())
+    fixed.load_state_dict(auto.state_dict())
+    assert fixed(make_batch()).index == 2
+    auto.load_state_dict(fixed.state_dict())
+    assert auto(make_batch()).index == 3
+
+
+# ------------------------------------------------------------------------------------------------------ what is told
+
+
+def test_a_failure_is_told_with_its_size(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net(Memory(limit=8))
+    step = ga.TrainStep(net, sgd(net), mse)
+    settled(step)
+    with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(Clock()):
+        step(make_batch())
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(
+        "out of memory with a micro-batch of 16 samples" in line and "CUDA out of memory" in line for line in told
+    )
+
+
+def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net(Memory())
+    with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(clock := Clock()):
+        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
+        for index in range(12):
+            step(make_batch(seed=index))
+    told = [record.getMessage() for record in caplog.records if "to pin it" in record.getMessage()]
+    assert len(told) == 1
+    assert "micro_batch_size=16" in told[0]
+
+
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
+def test_layers_that_see_the_micro_batch_are_never_split_without_need() -> None:
+    net = Net(Memory(), between=nn.BatchNorm1d(5))
+    step = ga.TrainStep(net, sgd(net), mse)
+    assert [step(make_batch(seed=index)).micro_batches for index in range(5)] == [1] * 5
+
+
+def test_attempts_need_no_more_than_the_search_says() -> None:
+    """The fitting asks the search again after every failure; a search that cannot shrink ends it."""
+    memory = Memory(limit=0)
+    net = Net(memory)
+    search = SizeSearch()
+    step = ga.TrainStep(net, sgd(net), mse)
+    step._fitting._search = search
+    with pytest.raises(ga.DoesNotFitError):
+        step(make_batch(1))
+    assert memory.failures == 1

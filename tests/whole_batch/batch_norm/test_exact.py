@@ -1,0 +1,112 @@
+"""The statistics of the whole batch by themselves: what a failure leaves, calls that repeat, ranks, one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gradaccum as ga
+from gradaccum.whole_batch.batch_norm.exact import Exact, Share, Whole
+from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
+from normed import NORMED, buffers_of
+from oracle import assert_same_gradients
+
+CPU = torch.device("cpu")
+
+
+def run(exact: Exact, layer: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of the pieces, in lockstep."""
+
+    def member(member: Member) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            with exact.forward(member.meet):
+                return layer(pieces[member.index])
+
+        return forward
+
+    return Conductor(CPU, []).run([member] * len(pieces))
+
+
+def layer_and_pieces(rows: int = 7) -> tuple[nn.BatchNorm1d, tuple[Tensor, ...]]:
+    return nn.BatchNorm1d(3).double(), torch.randn(rows, 3, dtype=torch.float64).split(3)
+
+
+def test_outputs_and_buffers() -> None:
+    layer, pieces = layer_and_pieces()
+    expected = nn.BatchNorm1d(3).double()
+    exact = Exact([layer])
+    with exact.held():
+        outputs = run(exact, layer, pieces)
+        assert layer.running_mean is not None
+        assert not layer.running_mean.any()  # not yet
+    torch.testing.assert_close(torch.cat(outputs), expected(torch.cat(pieces)), rtol=NORMED, atol=NORMED)
+    assert_same_gradients(buffers_of(layer), buffers_of(expected), tolerance=NORMED)
+
+
+def test_a_failure_leaves_buffers_as_they_were() -> None:
+    layer, pieces = layer_and_pieces()
+    exact = Exact([layer])
+    with pytest.raises(ga.LossError, match="mine"), exact.held():
+        _fail_after(run(exact, layer, pieces))
+    assert_same_gradients(buffers_of(layer), buffers_of(nn.BatchNorm1d(3).double()), tolerance=0)
+
+
+def _fail_after(_: list[Tensor]) -> None:
+    raise ga.LossError("mine")
+
+
+def test_a_call_again_takes_the_statistics_that_it_had() -> None:
+    """Of a layer that is used twice, by its own mean: here each piece's, in an order of its own."""
+    layer, pieces = layer_and_pieces()
+    exact = Exact([layer])
+    with exact.held():
+        outputs = run(exact, lambda x: torch.stack([layer(x), layer(x.exp())]), pieces)
+        with exact.backward():
+            for index in (1, 0, 2):
+                torch.testing.assert_close(layer(pieces[index].exp()), outputs[index][1], rtol=NORMED, atol=NORMED)
+                torch.testing.assert_close(layer(pieces[index]), outputs[index][0], rtol=NORMED, atol=NORMED)
+            other = nn.BatchNorm1d(3).double()
+            assert torch.equal(other(pieces[0]), nn.BatchNorm1d(3).double()(pieces[0]))  # a stranger's
+    assert int(layer.num_batches_tracked) == 2  # type: ignore[arg-type]
+
+
+def test_across_ranks() -> None:
+    """Two processes, here one after the other: each merges its own pieces, and then both."""
+    x = torch.randn(11, 3, dtype=torch.float64)
+    mine, theirs = x[:7], x[7:]
+    layer = nn.BatchNorm1d(3).double()
+    expected = nn.BatchNorm1d(3).double()
+    other = Share(count=4, mean=theirs.mean(0), var=theirs.var(0, correction=0))
+    exact = Exact([layer], across_ranks=lambda share: [share, other])
+    with exact.held():
+        outputs = run(exact, layer, mine.split(3))
+    torch.testing.assert_close(torch.cat(outputs), expected(x)[:7], rtol=NORMED, atol=NORMED)
+    assert_same_gradients(buffers_of(layer), buffers_of(expected), tolerance=NORMED)
+
+
+def test_a_batch_of_one_value_is_refused() -> None:
+    layer = nn.BatchNorm1d(3)
+    exact = Exact([layer])
+    with pytest.raises(ga.BatchError, match="has 1 values per channel in the whole batch"), exact.held():
+        run(exact, layer, [torch.zeros(1, 3), torch.zeros(0, 3)])
+
+
+def test_a_batch_in_one_piece_advances_once_behind_a_checkpoint() -> None:
+    layer = nn.BatchNorm1d(3).double()
+    expected = nn.BatchNorm1d(3).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def run_one(x: Any) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    with Whole([layer]).held(run_one) as forward:
+        output = forward(x)
+        (gradient,) = torch.autograd.grad(output.exp().sum(), x)
+    (right,) = torch.autograd.grad(expected(x).exp().sum(), x)
+    torch.testing.assert_close(gradient, right, rtol=NORMED, atol=NORMED)
+    assert_same_gradients(buffers_of(layer), buffers_of(expected), tolerance=NORMED)

@@ -1,0 +1,128 @@
+"""Batch norms handed over: to whom, from which thread, and that torch is as it was."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradaccum.whole_batch.batch_norm.intercept import Call, in_backward, in_forward, replaced, torch_batch_norm
+
+ORIGINAL = F.batch_norm
+
+
+class Recorder:
+    """Answers with a number, and keeps the calls."""
+
+    def __init__(self, *, knows: bool = True) -> None:
+        self.calls: list[tuple[str, Call]] = []
+        self.knows = knows
+
+    def first(self, call: Call) -> Tensor:
+        self.calls.append(("first", call))
+        return torch.full_like(call.input, 1.0)
+
+    def again(self, call: Call) -> Tensor | None:
+        self.calls.append(("again", call))
+        return torch.full_like(call.input, 2.0) if self.knows else None
+
+
+X = torch.randn(4, 3)
+
+
+def test_a_forward_is_handed_over() -> None:
+    recorder, layer = Recorder(), nn.BatchNorm1d(3, momentum=0.3, eps=1e-3)
+    with replaced(), in_forward(recorder):
+        assert layer(X)[0, 0] == 1
+    ((kind, call),) = recorder.calls
+    assert kind == "first"
+    assert call.input is X
+    assert call.running_mean is layer.running_mean
+    assert (call.weight, call.bias) == (layer.weight, layer.bias)
+    assert (call.momentum, call.eps) == (0.3, 1e-3)
+    assert F.batch_norm is ORIGINAL
+
+
+def test_evaluation_is_not() -> None:
+    recorder, layer = Recorder(), nn.BatchNorm1d(3).eval()
+    expected = layer(X)
+    with replaced(), in_forward(recorder), in_backward(recorder):
+        assert torch.equal(layer(X), expected)
+    assert recorder.calls == []
+
+
+def test_what_nobody_takes_over_is_torchs() -> None:
+    expected = nn.BatchNorm1d(3)(X)
+    with replaced():
+        assert torch.equal(nn.BatchNorm1d(3)(X), expected)
+        stranger = Recorder(knows=False)
+        with in_backward(stranger):
+            assert torch.equal(nn.BatchNorm1d(3)(X), expected)
+        assert len(stranger.calls) == 1
+
+
+def test_the_innermost_backward_that_knows_it() -> None:
+    outer, inner = Recorder(), Recorder(knows=False)
+    with replaced(), in_backward(outer), in_backward(inner):
+        assert nn.BatchNorm1d(3)(X)[0, 0] == 2
+    assert [len(one.calls) for one in (outer, inner)] == [1, 1]
+
+
+def test_other_threads_forward_is_their_own() -> None:
+    recorder = Recorder()
+    found: list[Any] = []
+    with replaced(), in_forward(recorder):
+        thread = threading.Thread(target=lambda: found.append(nn.BatchNorm1d(3)(X)))
+        thread.start()
+        thread.join()
+    assert recorder.calls == []
+    assert torch.equal(found[0], nn.BatchNorm1d(3)(X))
+
+
+def test_held_by_two_that_end_in_any_order() -> None:
+    one, other = replaced(), replaced()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    with in_forward(recorder := Recorder()):
+        nn.BatchNorm1d(3)(X)
+    assert len(recorder.calls) == 1
+    other.__exit__(None, None, None)
+    assert F.batch_norm is ORIGINAL
+
+
+def test_somebody_elses_replacement_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> Tensor:
+        return ORIGINAL(*args, **kwargs) * 3
+
+    with replaced():
+        monkeypatch.setattr(F, "batch_norm", theirs)
+    assert F.batch_norm is theirs
+
+
+def test_a_wrapper_around_the_replacement_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls the replacement, which calls what it has found: the wrapper."""
+    with replaced():
+        ours = F.batch_norm
+    monkeypatch.setattr(F, "batch_norm", lambda *args, **kwargs: ours(*args, **kwargs) + 1)
+    with replaced(), in_forward(recorder := Recorder()):
+        layer = nn.BatchNorm1d(3)
+        layer(X)
+    expected = layer.eval()(X)
+    with replaced():
+        assert torch.equal(layer(X), expected)
+    assert len(recorder.calls) == 1
+
+
+def test_torchs_own_for_a_call() -> None:
+    layer = nn.BatchNorm1d(3)
+    expected = nn.BatchNorm1d(3)(X[:2])
+    recorder = Recorder()
+    with replaced(), in_forward(recorder):
+        layer(X)
+        found = torch_batch_norm(recorder.calls[0][1], X[:2], running_mean=None, running_var=None, training=True)
+    assert torch.equal(found, expected)

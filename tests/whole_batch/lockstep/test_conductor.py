@@ -1,0 +1,362 @@
+"""Nothing waits for ever, whatever ends a run early; every test has a deadline, and leaves no thread (conftest)."""
+
+from __future__ import annotations
+
+import _thread
+import copy
+import gc
+import signal
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradaccum as ga
+from gradaccum.whole_batch.lockstep.conductor import Abandoned, Conductor, Member
+from normed import Batch, ResNet, buffers_of, classes_loss, make_batches, make_network, sgd, trained
+from oracle import parameters_of
+from scarce import Memory, Scarce
+
+SECONDS = 30.0  # after which a test that should be over in one is interrupted
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """Interrupts a test that hangs."""
+    timer = threading.Timer(SECONDS, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
+    timer.join()
+
+
+def threads_of_lockstep() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("gradaccum")]
+
+
+# ----------------------------------------------------------------------------------------------------------- the baton
+def test_one_runs_at_a_time_in_the_batchs_order() -> None:
+    log: list[str] = []
+
+    def member(member: Member) -> Callable[[], int]:
+        def run() -> int:
+            log.append(f"{member.index}a")
+            total = member.meet("here", "here", member.index, sum)
+            log.append(f"{member.index}b")
+            return total + member.index
+
+        return run
+
+    assert Conductor(CPU, []).run([member] * 3) == [3, 4, 5]
+    assert log == ["0a", "1a", "2a", "0b", "1b", "2b"]
+
+
+def test_what_is_combined_is_not_kept() -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def member(member: Member) -> Callable[[], None]:
+        def run() -> None:
+            brought = torch.zeros(3)
+            kept.append(weakref.ref(brought))
+            member.meet("first", "first", brought, lambda _: None)
+            del brought
+            member.meet("second", "second", None, lambda _: alive.append(sum(one() is not None for one in kept)))
+
+        return run
+
+    alive: list[int] = []
+    Conductor(CPU, []).run([member] * 3)
+    assert alive == [0]
+
+
+# ----------------------------------------------------------------------------------------------------- errors of a user
+class Failing(nn.Module):
+    """Raises in one micro-batch, before or behind a layer over the batch."""
+
+    def __init__(self, at: int, error: BaseException, *, behind: bool) -> None:
+        super().__init__()
+        self.net, self.last = ResNet(blocks=1), nn.BatchNorm1d(4)
+        self.at, self.error, self.behind = at, error, behind
+        self.calls = 0
+        self.cleaned = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        index, self.calls = self.calls, self.calls + 1
+        try:
+            if not self.behind and index == self.at:
+                raise self.error
+            hidden = self.last(self.net(x))
+            if self.behind and index == self.at:
+                raise self.error
+            return hidden
+        finally:
+            self.cleaned += 1
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), StopIteration()], ids=repr)
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_micro_batch_that_raises_ends_all_with_its_own_error(at: int, behind: bool, error: BaseException) -> None:
+    model = Failing(at, error, behind=behind).double()
+    step = ga.TrainStep(model, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
+    parameters, buffers, random_state = parameters_of(model), buffers_of(model), torch.get_rng_state()
+    with pytest.raises(type(error)) as caught:
+        step(make_batches(1)[0])
+    assert caught.value is error
+    assert any("raise self.error" in (frame.line or "") for frame in traceback.extract_tb(caught.value.__traceback__))
+    assert threads_of_lockstep() == []
+    assert model.cleaned == (4 if behind else at + 1)
+    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
+    assert all(torch.equal(now, parameters[name]) for name, now in parameters_of(model).items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.at = -1
+    assert step(make_batches(1)[0]).index == 1  # and goes on
+
+
+def test_an_error_in_the_backward() -> None:
+    model = make_network("residual")
+    step = ga.TrainStep(model, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
+    buffers = buffers_of(model)
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("in the backward")
+
+    hook = model.stem.weight.register_hook(fail)
+    with pytest.raises(ValueError, match="in the backward"):
+        step(make_batches(1)[0])
+    hook.remove()
+    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
+    assert step(make_batches(1)[0]).index == 1
+
+
+def test_an_interrupt_while_a_micro_batch_runs() -> None:
+    """Ctrl-C reaches the main thread, which waits for a micro-batch."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    model = make_network("residual")
+    calls = 0
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            _thread.interrupt_main()
+        return classes_loss(model, batch)
+
+    step = ga.TrainStep(model, sgd(model), loss, micro_batch_size=2, batch_norm="exact")
+    buffers = buffers_of(model)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step(make_batches(1)[0])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert threads_of_lockstep() == []
+    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
+    assert step(make_batches(1)[0]).index == 1
+
+
+def test_a_micro_batch_that_catches_everything_ends_too() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.calls = nn.BatchNorm2d(3), nn.BatchNorm2d(3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise ValueError("mine")
+            try:
+                x = self.first(x)
+            except BaseException:  # noqa: BLE001 - what this is about
+                x = self.second(x)
+            return x.mean((2, 3))
+
+    with pytest.raises(ValueError, match="mine"):
+        trained(Stubborn().double(), make_batches(1), micro_batch_size=4)
+    assert threads_of_lockstep() == []
+
+
+def test_abandoned_is_nobodys_exception() -> None:
+    assert not issubclass(Abandoned, Exception)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+class Skipping(nn.Module):
+    """Leaves a layer out where the data say so."""
+
+    def __init__(self, *, at_the_end: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, 4)
+        self.at_the_end = at_the_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if len(x) == 4 or self.at_the_end:
+            hidden = self.second(hidden)
+        if len(x) == 4 or not self.at_the_end:
+            hidden = self.third(hidden)
+        return self.head(hidden.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("at_the_end", "message"),
+    [
+        (False, r"different paths at second: micro-batch 0 was at second when micro-batch 1 was at third"),
+        (True, r"different paths at third: micro-batch 0 was at third when micro-batch 1 had reached its end"),
+    ],
+)
+def test_different_paths_are_refused(at_the_end: bool, message: str) -> None:
+    with pytest.raises(ga.UnsupportedError, match=message):
+        trained(Skipping(at_the_end=at_the_end).double(), make_batches(1), micro_batch_size=4)  # 4, 3, 3, 3
+    assert threads_of_lockstep() == []
+
+
+def test_a_second_derivative_is_refused() -> None:
+    def penalised(model: nn.Module, batch: Batch) -> Tensor:
+        x = batch[0].requires_grad_()
+        output = model(x)
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return classes_loss(lambda _: output, batch) + slope.square().mean()
+
+    with pytest.raises(ga.UnsupportedError, match="A backward ran through BatchNorm inside of the loss function"):
+        trained(make_network("residual"), make_batches(1), penalised, micro_batch_size=4)
+
+
+def test_create_graph_is_refused() -> None:
+    model = make_network("residual")
+    roots: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value = classes_loss(model, batch)
+        value.register_hook(lambda gradient: roots.append(gradient))
+        return value
+
+    from gradaccum.whole_batch.batch_norm.exact import Exact
+
+    exact = Exact([model])
+    layer = model.bn
+    with exact.held():
+        with exact.forward(lambda key, where, mine, combine: combine([mine])):
+            output = layer(torch.randn(3, 5, 2, 2, dtype=torch.float64, requires_grad=True))
+        with exact.backward(), pytest.raises(ga.UnsupportedError, match="no second derivative"):
+            torch.autograd.grad(output.square().sum(), layer.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("compiled", ["whole", "in place", "part", "scripted"])
+def test_compiled_layers_are_refused(compiled: str) -> None:
+    model: Any = make_network("residual")
+    named = model
+    if compiled == "whole":
+        named = torch.compile(model, backend="eager")
+    elif compiled == "in place":
+        model.compile(backend="eager")
+    elif compiled == "part":
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    else:
+        with pytest.warns(DeprecationWarning, match="script"):
+            model.bn = torch.jit.script(model.bn)
+    step = ga.TrainStep(named, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
+    with pytest.raises(ga.UnsupportedError, match=r"has to see every BatchNorm call, and .* is run by torch\."):
+        step(make_batches(1)[0])
+
+
+def test_a_thread_of_the_users_is_refused() -> None:
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: list[Any] = []
+            member = gather_of_here()
+
+            def run() -> None:
+                try:
+                    found.append(member.meet("mine", "a layer", None, lambda _: None))
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    found.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            if isinstance(found[0], BaseException):
+                raise found[0]
+            return self.head(x.mean((2, 3)))
+
+    with pytest.raises(ga.UnsupportedError, match="by a thread that the loss function has started"):
+        trained(Threaded().double(), make_batches(1), micro_batch_size=4, lockstep=True)
+
+
+def gather_of_here() -> Member:
+    from gradaccum.whole_batch.lockstep import gather
+
+    return gather._here.member
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_out_of_memory_is_a_transaction(where: str, at: int) -> None:
+    torch.manual_seed(0)
+    memory = Memory(limit=5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Scarce(memory, where=where), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4),
+        nn.Flatten(), nn.Linear(4 * 36, 4),
+    ).double()  # fmt: skip
+    whole = copy.deepcopy(model)
+    whole[2] = nn.Identity()
+    optimizer = sgd(model)
+    step = ga.TrainStep(model, optimizer, classes_loss, batch_norm="exact")
+    other = sgd(whole)
+    for batch in make_batches(3):
+        update = step(batch)
+        other.zero_grad()
+        classes_loss(whole, batch).backward()
+        other.step()
+        assert update.micro_batch_size <= 5
+        memory.countdown = at
+    assert memory.failures >= 2
+    for ours, theirs in zip(
+        [*parameters_of(model).values(), *buffers_of(model).values()],
+        [*parameters_of(whole).values(), *buffers_of(whole).values()],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert threads_of_lockstep() == []
+
+
+def test_out_of_memory_frees_what_the_micro_batches_held() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    seen: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 13:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            gc.collect()
+            if len(x) == 7 and len(alive) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            seen.append(sum(one() is not None for one in alive))
+            hidden = x * 2
+            alive.append(weakref.ref(hidden))
+            return hidden
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Watched(), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).double()
+    ga.TrainStep(model, sgd(model), classes_loss, batch_norm="exact")(make_batches(1)[0])
+    assert seen[0] == 0
+
+
+def test_where_one_sample_does_not_fit() -> None:
+    model = nn.Sequential(Scarce(Memory(limit=0)), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).double()
+    with pytest.raises(ga.DoesNotFitError, match=r'In lockstep the activations of all .* activations="host"'):
+        ga.TrainStep(model, sgd(model), classes_loss, batch_norm="exact")(make_batches(1)[0])

@@ -1,0 +1,399 @@
+"""Watches that speak up, name the line that was wrong, and leave every object as it was."""
+
+import copy
+import inspect
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR, StepLR
+
+import gradaccum as ga
+from gradaccum.window import guards
+
+
+def line_here() -> str:
+    """``file:line`` of who calls."""
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return f"{__file__}:{frame.f_back.f_lineno}"
+
+
+# ------------------------------------------------------------------------------------------------ models and optimizers
+
+
+def test_one_or_many() -> None:
+    model = nn.Linear(1, 1)
+    assert guards.as_sequence(model, nn.Module, name="model") == [model]
+    assert guards.as_sequence((model, model), nn.Module, name="model") == [model, model]
+    layers = nn.ModuleList([model])
+    assert guards.as_sequence(layers, nn.Module, name="model") == [layers], "a ModuleList is one module"
+
+
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [
+        (None, "a NoneType"),
+        ("model", "a str"),
+        (nn.Linear, "a type"),
+        ([], "a list of nothing"),
+        ((), "a tuple of nothing"),
+        ([nn.Linear(1, 1), 3], "a list of Linear, int"),
+        (nn.Linear(1, 1).parameters(), "a generator"),
+        ({"a": nn.Linear(1, 1)}, "a dict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_model(given: Any, described: str) -> None:
+    with pytest.raises(
+        ga.ParameterError, match=rf"model must be a torch Module or a non-empty sequence .*, and is {described}\."
+    ):
+        guards.as_sequence(given, nn.Module, name="model")
+
+
+def test_parameters_by_name() -> None:
+    one, two = nn.Linear(1, 1), nn.Linear(1, 1, bias=False)
+    assert [name for name, _ in guards.named_parameters([one])] == ["weight", "bias"]
+    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.weight"]
+
+
+def test_shared_parameters_are_named_once() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    two.weight = one.weight
+    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.bias"]
+
+
+def check(models: list[nn.Module], optimizers: list[Optimizer]) -> None:
+    guards.check_parameters(guards.named_parameters(models), optimizers)
+
+
+def test_what_belongs_together() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    check([one], [SGD(one.parameters())])
+    check([one, two], [SGD([*one.parameters(), *two.parameters()])])
+    check([one, two], [SGD(one.parameters()), SGD(two.parameters())])
+    check([one], [SGD([one.weight])])  # a part of it
+    one.weight.requires_grad_(False)
+    check([one], [SGD(one.parameters())])  # partly frozen
+
+
+def test_a_parameter_that_is_not_the_models() -> None:
+    model, other = nn.Linear(2, 3), nn.Linear(5, 7)
+    optimizer = Adam([{"params": model.parameters()}, {"params": [other.weight]}])
+    message = r"group 1 of Adam holds a parameter of shape \(7, 5\) that is none of the model's 2\..*model=\[first, sec"
+    with pytest.raises(ga.ParameterError, match=message):
+        check([model], [optimizer])
+
+
+def test_a_model_that_was_copied() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(ga.ParameterError, match="none of the model's 2"):
+        check([copy.deepcopy(model)], [SGD(model.parameters())])
+
+
+def test_a_parameter_in_two_optimizers() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(ga.ParameterError, match=r"same parameter of shape \(3,\).*updated twice.*one optimizer"):
+        check([model], [SGD([model.weight, model.bias]), SGD([model.bias])])
+
+
+def test_nothing_to_train() -> None:
+    model = nn.Linear(2, 3)
+    optimizer = SGD(model.parameters())
+    model.requires_grad_(False)
+    with pytest.raises(ga.ParameterError, match=r"nothing to train: none of the 2 parameters.*requires_grad_\(\)"):
+        check([model], [optimizer])
+
+
+def test_closures_are_refused() -> None:
+    model = nn.Linear(2, 3)
+    guards.refuse_closures([SGD(model.parameters())])
+    with pytest.raises(
+        ga.UnsupportedError, match=r"LBFGS evaluates the loss several times.*train_step.backward\(batch\)"
+    ):
+        guards.refuse_closures([torch.optim.LBFGS(model.parameters())])
+
+
+# --------------------------------------------------------------------------------------------------- what wraps a model
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_distributed_model_is_refused() -> None:
+    with process_group():
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        for models in ([model], [nn.Linear(2, 2), nn.Sequential(model)]):
+            with pytest.raises(ga.UnsupportedError, match=r"wrapped in DistributedDataParallel.*the plain module"):
+                guards.refuse_data_parallel(models)
+
+
+@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "FSDPLinear", "FSDPTransformer"])
+def test_a_sharded_model_is_refused(name: str) -> None:
+    with pytest.raises(ga.UnsupportedError, match=f"wrapped in {name}"):
+        guards.refuse_data_parallel([type(name, (nn.Linear,), {})(2, 2)])
+
+
+def test_plain_models_pass() -> None:
+    guards.refuse_data_parallel([nn.Sequential(nn.Linear(2, 2)), nn.DataParallel(nn.Linear(2, 2))])
+
+
+# ------------------------------------------------------------------------------------------------------------ BatchNorm
+
+
+def test_layers_that_see_the_micro_batch() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.SyncBatchNorm(2)), nn.LayerNorm(2),
+                          nn.GroupNorm(1, 2), nn.InstanceNorm1d(2))  # fmt: skip
+    assert guards.coupled_batch_norms([model]) == ["1", "2.0"]
+    model[1].eval()
+    assert guards.coupled_batch_norms([model]) == ["2.0"]
+    assert guards.coupled_batch_norms([model.eval()]) == []
+
+
+def test_without_running_statistics_also_in_eval_mode() -> None:
+    layer = nn.BatchNorm2d(2, track_running_stats=False).eval()
+    assert guards.coupled_batch_norms([layer]) == ["BatchNorm2d"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [(["a"], r"1 BatchNorm layer in training mode \(a\)"), (["a", "b", "c"], r"3 BatchNorm layers .* \(a, b, c\)"),
+     (["a", "b", "c", "d", "e"], r"5 BatchNorm layers in training mode \(a, b, c and 2 more\)")],
+)  # fmt: skip
+def test_the_warning_names_them(names: list[str], shown: str) -> None:
+    with pytest.warns(
+        ga.BatchNormWarning, match=f"{shown} will normalise each of the 4 micro-batches.*4 times an update"
+    ) as seen:
+        guards.warn_of_batch_norms(names, micro_batches=4)
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["TrainStep", "Accumulator"])
+def test_the_warning_points_at_the_users_line(by_hand: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    step = ga.TrainStep(model, optimizer, lambda model, x: model(x).mean(), micro_batch_size=2)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
+
+    def train() -> None:
+        if not by_hand:
+            step(torch.randn(4, 2))
+            return
+        for x in accumulator.over([torch.randn(2, 2)] * 2):
+            accumulator.backward(model(x).mean())
+
+    with pytest.warns(ga.BatchNormWarning, match=r"1 BatchNorm layer in training mode \(1\)") as seen:
+        train()
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train()  # once
+
+
+# ------------------------------------------------------------------------------------------------------------- the line
+
+
+def test_the_line_is_the_users() -> None:
+    assert guards.user_line() == line_here()
+    assert [guards.user_line() for _ in range(2)] == [line_here()] * 2
+
+
+def test_the_line_is_not_torchs() -> None:
+    seen: list[str] = []
+    model = nn.Linear(1, 1)
+    model.register_forward_hook(lambda *_: seen.append(guards.user_line()))
+    model(torch.ones(1, 1)), seen.append(line_here())
+    assert seen[0].startswith(__file__)
+
+
+# -------------------------------------------------------------------------------------------------------- calls by hand
+
+
+class Watched:
+    """An optimizer, its scheduler, and a window that is open or not."""
+
+    def __init__(
+        self, make_scheduler: Callable[[Optimizer], LRScheduler] = lambda optimizer: StepLR(optimizer, 1)
+    ) -> None:
+        self.model = nn.Linear(1, 1)
+        self.optimizer = SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.scheduler = make_scheduler(self.optimizer)
+        self.open, self.ours = 3, False
+
+    def watch(self) -> AbstractContextManager[None]:
+        return guards.no_calls_by_hand(
+            [self.optimizer], [self.scheduler], open_micro_batches=lambda: self.open, is_ours=lambda: self.ours
+        )
+
+    def calls(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "optimizer.step": self.optimizer.step,
+            "optimizer.zero_grad": self.optimizer.zero_grad,
+            "scheduler.step": self.scheduler.step,
+        }
+
+    def look(self) -> tuple[Any, ...]:
+        """All that could have been left behind."""
+        return (
+            type(self.optimizer), type(self.scheduler), set(vars(self.optimizer)), set(vars(self.scheduler)),
+            dict(self.optimizer._optimizer_step_pre_hooks), dict(self.optimizer._optimizer_step_post_hooks),
+        )  # fmt: skip
+
+
+NAMES = ["optimizer.step", "optimizer.zero_grad", "scheduler.step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_by_hand_inside_a_window_names_its_line(name: str) -> None:
+    watched = Watched()
+    with watched.watch():
+        call = watched.calls()[name]
+        with pytest.raises(ga.MisuseError) as raised:
+            call(), line_here()
+        message = str(raised.value)
+    assert message.startswith(f"{name}() was called at {__file__}:")
+    lines = re.findall(rf"{re.escape(__file__)}:(\d+)", message)
+    assert [int(line) for line in lines] == [raised.tb.tb_lineno]
+    assert "Remove the call" in message
+    if name != "scheduler.step":
+        assert "inside a window, after 3 of its micro-batches" in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_librarys_own_calls_pass(name: str) -> None:
+    watched = Watched()
+    watched.ours = True
+    with watched.watch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a scheduler before its optimizer
+        watched.calls()[name]()
+
+
+def test_between_two_windows_only_the_scheduler_is_watched() -> None:
+    watched = Watched()
+    watched.open = 0
+    with watched.watch():
+        watched.optimizer.zero_grad()
+        watched.optimizer.step()
+        with pytest.raises(ga.MisuseError, match=r"scheduler was passed to the accumulator.*do not pass scheduler="):
+            watched.scheduler.step()
+    assert watched.scheduler.last_epoch == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_before_and_after_calls_are_free(name: str) -> None:
+    watched = Watched()
+    watched.optimizer.step()
+    with watched.watch():
+        pass
+    watched.calls()[name]()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "an error"])
+def test_the_objects_are_left_as_they_were(fails: bool) -> None:
+    watched = Watched()
+    before = watched.look()
+    try:
+        with watched.watch():
+            assert isinstance(watched.optimizer, SGD)
+            if fails:
+                raise RuntimeError("in the loop")
+    except RuntimeError:
+        assert fails
+    assert watched.look() == before
+
+
+def test_watched_twice_at_a_time() -> None:
+    """Two accumulators of one optimizer, one pass within the other."""
+    watched = Watched()
+    before = watched.look()
+    with watched.watch():
+        with watched.watch(), pytest.raises(ga.MisuseError, match="zero_grad"):
+            watched.optimizer.zero_grad()
+        with pytest.raises(ga.MisuseError, match="zero_grad"):
+            watched.optimizer.zero_grad()
+    assert watched.look() == before
+
+
+def test_passes_that_end_in_another_order() -> None:
+    watched = Watched()
+    first, second = watched.watch(), watched.watch()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ga.MisuseError, match="zero_grad"):
+        watched.optimizer.zero_grad()
+    second.__exit__(None, None, None)
+    for call in watched.calls().values():
+        call()
+
+
+@pytest.mark.parametrize("name", ["optimizer.zero_grad", "scheduler.step"])
+def test_a_method_that_somebody_wrapped_meanwhile_stays_theirs(name: str) -> None:
+    watched = Watched()
+    watched.optimizer.step()
+    owner, method = (watched.optimizer, "zero_grad") if "optimizer" in name else (watched.scheduler, "step")
+    calls: list[str] = []
+    with watched.watch():
+        inner = getattr(owner, method)
+        setattr(owner, method, lambda: (calls.append("theirs"), inner()))
+        with pytest.raises(ga.MisuseError, match=f"{name.replace('.', '[.]')}.. was called at"):
+            getattr(owner, method)()
+    getattr(owner, method)()
+    assert calls == ["theirs", "theirs"], "and what they wrapped refuses nothing any more"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: StepLR(optimizer, 1),
+        lambda optimizer: SequentialLR(optimizer, [StepLR(optimizer, 1)] * 2, [3]),
+    ],
+    ids=["StepLR", "SequentialLR"],
+)
+def test_checkpoints_can_be_saved_while_watched(make: Callable[[Optimizer], LRScheduler]) -> None:
+    watched = Watched(make)
+    plain_keys = set(watched.scheduler.state_dict())
+    with watched.watch():
+        state = watched.scheduler.state_dict()
+        assert set(state) == plain_keys
+        torch.save({"optimizer": watched.optimizer.state_dict(), "scheduler": state}, io.BytesIO())
+        copy.deepcopy(watched.optimizer)
+
+
+def test_the_optimizer_itself_can_be_pickled_while_watched() -> None:
+    watched = Watched()
+    with watched.watch():
+        again = pickle.loads(pickle.dumps(watched.optimizer))
+    assert type(again) is SGD
+    again.zero_grad()
+
+
+def test_an_object_whose_class_cannot_be_changed() -> None:
+    class Slotted:
+        __slots__ = ("calls",)
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def step(self) -> None:
+            self.calls += 1
+
+    scheduler, optimizer = Slotted(), SGD(nn.Linear(1, 1).parameters())
+    with guards.no_calls_by_hand([optimizer], [scheduler], open_micro_batches=lambda: 1, is_ours=lambda: True):
+        scheduler.step()
+    assert scheduler.calls == 1

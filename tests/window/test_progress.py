@@ -1,0 +1,214 @@
+"""What people see while training: one line, and a bar that moves inside a window and ends at its total."""
+
+import functools
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import gradaccum as ga
+from gradaccum.window.progress import ProgressBar, plan_line
+
+# ------------------------------------------------------------------------------------------------------------- the line
+
+
+@pytest.mark.parametrize(
+    ("sizes", "coupled", "updates", "line"),
+    [
+        ([16] * 16, 0, 391, "batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch"),
+        ([4, 3, 3, 3], 0, None, "batch 13 = 4 micro-batches of 3 to 4 | exact"),
+        ([8], 0, 1, "batch 8 = 1 micro-batch x 8 | exact | 1 update an epoch"),
+        ([None] * 4, 0, 0, "4 micro-batches | exact | 0 updates an epoch"),
+        ([None], 0, None, "1 micro-batch | exact"),
+        ([2, 2], 3, None, "batch 4 = 2 micro-batches x 2 | not exact: 3 BatchNorm layers see the micro-batch"),
+        ([2, 2], 1, None, "batch 4 = 2 micro-batches x 2 | not exact: 1 BatchNorm layer sees the micro-batch"),
+        ([4], 3, None, "batch 4 = 1 micro-batch x 4 | exact"),
+    ],
+)
+def test_the_plan_line(sizes: list[int | None], coupled: int, updates: int | None, line: str) -> None:
+    assert plan_line(sizes, coupled_layers=coupled, updates_per_epoch=updates) == line
+
+
+# -------------------------------------------------------------------------------------------------------------- the bar
+
+
+class Steady:
+    """tqdm's clock, turned by hand: no test waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def bar_class(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `ProgressBar` draws with: tqdm, drawing at every change."""
+    import tqdm.auto
+
+    plain = tqdm.auto.tqdm
+    monkeypatch.setattr(tqdm.auto, "tqdm", functools.partial(plain, mininterval=0, miniters=0, ncols=80))
+    return plain
+
+
+def update(loss: float = 0.25) -> Any:
+    return SimpleNamespace(loss=torch.tensor(loss))
+
+
+def positions(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"([0-9.]+)(?:/[0-9?]+)? updates", text)]
+
+
+@pytest.mark.usefixtures("bar_class")
+def test_it_moves_inside_a_window_and_ends_at_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(total=3, description="train")
+    for _ in range(3):
+        for done in (1, 2, 3, 4):
+            bar.inside(done, 4)
+        bar.updated(update())
+    assert bar._bar.n == 3
+    bar.close()
+
+    out, drawn = capsys.readouterr()
+    assert out == "", "what a program prints is the program's"
+    found = positions(drawn)
+    assert found == sorted(found), "it never goes back"
+    assert {0.2, 0.5, 0.8, 1.0, 2.5, 3.0} <= set(found), drawn
+    assert found[-1] == 3.0
+    assert "train" in drawn
+    assert "100%" in drawn
+    assert "3.0/3 updates [" in drawn
+    assert "loss=0.25" in drawn.replace(" ", "")
+    assert drawn.endswith("\n"), "and is closed"
+
+
+@pytest.mark.parametrize("total", [1, 7, 391])
+@pytest.mark.usefixtures("bar_class", "capsys")
+def test_the_position_is_exact(total: int) -> None:
+    """Thirds are no binary fractions: added up, they would end beside the total."""
+    bar = ProgressBar(total=total)
+    for i in range(total):
+        for done in (1, 2, 3):
+            bar.inside(done, 3)
+        assert i < bar._bar.n < i + 1
+        bar.updated(update())
+        assert bar._bar.n == i + 1
+    bar.close()
+
+
+@pytest.mark.usefixtures("bar_class")
+def test_a_window_that_is_not_yet_closed_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(total=2)
+    bar.inside(4, 4)
+    assert 0.98 < bar._bar.n < 1
+    bar.inside(5, 4)
+    bar.inside(0, 0)
+    assert 0 <= bar._bar.n < 1
+    bar.close()
+    assert "2.0/2" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bar_class")
+def test_without_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(total=None)
+    bar.inside(1, 2)
+    bar.updated(update(1e-9))
+    bar.close()
+    drawn = capsys.readouterr().err
+    assert positions(drawn)[-1] == 1.0
+    assert "%" not in drawn
+    assert "loss=1e-9" in drawn.replace("1e-09", "1e-9")
+
+
+@pytest.mark.usefixtures("bar_class")
+def test_closed_where_it_stands_and_closed_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(total=4)
+    bar.updated(update())
+    bar.close()
+    bar.close()
+    drawn = capsys.readouterr().err
+    assert positions(drawn)[-1] == 1.0
+    assert " 25%" in drawn
+    bar.inside(1, 2)  # a window that goes on after the bar has ended draws nothing
+    bar.updated(update())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_loss_is_read_at_the_bars_own_pace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading it waits for the device, so it is not done for every update, but for the last."""
+    bar, clock, read = ProgressBar(total=101), Steady(), []
+
+    class Update:
+        @property
+        def loss(self) -> torch.Tensor:
+            read.append(bar._updates)
+            return torch.tensor(1.0)
+
+    monkeypatch.setattr(bar._bar, "_time", clock)
+    bar._bar.last_print_t = bar._bar.start_t = 0.0
+    for _ in range(101):
+        clock.now += 0.03
+        bar.updated(Update())  # type: ignore[arg-type]
+    bar.close()
+    assert 20 <= len(read) <= 31, "3 seconds at one read each 0.1 seconds"
+    assert read[-1] == 101, "which is not due by itself"
+    assert "101.0/101" in capsys.readouterr().err
+
+
+def test_a_disabled_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``TQDM_DISABLE=1`` in the environment: such a bar has neither a clock nor an interval."""
+    import tqdm.auto
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", functools.partial(tqdm.auto.tqdm, disable=True))
+    bar = ProgressBar(total=2)
+    for _ in range(2):
+        bar.inside(1, 2)
+        bar.updated(update())
+    bar.close()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("missing", ["tqdm", "tqdm.auto"])
+def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "tqdm":
+        monkeypatch.delitem(sys.modules, "tqdm.auto", raising=False)
+    with pytest.raises(
+        ga.MissingExtraError, match=r'tqdm, which is not installed. pip install "gradaccum\[cli\]"'
+    ) as raised:
+        ProgressBar(total=3)
+    assert isinstance(raised.value, ImportError)
+    assert isinstance(raised.value.__cause__, ImportError)
+
+
+# ---------------------------------------------------------------------------------------------------- in both pipelines
+
+
+def test_a_train_step_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = ga.TrainStep(model, optimizer, lambda model, x: model(x).mean(), micro_batch_size=2, progress=3)
+    for _ in range(3):
+        step(torch.randn(4, 2))
+    step.close()
+    assert positions(capsys.readouterr().err)[-1] == 3.0
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_pass_has_one_of_its_own(capsys: pytest.CaptureFixture[str], has_length: bool) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2, progress=True)
+    loader = [torch.randn(4, 2)] * 5
+    for _ in range(2):
+        for x in accumulator.over(loader if has_length else iter(loader)):
+            accumulator.backward(model(x).mean())
+        drawn = capsys.readouterr().err
+        assert positions(drawn)[-1] == 3.0
+        assert ("3.0/3 updates" in drawn) == has_length
