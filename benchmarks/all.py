@@ -65,7 +65,6 @@ RUNS = (
     Run(name="sizes", full="--rounds 11", quick="--rounds 1"),
     Run(name="lockstep", quick="--rounds 2"),
     Run(name="precision"),
-    Run(name="casts"),
     Run(name="lengths"),
     Run(name="peak"),
     Run(name="gpu", quick="--rounds 1 --shapes 124M", needs_gpu=True),

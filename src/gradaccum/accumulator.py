@@ -15,9 +15,7 @@ from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import MisuseError
-from gradaccum.gradients.fused.choose import FusedOption
-from gradaccum.gradients.momentum import check_own_loop
-from gradaccum.gradients.options import AccumulateInto, GradientOptions
+from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
@@ -25,6 +23,7 @@ from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.looking_ahead import Follower, LookingAhead
+from gradaccum.window.options import Options
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.together import together
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
@@ -56,8 +55,6 @@ class Accumulator:
             then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
-        accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
-            take no memory; needs ``weights``. The update is the same; a discarded window costs its momentum.
         persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
             CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
         progress: a bar counted in updates for each pass, which also moves inside a window.
@@ -99,30 +96,23 @@ class Accumulator:
         scaler: GradScaler | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
-        accumulate_into: AccumulateInto = "grad",
         persistent_gradients: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
-        self._counts_samples = self._size.counts_samples  # asked several times a micro-batch
+        self._counts_samples = self._size.counts_samples
         check_tail(tail, has_weights=weights is not None)
-        if accumulate_into == "momentum":
-            check_own_loop(has_weights=weights is not None, tail=tail)
-        self._accumulation = Accumulation(
-            model,
-            optimizer,
+        options = Options(
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(
-                fused=fused,
-                accumulate_dtype=accumulate_dtype,
-                accumulate_into=accumulate_into,
-                persistent=persistent_gradients,
-            ),
+            fused=fused,
+            accumulate_dtype=accumulate_dtype,
+            persistent_gradients=persistent_gradients,
             sync=sync,
         )
+        self._accumulation = Accumulation(model, optimizer, options)
         self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
         self._fills = self._together.fills
         guards.refuse_closures(self._accumulation.optimizers)
@@ -148,17 +138,17 @@ class Accumulator:
     @property
     def updates(self) -> int:
         """Updates so far, skipped ones too."""
-        return self._accumulation.counters.updates
+        return self._accumulation.counts.updates
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches that went into updates so far."""
-        return self._accumulation.counters.micro_batches
+        return self._accumulation.counts.micro_batches
 
     @property
     def samples(self) -> int:
         """Samples that went into updates so far."""
-        return self._accumulation.counters.samples
+        return self._accumulation.counts.samples
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.
@@ -263,9 +253,6 @@ class Accumulator:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
         self._outside.close()
-        if self._accumulation.is_open:
-            self._accumulation.casts.hold()
-        self._accumulation.look_for_foreign_leaves()
         return self._together.held(self._accumulation.no_calls_by_hand())
 
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, items: LookingAhead[Any]) -> None:
@@ -311,7 +298,6 @@ class Accumulator:
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
             self._outside.enter(self._accumulation.no_calls_by_hand())
-            self._accumulation.casts.release()  # between passes weights may be loaded, or exchanged for their average
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
@@ -338,7 +324,7 @@ class Accumulator:
         else:
             share = (1, target)
         expected = self._size.expected(samples, target=target)
-        if (self._wants_progress and self._bar is None) or self._accumulation.telling.has_to_tell(expected.sizes):
+        if (self._wants_progress and self._bar is None) or self._accumulation.plan_line.is_due(expected.sizes):
             self._tell(expected.sizes)
         self._accumulation.open(totals=totals, first_share=share, samples=expected.samples)
 
@@ -352,7 +338,7 @@ class Accumulator:
         )
         if self._wants_progress and self._bar is None and current is not None:
             self._bar = ProgressBar(total=updates)
-        self._accumulation.tell(sizes, updates_per_epoch=updates)
+        self._accumulation.plan_line.announce(sizes, updates_per_epoch=updates)
 
     def _size_of_next(self) -> int:
         """Of this process's next window, in the unit it is measured in."""
@@ -382,9 +368,8 @@ class Accumulator:
         self._samples, self._is_last, self._counted = None, False, None
         if not self._accumulation.is_open:
             self._target = self._size_of_next()
-            self._accumulation.tell([None] * self._target)
+            self._accumulation.plan_line.announce([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
-            self._accumulation.casts.release()
             self._outside.enter(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:

@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 from gradaccum import tree
 from gradaccum.errors import WindowError
 from gradaccum.fit.fitting import Fitting, num_rows
-from gradaccum.gradients.fused.choose import FusedOption
-from gradaccum.gradients.momentum import check_whole_batch
-from gradaccum.gradients.options import AccumulateInto, GradientOptions
+from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
@@ -24,6 +22,7 @@ from gradaccum.whole_batch.runners import Combine, choose_runner
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.options import Options
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.weights import WeightsFunction, weights_by_name
 
@@ -66,22 +65,10 @@ class TrainStep:
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
-        clip_norm: largest 2-norm of the batch's gradient, over all models; None to not clip.
-        scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
-        scaler: ``torch.amp.GradScaler`` for fp16.
-        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
-            then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
-        accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
-            the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
-        accumulate_into: "momentum" adds the gradients up in the momentum buffers of ``torch.optim.SGD``, so that they
-            take no memory; means over anything but samples need ``weights``. The update is the same; a batch that
-            fails costs its momentum.
-        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
-            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
+        clip_norm, scheduler, scaler, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
-            backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. Each process
-            passes its own share of the batch, which may differ in size and have zero rows.
+        sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
+            rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -122,7 +109,6 @@ class TrainStep:
         scaler: GradScaler | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
-        accumulate_into: AccumulateInto = "grad",
         persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
@@ -133,31 +119,22 @@ class TrainStep:
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
-        if accumulate_into == "momentum":
-            check_whole_batch(
-                micro_batch_size=self._max_rows, has_batch_loss=batch_loss is not None, kept_graphs=kept_graphs
-            )
         layers = LayerOptions(batch_norm=batch_norm, lockstep=lockstep, activations=activations)
         self._split = layers.split(split, max_rows=self._max_rows)
         self._weights = weights
         models = guards.as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
             models.append(batch_loss)
-        self._accumulation = Accumulation(
-            models,
-            optimizer,
+        options = Options(
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
-            gradients=GradientOptions(
-                fused=fused,
-                accumulate_dtype=accumulate_dtype,
-                accumulate_into=accumulate_into,
-                persistent=persistent_gradients,
-            ),
-            couples_batch_norms=batch_norm == "micro",
+            fused=fused,
+            accumulate_dtype=accumulate_dtype,
+            persistent_gradients=persistent_gradients,
             sync=sync,
         )
+        self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
             loss_fn, forward = self._any_rows.marking(loss_fn), self._any_rows.marking(forward)
@@ -189,17 +166,17 @@ class TrainStep:
     @property
     def updates(self) -> int:
         """Updates so far, skipped ones too."""
-        return self._accumulation.counters.updates
+        return self._accumulation.counts.updates
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches that went into updates so far."""
-        return self._accumulation.counters.micro_batches
+        return self._accumulation.counts.micro_batches
 
     @property
     def samples(self) -> int:
         """Samples that went into updates so far."""
-        return self._accumulation.counters.samples
+        return self._accumulation.counts.samples
 
     def __call__(self, batch: Any) -> Update:
         """One update from one whole batch.
@@ -306,8 +283,7 @@ class TrainStep:
         sizes = [num_rows(piece) for piece in pieces]
         if self._any_rows is not None:
             self._any_rows.expect(sizes, is_final=is_final)
-        if accumulation.telling.has_to_tell(sizes):
-            accumulation.tell(sizes, is_final=is_final)
+        accumulation.plan_line.announce(sizes, is_final=is_final)
         accumulation.open(
             totals=totals,
             first_share=(sizes[0], sum(sizes)) if sizes else (1, 1),

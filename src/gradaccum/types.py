@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,6 +14,9 @@ from gradaccum.errors import WindowError
 
 Activations = Literal["device", "host", "recompute"]
 """Where the activations of a batch in lockstep wait for the backward."""
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes in which sums lose digits quickly."""
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
@@ -38,23 +42,6 @@ class Split(Protocol):
     def cut(self, batch: Any, rows: Rows) -> Any:
         """The micro-batch of those rows, in the batch's own structure."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """What one forward and backward sees, and where it stands in its window.
-
-    Attributes:
-        data: the user's own structure: a tensor or any nesting of them.
-        samples: number of rows.
-        index: 0 for the first of the window.
-        is_last: whether the window closes with it.
-    """
-
-    data: Any
-    samples: int
-    index: int
-    is_last: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,13 +148,6 @@ class Update:
     peak_bytes: int | None = None
     noise_scale: float | None = None
     _later: dict[str, Callable[[], Any]] = field(repr=False)
-
-    @staticmethod
-    def made(values: dict[str, Any]) -> Update:
-        """An update of its fields by name, all at once: a frozen class sets one after the other, which takes 5 us."""
-        update = object.__new__(Update)
-        object.__setattr__(update, "__dict__", values)
-        return update
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while `name` has not been computed: afterwards the instance has it, and Python looks there first.

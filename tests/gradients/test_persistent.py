@@ -148,17 +148,6 @@ def test_so_do_those_of_a_loop_and_of_the_gradient_alone(alias: str) -> None:
     assert_same_gradients(gradients_of(model), gradients_of(expected))
 
 
-@pytest.mark.parametrize("alias", ALIASES)
-def test_so_do_they_in_the_momentum(alias: str) -> None:
-    model, expected = graphed(alias), graphed()
-    optimizer, right = sgd(model), sgd(expected)
-    train_step = ga.TrainStep(model, optimizer, squares, micro_batch_size=4, accumulate_into="momentum")
-    for x in inputs():
-        train_step(x)
-    whole_batches(expected, right, inputs(), squares)
-    assert_same_gradients(parameters_of(model), parameters_of(expected))
-
-
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
@@ -358,12 +347,6 @@ def test_optimizers_of_sparse_gradients() -> None:
         ga.TrainStep(
             model, torch.optim.SparseAdam(model.parameters()), squares, micro_batch_size=4, persistent_gradients=True
         )
-
-
-def test_together_with_momentum() -> None:
-    model = make_model("mlp")
-    with pytest.raises(ParameterError, match=r"persistent_gradients=True: the gradients have no memory"):
-        ga.TrainStep(model, sgd(model), mse, micro_batch_size=4, persistent_gradients=True, accumulate_into="momentum")
 
 
 def test_several_processes() -> None:

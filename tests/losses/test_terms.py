@@ -6,10 +6,15 @@ import pytest
 import torch
 
 import gradaccum as ga
-from gradaccum.losses.terms import as_loss, as_terms
+from gradaccum.losses.normaliser import SINGLE
+from gradaccum.losses.terms import as_terms
 
 X = torch.ones(3, requires_grad=True)
 ITEM = "The term 'lm'"
+
+
+def as_loss(loss: Any, **options: Any) -> ga.Loss:
+    return as_terms(loss, **options)[SINGLE]
 
 
 def mean() -> torch.Tensor:
@@ -30,7 +35,7 @@ def test_a_plain_tensor_is_a_mean_over_the_samples() -> None:
 def test_a_plain_tensor_is_a_mean_over_what_weights_say() -> None:
     assert as_loss(mean(), samples=3, weights={"": 17}).weight == 17
     assert as_loss(mean(), samples=None, weights={"": 17}).weight == 17
-    assert as_loss(mean(), name="aux", samples=3, weights={"lm": 17}).weight == 3
+    assert as_terms({"aux": mean()}, samples=3, weights={"lm": 17})["aux"].weight == 3
 
 
 def test_a_dict_has_its_terms_in_order() -> None:

@@ -12,7 +12,7 @@ import gradaccum as ga
 from gradaccum.errors import UnsupportedError
 from ranks import results_of
 
-OPTIONS: list[dict[str, Any]] = [{"accumulate_into": "momentum"}, {"persistent_gradients": True}]
+OPTIONS: list[dict[str, Any]] = [{"persistent_gradients": True}]
 
 
 def check_options(rank: int, world_size: int) -> int:

@@ -13,6 +13,7 @@ from torch.optim import SGD
 
 import gradaccum as ga
 from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.options import Options
 from gradaccum.window.weights import add_weights, weights_by_name
 
 FP64 = 1e-12
@@ -20,7 +21,7 @@ FP64 = 1e-12
 
 def made(**options: Any) -> tuple[nn.Linear, Accumulation]:
     model = nn.Linear(3, 1, dtype=torch.float64)
-    return model, Accumulation(model, SGD(model.parameters(), lr=0.1), **options)
+    return model, Accumulation(model, SGD(model.parameters(), lr=0.1), Options(**options))
 
 
 def losses(model: nn.Module, x: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ def test_counters_and_the_window_so_far() -> None:
         assert accumulation.is_open
         assert (accumulation.open_micro_batches, accumulation.open_samples) == (2, 6)
         assert accumulation.close().index == index
-    counters = accumulation.counters
-    assert (counters.updates, counters.micro_batches, counters.samples) == (2, 4, 12)
+    counts = accumulation.counts
+    assert (counts.updates, counts.micro_batches, counts.samples) == (2, 4, 12)
 
 
 def test_rows_that_cannot_be_seen() -> None:
@@ -94,7 +95,7 @@ def test_rows_that_cannot_be_seen() -> None:
         accumulation.add(ga.Loss.mean(mean(model, data(4)[0]), over=4), samples=samples)
     update = accumulation.close()
     assert (update.samples, update.micro_batch_size, update.micro_batches) == (None, None, 2)
-    assert accumulation.counters.samples == 4
+    assert accumulation.counts.samples == 4
 
 
 def test_a_micro_batch_heavier_than_the_whole_was_expected_to_be() -> None:
@@ -212,7 +213,7 @@ def test_a_window_that_weighs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert update.loss.isnan()
     assert torch.equal(model.weight, before)
     assert "update 1 was skipped: the weight of its batch is 0" in caplog.text
-    assert accumulation.counters.updates == 1, "the index counts on"
+    assert accumulation.counts.updates == 1, "the index counts on"
 
 
 def test_a_gradient_that_is_not_finite(caplog: pytest.LogCaptureFixture) -> None:
@@ -238,7 +239,7 @@ def test_parameters_left_out_of_the_optimizer_change_nothing(scaled: bool) -> No
     body, head = nn.Linear(3, 3), nn.Linear(3, 1)
     model = nn.Sequential(body, head)
     scaler = GradScaler("cpu", init_scale=65536.0) if scaled else None
-    accumulation = Accumulation(model, SGD(head.parameters(), lr=0.1), clip_norm=1e9, scaler=scaler)
+    accumulation = Accumulation(model, SGD(head.parameters(), lr=0.1), Options(clip_norm=1e9, scaler=scaler))
     x = torch.randn(4, 3)
     value = mean(model, x)
     gradients = torch.autograd.grad(value, [*head.parameters()])
@@ -256,7 +257,8 @@ def test_parameters_left_out_of_the_optimizer_change_nothing(scaled: bool) -> No
 
 def test_a_bad_gradient_outside_of_the_optimizer_does_no_harm() -> None:
     body, head = nn.Linear(3, 3), nn.Linear(3, 1)
-    accumulation = Accumulation([body, head], SGD(head.parameters(), lr=0.1), clip_norm=1.0, scaler=GradScaler("cpu"))
+    options = Options(clip_norm=1.0, scaler=GradScaler("cpu"))
+    accumulation = Accumulation([body, head], SGD(head.parameters(), lr=0.1), options)
     body.weight.register_hook(lambda gradient: gradient * float("nan"))
     accumulation.open()
     accumulation.add(mean(nn.Sequential(body, head), torch.randn(4, 3)), samples=4)
@@ -307,7 +309,7 @@ def test_closed_into_grad(scaled: bool) -> None:
     torch.testing.assert_close(loss.value, mean(model, torch.cat(batches)).detach(), rtol=FP64, atol=FP64)
     assert (loss.weight, loss.is_mean) == (5, True)
     assert not loss.root.requires_grad
-    assert accumulation.counters.updates == 0
+    assert accumulation.counts.updates == 0
     assert not accumulation.is_open
 
 
@@ -327,8 +329,8 @@ def test_closed_into_grad_several_terms() -> None:
 def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     _, accumulation = made()
     with caplog.at_level(logging.INFO, "gradaccum"):
-        accumulation.tell([4, 4, 2], updates_per_epoch=3)
-        accumulation.tell([4, 4, 2])
+        accumulation.plan_line.announce([4, 4, 2], updates_per_epoch=3)
+        accumulation.plan_line.announce([4, 4, 2])
     assert caplog.messages == ["batch 10 = 3 micro-batches of 2 to 4 | exact | 3 updates an epoch"]
 
 
@@ -337,13 +339,13 @@ def test_batch_norm_is_warned_of_once_and_only_if_the_batch_is_split(caplog: pyt
     accumulation = Accumulation(model, SGD(model.parameters(), lr=0.1))
     with caplog.at_level(logging.INFO, "gradaccum"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        accumulation.tell([8])
+        accumulation.plan_line.announce([8])
     assert caplog.messages == ["batch 8 = 1 micro-batch x 8 | exact"]
     with pytest.warns(ga.BatchNormWarning, match=r"1 BatchNorm layer in training mode \(1\)"):
-        accumulation.tell([4, 4])
+        accumulation.plan_line.announce([4, 4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        accumulation.tell([4, 4])
+        accumulation.plan_line.announce([4, 4])
 
 
 # ---------------------------------------------------------------------------------------------------------------- state

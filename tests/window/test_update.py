@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import gradaccum as ga
-from gradaccum.norms import _FEW
+from gradaccum.window.options import Options
 from gradaccum.window.update import Updater
 
 UPDATES = 4
@@ -185,7 +185,7 @@ def test_a_clip_norm_that_is_none(clip_norm: float) -> None:
     with pytest.raises(
         ga.WindowError, match=rf"clip_norm={clip_norm}: clipping to it would erase or reverse.*float\(\"inf\"\)"
     ):
-        Updater([SGD(parameters())], clip_norm=clip_norm)
+        Options(clip_norm=clip_norm)
 
 
 # ----------------------------------------------------------------------------------------------------------- not finite
@@ -197,7 +197,7 @@ def test_a_clip_norm_that_is_none(clip_norm: float) -> None:
 def test_the_finite_check_sees_gradients_of_every_kind(where: str, bad: float, default: torch.dtype) -> None:
     found = {
         "few elements": torch.ones(5),
-        "many elements": torch.ones(_FEW + 1),
+        "many elements": torch.ones(100_000),
         "another dtype": torch.ones(3, dtype=torch.float64),
         "complex": torch.ones(3, dtype=torch.complex64),
         "sparse": torch.ones(3).to_sparse(),
@@ -403,7 +403,7 @@ def test_the_scheduler_is_advanced_by_the_library_itself() -> None:
 def test_plateaus_are_refused() -> None:
     optimizer = SGD(parameters())
     with pytest.raises(ga.ParameterError, match=r"ReduceLROnPlateau is advanced .* scheduler.step\(metric\)"):
-        Updater([optimizer], schedulers=[torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)])
+        Options(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
 
 
 # ---------------------------------------------------------------------------------------------- the gradient, no update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,8 @@ from gradaccum.auditing.pieces import Piece, copied, whole
 from gradaccum.auditing.replay import Replay
 from gradaccum.auditing.states import State
 from gradaccum.auditing.task import Task, Without
-from gradaccum.gradients.dot_grad import DotGrad
-from gradaccum.losses.loss import Loss
-from gradaccum.losses.terms import as_loss, as_terms
+from gradaccum.gradients.gradient_sum import GradientSum
+from gradaccum.losses.terms import as_terms
 from gradaccum.window import guards
 
 Gradients = dict[str, Tensor | None]
@@ -61,7 +60,7 @@ class Bench:
         self._replay = replay
         self._without = without
         self._before = State.of(task)
-        self._gradients = DotGrad(guards.named_parameters(task.models))
+        self._gradients = GradientSum(guards.named_parameters(task.models))
 
     def batch(self) -> Any:
         """The whole batch, in memory of its own."""
@@ -84,7 +83,6 @@ class Bench:
 
     def backward(self, roots: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
         """Adds gradients to those of the models' own parameters, and of nothing else."""
-        self._gradients.look_for_foreign_leaves(tuple(roots))
         self._gradients.add(tuple(roots), tuple(seeds))
 
     def batch_loss(self, outputs: Any) -> Tensor:
@@ -131,7 +129,5 @@ def value_of(loss: Any, rows: int) -> Tensor:
     Raises:
         LossError: it is no loss.
     """
-    if isinstance(loss, Mapping) and not isinstance(loss, (Tensor, Loss)):
-        terms: Mapping[str, Any] = loss
-        return torch.stack([term.value for term in as_terms(terms, rows).values()]).sum()
-    return as_loss(loss, rows).value
+    values = [term.value for term in as_terms(loss, rows).values()]
+    return values[0] if len(values) == 1 else torch.stack(values).sum()

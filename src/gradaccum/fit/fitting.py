@@ -141,7 +141,7 @@ class Fitting:
 
     def _started_search(self) -> SizeSearch:
         if self._search is None:
-            coupled = self._accumulation.telling.coupled_layers(self._accumulation.models)
+            coupled = self._accumulation.plan_line.coupled_layers()
             by_time = self._by_time and self._cuts_by_samples and not coupled
             self._search = SizeSearch() if by_time else SizeSearch.of_memory_only()
         return self._search

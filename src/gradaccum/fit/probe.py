@@ -9,7 +9,7 @@ The same code runs where something is measured and where it is estimated: only t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum import tree
-from gradaccum.losses.terms import as_loss, as_terms
+from gradaccum.losses.terms import as_terms
 from gradaccum.memory.live_bytes import Meter, storages_of
 
 _MOST_REPEATS = 20
@@ -172,11 +172,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _backward(loss: Any, *, samples: int) -> None:
-    if isinstance(loss, Mapping):
-        terms = list(as_terms(loss, samples=samples).values())
-    else:
-        terms = [as_loss(loss, samples=samples)]
-    roots = [term.root for term in terms if term.root.requires_grad]
+    roots = [term.root for term in as_terms(loss, samples).values() if term.root.requires_grad]
     if roots:  # a term that weighs nothing may have no graph
         torch.autograd.backward(roots)
 

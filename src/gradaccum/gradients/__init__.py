@@ -1,12 +1,11 @@
-"""Where gradients add up.
+"""Where gradients add up, and in what.
 
 | file | idea |
 | --- | --- |
-| `dot_grad.py` | in ``.grad``, watched: nothing was there before, nobody changes it in between |
-| `options.py` | how they add up, as the user wants it |
+| `gradient_sum.py` | gradients add up in ``.grad``: nothing was there before, and nobody changes it in between |
+| `graph.py` | which operations use a parameter, read off the graph before the backward |
 | `fused/` | weight gradients are added in place |
-| `wide.py` | low precision is added up in fp32 |
-| `persistent.py` | the sum is in the same memory in every window |
-| `momentum.py` | the sum is kept in SGD's momentum buffers |
-| `casts.py` | weights are cast under autocast once a window |
+| `wide.py` | gradients of low precision are added up in fp32 |
+| `persistent.py` | the sum lies in the same memory in every window, for CUDA graphs |
+| `casts.py` | parameters are cast under autocast once a window |
 """

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 LEAF = "AccumulateGrad"
-FIRST = 2**64 - 1  # the sequence number that AccumulateGrad nodes have
 _CAST = "ToCopyBackward0"
 _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
 _FOLLOWED = _TRANSPOSITIONS | {_CAST}
@@ -73,16 +72,6 @@ class Graph:
     readers: dict[Any, list[tuple[Any, int]] | None]
     roots: frozenset[Any]
     checkpoints: list[Any]
-
-    def hurry_casts(self, leaf: Any) -> None:
-        """Has the engine run the casts of a leaf as soon as their gradients are there.
-
-        It runs what was made last first. A cast that autocast has kept from an earlier micro-batch would come last of
-        all, and the gradients of all such weights, in the low precision, would wait for it side by side.
-        """
-        for node, _ in self.readers[leaf] or ():
-            if type(node).__name__ == _CAST:
-                node._set_sequence_nr(FIRST)
 
     def uses_of(self, leaf: Any) -> list[Use] | None:
         """Every operation that reads a leaf, transposed or cast perhaps; None where its way there is another one."""
@@ -144,12 +133,12 @@ def _exchanges_last_two(node: Any, kind: str, num_dims: int) -> bool:
     if kind == "TBackward0":
         return num_dims == 2
     if kind == "TransposeBackward0":
-        dims = {_signed(node._saved_dim0) % num_dims, _signed(node._saved_dim1) % num_dims}
+        dims = {signed(node._saved_dim0) % num_dims, signed(node._saved_dim1) % num_dims}
         return dims == {num_dims - 2, num_dims - 1}
-    order: Sequence[int] = [_signed(dim) % num_dims for dim in node._saved_dims]
+    order: Sequence[int] = [signed(dim) % num_dims for dim in node._saved_dims]
     return order == [*range(num_dims - 2), num_dims - 1, num_dims - 2]
 
 
-def _signed(dim: int) -> int:
-    """Some saved dimensions are shown as if they were unsigned: -1 as 2**64 - 1."""
-    return dim - (1 << 64) if dim >= 1 << 63 else dim
+def signed(number: int) -> int:
+    """A number that a node has saved: torch shows some of them as if they were unsigned, -1 as 2**64 - 1."""
+    return number - (1 << 64) if number >= 1 << 63 else number

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from gradaccum.errors import ParameterError, UnsupportedError
-
-_LOW = (torch.bfloat16, torch.float16)
+from gradaccum.types import HALF_DTYPES
 
 
 def checked_accumulate_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
@@ -60,7 +59,7 @@ class WideSums:
     def begin(self) -> None:
         """From now on; no parameter has a gradient."""
         for parameter in self._parameters:
-            if parameter.requires_grad and parameter.dtype in _LOW and parameter.grad_dtype != self._dtype:
+            if parameter.requires_grad and parameter.dtype in HALF_DTYPES and parameter.grad_dtype != self._dtype:
                 before = parameter.grad_dtype
                 # What follows the parameter's dtype, as by default, cannot be set again: a fixed dtype would stay what
                 # it is when the model is converted. None takes what comes, which is of the parameter's dtype.

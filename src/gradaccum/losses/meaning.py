@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from gradaccum.errors import MeanError
-from gradaccum.losses.normalise import SINGLE
+from gradaccum.losses.normaliser import SINGLE
 
 # Terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time.
 _MAX_DEPTH = 16

@@ -11,39 +11,37 @@ import math
 import torch
 from torch import Tensor
 
+from gradaccum.types import HALF_DTYPES
+
 Number = float | Tensor
 """A Python number, or a 0-d tensor on a device that is not to be waited for."""
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class TermSum:
     """The roots of one term, each times its share.
 
     Args:
-        weight: see below.
-        dtype: of the roots; None where none has been seen.
+        weight: of the first micro-batch.
 
     Attributes:
-        weight: the total so far; None for a plain sum, which nothing is divided by.
-        on_host: the sum of those that were read.
+        weight: the total so far; None for a plain sum, which is divided by nothing.
     """
 
-    __slots__ = ("_dtype", "_on_device", "on_host", "weight")
+    __slots__ = ("_dtype", "_on_device", "_on_host", "weight")
 
-    def __init__(self, weight: Number | None, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Number | None) -> None:
         self.weight = weight
-        self.on_host = 0.0
+        self._on_host = 0.0
         self._on_device: list[tuple[Tensor, Number]] = []
-        self._dtype = torch.float32 if dtype in _HALF else dtype
+        self._dtype: torch.dtype | None = None
 
     def add(self, root: Tensor, share: Number) -> None:
         """Adds a root, 0-d, ``share`` times; not at all where that is 0, since a mean over nothing is NaN."""
         if self._dtype is None:
-            self._dtype = torch.float32 if root.dtype in _HALF else root.dtype
+            self._dtype = torch.float32 if root.dtype in HALF_DTYPES else root.dtype
         if is_read_at_once(root) and not isinstance(share, Tensor):
             if share:
-                self.on_host += root.item() * share
+                self._on_host += root.item() * share
         else:
             self._on_device.append((root.detach(), share))
 
@@ -51,12 +49,12 @@ class TermSum:
         """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
         dtype = torch.float32 if self._dtype is None else self._dtype
         if not self._on_device and not isinstance(weight, Tensor):
-            total = self.on_host
+            total = self._on_host
             quotient = total if weight is None else total / weight if weight else math.nan
             return torch.tensor(quotient, dtype=dtype)
         device = self._on_device[0][0].device if self._on_device else torch.device("cpu")
         # fp64 where the device has it: at 1,000 micro-batches an fp32 sum would show in the seventh digit.
-        total = self.on_host
+        total = self._on_host
         wide = torch.full((), total, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         for root, share in self._on_device:
             if isinstance(share, Tensor):

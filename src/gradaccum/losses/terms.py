@@ -9,37 +9,28 @@ from torch import Tensor, nn
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.normalise import SINGLE, Normaliser, host_number
+from gradaccum.losses.normaliser import SINGLE, host_number
 
 
-def as_terms(
-    terms: Mapping[str, Any], samples: int | None, weights: Mapping[str, Weight] | None = None
-) -> dict[str, Loss]:
-    """A dict of losses, each made a `Loss`; see `as_loss`."""
-    if not terms:
-        raise LossError("The loss is an empty dict, so there is nothing to learn from. Return at least one term.")
-    return {name: as_loss(term, samples, weights, name=name) for name, term in terms.items()}
-
-
-def as_named(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None) -> dict[str, Loss]:
-    """Whatever a user returned, by name: a single loss under `SINGLE`."""
-    if isinstance(loss, Mapping):
-        return as_terms(loss, samples, weights)
-    return {SINGLE: as_loss(loss, samples, weights)}
-
-
-def as_loss(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None, *, name: str = SINGLE) -> Loss:
-    """What a user returned, as a `Loss`.
+def as_terms(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None) -> dict[str, Loss]:
+    """What a user's loss function returned, as losses by name; a single one under `SINGLE`.
 
     Args:
-        loss: `Loss` or 0-d tensor.
-        name: of the term; `SINGLE` where there is only one.
+        loss: `Loss`, 0-d tensor, or a dict of these by name.
         samples: rows of the micro-batch, which a plain tensor is the mean over; None where unknown.
         weights: what plain tensors are means over where the user has said so, by name.
 
     Raises:
         LossError: not a scalar, no graph, or a plain tensor whose number of samples is unknown.
     """
+    if not isinstance(loss, Mapping):
+        return {SINGLE: _as_loss(SINGLE, loss, samples, weights)}
+    if not loss:
+        raise LossError("The loss is an empty dict, so there is nothing to learn from. Return at least one term.")
+    return {name: _as_loss(name, term, samples, weights) for name, term in loss.items()}
+
+
+def _as_loss(name: str, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None) -> Loss:
     weight = None if weights is None else weights.get(name)
     if isinstance(loss, Loss):
         found = loss
@@ -54,54 +45,6 @@ def as_loss(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None
             "nothing. Was it computed under torch.no_grad(), detached, or is the whole model frozen?"
         )
     return found
-
-
-def seeded(
-    normaliser: Normaliser, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The roots of a micro-batch's loss that weigh anything, and the gradients their backward starts with."""
-    again = normaliser.seeds_again(loss, samples) if weights is None else None
-    if again is not None:
-        return (loss,), again
-    if isinstance(loss, Tensor) and weights is None and samples and not loss.dim() and loss.requires_grad:
-        root, seed = normaliser.seed_mean(loss, samples)  # the short way, of most losses: as as_loss would
-        return (root,), (seed,)
-    if isinstance(loss, (Tensor, Loss)) or not isinstance(loss, Mapping):
-        one = normaliser.seed(as_loss(loss, samples, weights))
-    else:
-        several = normaliser.seeds(as_terms(loss, samples, weights))
-        return tuple(root for root, _ in several), tuple(seed for _, seed in several)
-    return ((), ()) if one is None else ((one[0],), (one[1],))
-
-
-def expect_rows(
-    normaliser: Normaliser, loss: Any, samples: int | None, weights: Mapping[str, Weight] | None, *, rows: int
-) -> None:
-    """Before the first backward of a window that cannot be divided afterwards: takes its rows for its total weight.
-
-    Args:
-        normaliser: of the window.
-        loss: see `as_named`.
-        samples: rows of the micro-batch; None where unknown.
-        weights: what plain tensors are means over where the user has said so, by name.
-        rows: of the whole window; 0 where not known.
-
-    Raises:
-        LossError: the total was not given, and a loss weighs something else than its rows.
-    """
-    if normaliser.knows_totals:
-        return
-    for name, term in as_named(loss, samples, weights).items():
-        weight = None if term.weight is None else host_number(term.weight)
-        if weight is not None and (not rows or isinstance(weight, Tensor) or weight != samples):
-            seen = "a count on the device" if isinstance(weight, Tensor) else f"{weight:g}"
-            raise LossError(
-                f"{_term(name)} is over {seen}, in a micro-batch of {samples} rows, and gradients that add up in the "
-                "momentum cannot be divided afterwards: the momentum would be divided, too. So the window's total has "
-                "to be known before its first backward. Say ahead what the loss is over: weights=lambda batch: ..., or "
-                'pass accumulate_into="grad".'
-            )
-    normaliser.expect(rows)
 
 
 def without_value(losses: Mapping[str, Loss]) -> dict[str, Loss]:

@@ -14,8 +14,7 @@ from gradaccum.whole_batch.layers import LayerOptions, LossRunner, over_layers
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.in_step import InStep
 from gradaccum.window.over_ranks import OverRanks
-from gradaccum.window.plain import Plain
-from gradaccum.window.runner import Runner
+from gradaccum.window.runner import Plain, Runner
 from gradaccum.window.weights import WeightsFunction
 
 Combine = Literal["concat", "sum"]

@@ -31,7 +31,7 @@ from gradaccum.errors import (
 )
 from gradaccum.window.checked_calls import checked_before
 
-_LIBRARY = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FUNCTOOLS = os.path.abspath(functools.__file__)
 _CONTEXTLIB = os.path.abspath(contextlib.__file__)

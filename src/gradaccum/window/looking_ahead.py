@@ -61,7 +61,6 @@ class LookingAhead(Generic[Item]):
         self._is_over = False
         self._repeats = follower.wants_again is not None
         self._before: Any = END
-        self._alone: Follower | None = None
 
     def join(self, follower: Follower) -> None:
         """Has another one follow the same pass, before it begins."""
@@ -101,7 +100,7 @@ class LookingAhead(Generic[Item]):
         if self._is_over:
             raise StopIteration
         try:
-            item = self._advance_alone(self._alone) if self._alone is not None else self._advance()
+            item = self._advance()
         except StopIteration as error:  # of a follower (its weights= function, say): not the end of the stream
             self._end(completely=False)
             raise RuntimeError("a function called for a micro-batch raised StopIteration") from error
@@ -113,25 +112,12 @@ class LookingAhead(Generic[Item]):
             raise StopIteration
         return item
 
-    def _advance_alone(self, follower: Follower) -> Item:
-        """`_advance` in a pass that has begun, with one follower that repeats nothing: what most passes are."""
-        follower.micro_batch_ends()
-        ahead = self._ahead
-        if not ahead:
-            return self._nothing_left()
-        item = ahead.popleft()
-        if not ahead and not self._is_exhausted:
-            self._read()
-        follower.micro_batch_begins(item, not ahead and self._error is None, self)
-        return item
-
     def _advance(self) -> Item:
         """The next item, told to all followers, or END."""
         if self._iterator is None:
             for follower in self._followers:
                 self._held.enter_context(follower.pass_begins())
             self._iterator = iter(self._items)
-            self._alone = None if self._repeats or len(self._followers) > 1 else self._followers[0]
         else:
             for follower in self._followers:
                 follower.micro_batch_ends()
@@ -185,17 +171,14 @@ class LookingAhead(Generic[Item]):
             self.close()
 
     def _fill(self, count: int) -> None:
-        while len(self._ahead) < count and not self._is_exhausted:
-            self._read()
-
-    def _read(self) -> None:
         assert self._iterator is not None, "the stream is opened with the first item"
-        try:
-            self._ahead.append(next(self._iterator))
-        except StopIteration:
-            self._is_exhausted = True
-        except Exception as error:  # noqa: BLE001 - raised again in its place
-            self._is_exhausted, self._error = True, error
+        while len(self._ahead) < count and not self._is_exhausted:
+            try:
+                self._ahead.append(next(self._iterator))
+            except StopIteration:
+                self._is_exhausted = True
+            except Exception as error:  # noqa: BLE001 - raised again in its place
+                self._is_exhausted, self._error = True, error
 
     def _end(self, *, completely: bool) -> None:
         if self._is_over:

@@ -1,6 +1,6 @@
 """One window over several processes: what they agree on before, and what becomes of their sums after.
 
-With process r's sum  G_r = sum_b w_b grad l_b / E_r  over its own micro-batches (see `losses/normalise`), the gradient
+With process r's sum  G_r = sum_b w_b grad l_b / E_r  over its own micro-batches (see `losses/normaliser`), the gradient
 wanted is
 
     g = sum_r  (E_r / W) G_r         with  W = sum_r sum_b w_b
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from gradaccum.errors import LossError, RankError
 from gradaccum.losses.loss import Weight
-from gradaccum.losses.normalise import Normaliser, Number, host_number
+from gradaccum.losses.normaliser import Normaliser, Number, host_number
 from gradaccum.sync import faults, flat
 from gradaccum.sync.detect import Sync, detect
 from gradaccum.sync.engine import Engine, PlainModule
 from gradaccum.sync.ranks import FAILED, FINE, OUT_OF_MEMORY, Ranks, bits_of, number_of
 from gradaccum.sync.same_model import meet_for_the_first_time
-from gradaccum.window.window_result import Counted
+from gradaccum.window.window_result import WindowResult
 
 _ABSENT, _ON_HOST, _ON_DEVICE, _PLAIN_SUM = 0, 1, 2, 3
 """What a process has of a term: nothing; a weight here or there; a sum that is not divided."""
@@ -192,7 +192,7 @@ class OverRanks:
         *,
         sizes: Sequence[int | None],
         is_done: bool = False,
-    ) -> Counted:
+    ) -> WindowResult:
         """Tells the others about this process's window, and leaves what all of them had in ``normaliser``, ``.grad``.
 
         Args:
@@ -361,10 +361,10 @@ class OverRanks:
         return mine
 
 
-def _counted(said: Sequence[Sequence[int]], correction: Number | None) -> Counted:
+def _counted(said: Sequence[Sequence[int]], correction: Number | None) -> WindowResult:
     is_known = not any(row[6] for row in said)
     done = [bool(row[2] & 2) for row in said]
-    return Counted(
+    return WindowResult(
         micro_batches=sum(row[3] for row in said),
         samples=sum(row[4] for row in said) if is_known else None,
         largest=max(row[5] for row in said) if is_known else None,

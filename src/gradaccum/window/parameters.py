@@ -1,4 +1,4 @@
-"""What a run trains: its models and optimizers, and which parameters both have."""
+"""The models and optimizers of a run, and the parameters that both have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from gradaccum.window import guards
 
 
-class Trained:
+class Parameters:
     """Models and their optimizers.
 
     Args:
@@ -45,8 +45,5 @@ class Trained:
 
     def has_changed(self) -> bool:
         """Whether the optimizers have been given other parameters since."""
-        count = 0
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                count += len(group["params"])
-        return count != len(self.optimized)
+        held = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
+        return held != len(self.optimized)

@@ -1,4 +1,4 @@
-"""What a run tells about itself: the plan line, and the warning of layers that see the micro-batch."""
+"""The line that says before training what will run, and the warning of layers that see the micro-batch."""
 
 from __future__ import annotations
 
@@ -9,58 +9,77 @@ from torch import nn
 
 from gradaccum.window import guards
 from gradaccum.window.over_ranks import OverRanks
-from gradaccum.window.progress import plan_line
 
 logger = logging.getLogger("gradaccum")
 
 
-class Telling:
-    """Each thing the first time it has to be said.
+class PlanLine:
+    """Logs the plan line and gives the warning, each once, before the first window that they are about.
 
     Args:
+        models: whose layers the micro-batches go through.
+        ranks: the processes that train together; None where there is one.
         couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
     """
 
-    def __init__(self, *, couples_batch_norms: bool = True) -> None:
+    def __init__(self, models: Sequence[nn.Module], ranks: OverRanks | None, *, couples_batch_norms: bool) -> None:
+        self._models, self._ranks = models, ranks
         self._couples_batch_norms = couples_batch_norms
-        self._has_told = self._has_told_of_split = False
+        self._is_logged = self._has_seen_split = False
 
-    def coupled_layers(self, models: Sequence[nn.Module]) -> list[str]:
+    def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
-        return guards.coupled_batch_norms(models) if self._couples_batch_norms else []
+        return guards.coupled_batch_norms(self._models) if self._couples_batch_norms else []
 
-    def has_to_tell(self, sizes: Sequence[int | None]) -> bool:
+    def is_due(self, sizes: Sequence[int | None]) -> bool:
         """Whether there is anything to say before a window of these sizes that has not been said."""
-        return bool(sizes) and not (self._has_told and (self._has_told_of_split or len(sizes) == 1))
+        return bool(sizes) and not (self._is_logged and (self._has_seen_split or len(sizes) == 1))
 
-    def tell(
-        self,
-        sizes: Sequence[int | None],
-        models: Sequence[nn.Module],
-        ranks: OverRanks | None,
-        *,
-        updates_per_epoch: int | None = None,
-        is_final: bool = True,
+    def announce(
+        self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True
     ) -> None:
         """Logs the plan line, on one of several processes, and warns of layers that see the micro-batch.
 
         Args:
             sizes: rows of each micro-batch of the window to come.
-            models: whose layers they go through.
-            ranks: the processes that train together; None where there is one.
             updates_per_epoch: None where unknown.
             is_final: whether later windows will be cut alike; the line waits for that.
         """
         is_split = len(sizes) > 1
-        if not is_final and not (is_split and not self._has_told_of_split):
+        if not self.is_due(sizes) or not (is_final or (is_split and not self._has_seen_split)):
             return
-        if not self.has_to_tell(sizes):
-            return
-        coupled = self.coupled_layers(models)
-        if is_final and not self._has_told and (ranks is None or ranks.is_first):
-            over = None if ranks is None else ranks.in_words
+        coupled = self.coupled_layers()
+        if is_final and not self._is_logged and (self._ranks is None or self._ranks.is_first):
+            over = None if self._ranks is None else self._ranks.in_words
             logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
         if coupled and is_split:
             guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
-        self._has_told = self._has_told or is_final
-        self._has_told_of_split = is_split
+        self._is_logged = self._is_logged or is_final
+        self._has_seen_split = is_split
+
+
+def plan_line(
+    sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None, ranks: str | None = None
+) -> str:
+    """What one update is made of: ``batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch``.
+
+    Args:
+        sizes: rows of each micro-batch of a window; None where they cannot be seen.
+        coupled_layers: how many layers see the micro-batch instead of the batch.
+        updates_per_epoch: None where the length of an epoch is unknown.
+        ranks: how many processes add up what, where there are several; sizes are then those of one.
+    """
+    count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        batch = count
+    elif min(known) == max(known):
+        batch = f"batch {sum(known)} = {count} x {known[0]}"
+    else:
+        batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
+    layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
+    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {layers}"
+    parts = [batch, exact] if ranks is None else [batch, ranks, exact]
+    if updates_per_epoch is not None:
+        parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
+    return " | ".join(parts)

@@ -1,9 +1,8 @@
-"""What people see while training: one line that says what will run, and a bar that counts updates."""
+"""The progress bar, which counts updates."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from gradaccum.errors import MissingExtraError
@@ -11,33 +10,6 @@ from gradaccum.types import Update
 
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{remaining}{postfix}]"
 _BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
-
-
-def plan_line(
-    sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None, ranks: str | None = None
-) -> str:
-    """What one update is made of: ``batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch``.
-
-    Args:
-        sizes: rows of each micro-batch of a window; None where they cannot be seen.
-        coupled_layers: how many layers see the micro-batch instead of the batch.
-        updates_per_epoch: None where the length of an epoch is unknown.
-        ranks: how many processes add up what, where there are several; sizes are then those of one.
-    """
-    count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes):
-        batch = count
-    elif min(known) == max(known):
-        batch = f"batch {sum(known)} = {count} x {known[0]}"
-    else:
-        batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
-    layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
-    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {layers}"
-    parts = [batch, exact] if ranks is None else [batch, ranks, exact]
-    if updates_per_epoch is not None:
-        parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
-    return " | ".join(parts)
 
 
 class ProgressBar:

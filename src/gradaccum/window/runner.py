@@ -1,12 +1,16 @@
-"""The seam between the whole batch in hand and how its micro-batches are run."""
+"""How the micro-batches of a batch in hand are run: the seam, and the plain way, one graph alive at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gradaccum.types import Rows
+from gradaccum import tree
+from gradaccum.types import Rows, Split
 from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.prefetch import on_device
+from gradaccum.window.weights import WeightsFunction, weights_by_name
 
 
 class Runner(Protocol):
@@ -21,6 +25,31 @@ class Runner(Protocol):
             accumulation: its window is open, and stays open. Where this raises, the caller discards it.
             batch: the whole batch, where the user keeps it.
             pieces: the rows of each micro-batch, in the order they run.
-            ran: told after each micro-batch how many have run.
+            ran: called after each micro-batch with how many have run.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """Runs micro-batches one after another: each one's forward, its loss, its backward.
+
+    Attributes:
+        loss_of: from a micro-batch on the device to its loss.
+        split: cuts batches.
+        weights: counts what each plain mean is over; None for samples.
+    """
+
+    loss_of: Callable[[Any], Any]
+    split: Split
+    weights: WeightsFunction | None
+
+    def run(
+        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
+    ) -> None:
+        """See `Runner`."""
+        micro_batches = (self.split.cut(batch, piece) for piece in pieces)
+        for done, micro_batch in enumerate(on_device(micro_batches, accumulation.device()), start=1):
+            weights = None if self.weights is None else weights_by_name(self.weights(micro_batch))
+            accumulation.add(self.loss_of(micro_batch), samples=tree.rows(micro_batch), weights=weights)
+            ran(done)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import ParameterError, WindowError
 from gradaccum.norms import are_finite, combined, grouped, norms
 
-_NOTHING = nullcontext()
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -43,10 +41,6 @@ class Applied(NamedTuple):
     skipped: bool | Tensor
 
 
-_APPLIED = Applied(None, skipped=False)
-"""What becomes of most gradients."""
-
-
 class Updater:
     """Applies gradients: everything that happens once an update.
 
@@ -58,8 +52,6 @@ class Updater:
         narrow: called right before the optimizers step, where gradients are of more precision than these take: gives
             them the dtype of their parameters. Then nothing is folded into fused optimizers, whose factor would come
             after the rounding.
-        stepping: what is held while the optimizers step; None for nothing. Then nothing is folded into fused
-            optimizers either, and there is no scaler.
 
     Attributes:
         loss_scale: whose ``scale()`` every seed has to pass through; None without fp16 scaling.
@@ -76,19 +68,7 @@ class Updater:
         schedulers: Sequence[Any] = (),
         scaler: GradScaler | None = None,
         narrow: Callable[[], None] | None = None,
-        stepping: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        if clip_norm is not None and not clip_norm > 0:
-            raise WindowError(
-                f"clip_norm={clip_norm}: clipping to it would erase or reverse every gradient. Pass a positive norm, "
-                'float("inf") to measure without clipping, or None.'
-            )
-        for scheduler in schedulers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise ParameterError(
-                    "ReduceLROnPlateau is advanced with a validation metric, which an update does not have. Leave it "
-                    "out here and call scheduler.step(metric) after each validation."
-                )
         self._optimizers = optimizers
         self._clip_norm = clip_norm
         # The largest absolute value answers whether all are finite, and cannot overflow itself.
@@ -96,10 +76,6 @@ class Updater:
         self._schedulers = schedulers
         self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
         self._narrow = narrow
-        self._stepping = stepping
-        self._is_as_torch = narrow is None and stepping is None
-        # Whether the optimizers are asked, in each update, if they skip by themselves: most never do.
-        self._may_skip = self._is_as_torch and all(hasattr(one, "_step_supports_amp_scaling") for one in optimizers)
         self.is_stepping = False
         self.total_norm: Callable[[Sequence[nn.Parameter], float], Tensor] | None = None
 
@@ -143,14 +119,9 @@ class Updater:
         _multiply(parameters, correction)
 
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
-        skips_by_itself = self._may_skip and all(map(_skips_by_itself, self._optimizers))
+        skips_by_itself = self._narrow is None and all(map(_skips_by_itself, self._optimizers))
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
-            is_finite = are_finite(_values_of(parameters))
-            if is_finite and correction is None and self._is_as_torch:  # most updates: the short way
-                for optimizer in self._optimizers:
-                    optimizer.step()
-                return _APPLIED
-            return self._step_if(is_finite, parameters, correction, None)
+            return self._step_if(are_finite(_values_of(parameters)), parameters, correction, None)
         norm = self._norm(parameters)
         grad_norm, factor = self._clipped(norm, correction)
         if not skips_by_itself:
@@ -173,9 +144,8 @@ class Updater:
         if finite and self._narrow is not None:
             finite = self._narrowed(parameters)
         if finite:
-            with _NOTHING if self._stepping is None else self._stepping():
-                for optimizer in self._optimizers:
-                    optimizer.step()
+            for optimizer in self._optimizers:
+                optimizer.step()
         return Applied(grad_norm, skipped=not finite)
 
     def _apply_scaled(
@@ -183,7 +153,7 @@ class Updater:
     ) -> Applied:
         # Torch's scaler refuses an optimizer none of whose parameters has a gradient.
         optimizers = [optimizer for optimizer in self._optimizers if _has_gradient(optimizer)]
-        if any(_values(parameter).dtype == torch.float64 for parameter in parameters):
+        if any(values.dtype == torch.float64 for values in _values_of(parameters)):
             _multiply(parameters, correction)  # an fp32 scale would cost nine digits
             correction = None
         is_plain = self._narrow is None and self._clip_norm is None and len(optimizers) == 1
@@ -216,7 +186,7 @@ class Updater:
         if self._narrow is None:
             return True
         self._narrow()
-        in_fp16 = [values for parameter in parameters if (values := _values(parameter)).dtype == torch.float16]
+        in_fp16 = [values for values in _values_of(parameters) if values.dtype == torch.float16]
         return not in_fp16 or are_finite(in_fp16)  # its largest number is 65,504; bf16 has the range of fp32
 
     def _step_scaled(
@@ -245,12 +215,7 @@ class Updater:
 
 
 def _values_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        is_plain = type(gradient) is Tensor and not gradient.is_sparse
-        found.append(gradient if is_plain else _values(parameter))  # type: ignore[arg-type]
-    return found
+    return [_values(parameter) for parameter in parameters]
 
 
 def _values(parameter: nn.Parameter) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradaccum import tree
 from gradaccum.losses.loss import Weight, checked_weight
-from gradaccum.losses.normalise import SINGLE, host_number
+from gradaccum.losses.normaliser import SINGLE, host_number
 from gradaccum.window.looking_ahead import END, FAILED
 
 WeightsFunction = Callable[[Any], Mapping[str, Weight] | Weight]

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import casting
 from gradaccum.errors import MisuseError
-from gradaccum.gradients.dot_grad import DotGrad
 from gradaccum.gradients.fused.backward import FusedBackward
-from gradaccum.gradients.fused.choose import choice_of
-from gradaccum.gradients.options import GradientOptions
+from gradaccum.gradients.fused.choice import choice_of
+from gradaccum.gradients.gradient_sum import GradientSum
+from gradaccum.gradients.graph import read_graph
 from oracle import EXACT, assert_same_gradients, gradients_of
 
 WIDTH, ROWS, WORDS = 5, 7, 11
@@ -363,7 +363,7 @@ def test_the_gradient_is_torchs(name: str) -> None:
     expected = gradients_of(model)
 
     model.zero_grad()
-    gradients = DotGrad(model.named_parameters(), GradientOptions(fused=True))
+    gradients = GradientSum(model.named_parameters(), fused=True)
     gradients.begin()
     for seed in (1, 2):
         loss = case.forward(model, case.data(seed)).pow(2).sum()
@@ -376,7 +376,7 @@ def test_the_gradient_is_torchs(name: str) -> None:
 
 
 def in_place(model: nn.Module, loss: Tensor) -> frozenset[str]:
-    plan = FusedBackward(model.parameters(), everywhere()).plan((loss,))
+    plan = FusedBackward(model.parameters(), everywhere()).plan((loss,), None, read_graph((loss,)))
     chosen = {} if plan is None else plan.in_place
     return frozenset(name for name, parameter in model.named_parameters() if parameter in chosen)
 
@@ -388,7 +388,8 @@ def everywhere() -> Any:
 
 
 def run(model: nn.Module, loss: Tensor) -> None:
-    assert FusedBackward(model.parameters(), everywhere()).run((loss,), (torch.ones_like(loss),), None)
+    fused = FusedBackward(model.parameters(), everywhere())
+    assert fused.run((loss,), (torch.ones_like(loss),), None, read_graph((loss,)))
 
 
 # --------------------------------------------------------------------------------------------------- what must still be
@@ -445,9 +446,8 @@ def test_gradients_of_other_models_are_left_alone() -> None:
     generator.zero_grad()
     discriminator.zero_grad()
 
-    gradients = DotGrad(generator.named_parameters(), GradientOptions(fused=True))
+    gradients = GradientSum(generator.named_parameters(), fused=True)
     loss = discriminator(generator(x)).sum()
-    gradients.look_for_foreign_leaves((loss,))
     gradients.add((loss,), (torch.ones_like(loss),))
     assert_same_gradients(gradients_of(generator), expected)
     assert all(parameter.grad is None for parameter in discriminator.parameters())
@@ -461,7 +461,8 @@ def test_several_roots_one_of_them_a_parameter() -> None:
     out = model["layer"](x)
     fused = FusedBackward(model.parameters(), everywhere())
     seed = torch.ones((), dtype=torch.float64)
-    assert fused.run((out.pow(2).sum(), out.sum(), scale), (seed, -seed, 3 * seed), None)
+    roots = (out.pow(2).sum(), out.sum(), scale)
+    assert fused.run(roots, (seed, -seed, 3 * seed), None, read_graph(roots))
     found = gradients_of(model)
 
     model.zero_grad()
@@ -496,7 +497,7 @@ def test_a_graph_that_is_gone_is_torchs_error() -> None:
     loss = model(torch.randn(ROWS, WIDTH)).sum()
     loss.backward()
     model.zero_grad()
-    gradients = DotGrad(model.named_parameters(), GradientOptions(fused=True))
+    gradients = GradientSum(model.named_parameters(), fused=True)
     with pytest.raises(RuntimeError, match="second time"):
         gradients.add((loss,), (torch.ones(()),))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradaccum.gradients.fused.memory import Memory
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
 from gradaccum.gradients.fused.product import add_product, adder_of
 
 LOW = [torch.bfloat16, torch.float16]
@@ -22,7 +22,7 @@ def test_in_one_dtype(is_first: bool, alpha: float, batch: tuple[int, ...]) -> N
     parameter = nn.Parameter(torch.zeros(*batch, 3, 4, dtype=torch.float64))
     before = torch.zeros_like(parameter) if is_first else torch.randn_like(parameter)
     parameter.grad = None if is_first else before.detach().clone()
-    adder_of(parameter, left.dtype, Memory())(left, right, alpha=alpha)
+    adder_of(parameter, left.dtype, GradientMemory())(left, right, alpha=alpha)
     torch.testing.assert_close(parameter.grad, (before + alpha * left @ right).detach())
 
 
@@ -32,7 +32,11 @@ def test_low_precision_into_fp32_loses_nothing_of_256_plus_1(dtype: torch.dtype)
     parameter = nn.Parameter(torch.zeros(1, 1))
     for value in (256.0, 1.0):
         add_product(
-            parameter, torch.tensor([[value]], dtype=dtype), torch.ones(1, 1, dtype=dtype), alpha=1, memory=Memory()
+            parameter,
+            torch.tensor([[value]], dtype=dtype),
+            torch.ones(1, 1, dtype=dtype),
+            alpha=1,
+            memory=GradientMemory(),
         )
     assert parameter.grad is not None
     assert parameter.grad.dtype == torch.float32
@@ -45,7 +49,7 @@ def test_low_precision_parameter_with_an_fp32_sum(dtype: torch.dtype) -> None:
     parameter.grad_dtype = torch.float32
     left, right = factors(dtype)
     for _ in range(2):
-        add_product(parameter, left, right, alpha=1, memory=Memory())
+        add_product(parameter, left, right, alpha=1, memory=GradientMemory())
     assert parameter.grad is not None
     torch.testing.assert_close(parameter.grad, 2 * left.float() @ right.float(), rtol=2.0**-8, atol=2.0**-8)
 
@@ -56,5 +60,5 @@ def test_on_cuda_low_precision_is_added_in_fp32(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(3, 4, device="cuda"))
     left, right = (factor.cuda() for factor in factors(dtype))
     for _ in range(2):
-        add_product(parameter, left, right, alpha=1, memory=Memory())
+        add_product(parameter, left, right, alpha=1, memory=GradientMemory())
     torch.testing.assert_close(parameter.grad, 2 * left.float() @ right.float(), rtol=1e-5, atol=1e-5)

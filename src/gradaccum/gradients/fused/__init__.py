@@ -3,12 +3,11 @@
 | file | idea |
 | --- | --- |
 | `backward.py` | a backward that leaves such weights out, and adds their gradients by hooks on the nodes |
-| `graph.py` | which operations use a weight, read off the graph before the backward |
 | `linear.py`, `embedding.py` | the gradient of each kind of use |
-| `product.py` | the addition itself, in every mixture of dtypes |
+| `product.py` | the addition, in every mixture of dtypes |
 | `saved.py` | what a node has saved, read without taking it away |
-| `memory.py` | one window's gradients written where the last window's were |
-| `choose.py` | the option: for which weights it pays |
+| `gradient_memory.py` | one window's gradients written where the last window's were |
+| `choice.py` | the option: for which weights it pays |
 
 Convolutions are left to torch: their kernels for weight gradients cannot add to what is there, and their weights are
 small beside what they are applied to. So are norms and biases: vectors, whose sums cost nothing.

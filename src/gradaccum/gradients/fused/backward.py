@@ -21,7 +21,7 @@ Sources: apex's ``fused_weight_gradient_mlp_cuda`` and Megatron-LM's use of it f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,10 @@ from torch.autograd import Function, Variable
 from torch.autograd.graph import GradientEdge
 
 from gradaccum.gradients.fused import embedding, linear
-from gradaccum.gradients.fused.add import Add, Gradients
-from gradaccum.gradients.fused.choose import Choice
-from gradaccum.gradients.fused.memory import Memory
-from gradaccum.gradients.fused.product import accumulate_dtype_of
-from gradaccum.gradients.graph import Graph, Use, read_graph
+from gradaccum.gradients.fused.choice import Choice
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
+from gradaccum.gradients.fused.product import Add, Gradients, accumulate_dtype_of
+from gradaccum.gradients.graph import Graph, Use
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -59,20 +58,13 @@ class FusedBackward:
     Args:
         parameters: those whose gradients may be added up in place.
         choice: for which of them that pays.
-        prepare: called with a weight right before a gradient is added to it in place, each time; None for nothing.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        choice: Choice,
-        prepare: Callable[[nn.Parameter], None] | None = None,
-    ) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], choice: Choice) -> None:
         self._choice = choice
-        self._prepare = prepare
         self._candidates = {id(parameter) for parameter in parameters if choice.may_pay(parameter)}
 
-        self._memory = Memory()
+        self._memory = GradientMemory()
         # What was added up in place in this window: the sums, which need not be looked at again.
         self._written: dict[nn.Parameter, Tensor | None] = {}
 
@@ -81,17 +73,14 @@ class FusedBackward:
         """Whether there is any parameter to do this for."""
         return bool(self._candidates)
 
-    def plan(
-        self, roots: Sequence[Tensor], only: frozenset[int] | None = None, graph: Graph | None = None
-    ) -> Plan | None:
+    def plan(self, roots: Sequence[Tensor], only: frozenset[int] | None, graph: Graph) -> Plan | None:
         """Which gradients of a backward would be added up in place, and what is left to the engine; None for nothing.
 
         Args:
             roots: where the backward starts.
-            only: ids of the parameters that may get a gradient; None for all leaves.
-            graph: of the roots, where it has been read.
+            only: ids of the leaves that may get a gradient; None for all.
+            graph: of the roots.
         """
-        graph = read_graph(roots) if graph is None else graph
         if graph.checkpoints:  # which torch lets no backward with inputs reach
             return None
         in_place: dict[nn.Parameter, list[tuple[Use, Add]]] = {}
@@ -103,7 +92,6 @@ class FusedBackward:
                 in_place[leaf] = adds
             elif leaf.requires_grad and (only is None or id(leaf) in only):
                 rest.append(leaf)
-                graph.hurry_casts(node)
         return Plan(in_place, rest) if in_place else None
 
     def run(
@@ -111,15 +99,15 @@ class FusedBackward:
         roots: tuple[Tensor, ...],
         seeds: tuple[Tensor, ...],
         only: frozenset[int] | None,
-        graph: Graph | None = None,
+        graph: Graph,
     ) -> bool:
         """Runs the backward of one micro-batch.
 
         Args:
             roots: where it starts.
             seeds: the gradients it starts with.
-            only: ids of the parameters that may get a gradient; None for all leaves.
-            graph: of the roots, where it has been read.
+            only: ids of the leaves that may get a gradient; None for all.
+            graph: of the roots.
 
         Returns:
             Whether it has run; if not, nothing has happened.
@@ -133,7 +121,7 @@ class FusedBackward:
         try:
             for weight, adds in plan.in_place.items():
                 for use, add in adds:
-                    handles.append(use.node.register_prehook(_hook(self._prepared(weight, add), weight, streams)))
+                    handles.append(use.node.register_prehook(_hook(add, weight, streams)))
                     # A node is run for what is asked for only: without this, one that leads to nothing else is not.
                     inputs.append(GradientEdge(use.node, 0))
             Variable._execution_engine.run_backward(
@@ -157,18 +145,6 @@ class FusedBackward:
         """The window is over, and the next one may be long in coming."""
         self._memory.free()
         self._written = {}
-
-    def _prepared(self, weight: nn.Parameter, add: Add) -> Add:
-        prepare = self._prepare
-        if prepare is None:
-            return add
-
-        def prepare_and_add(gradients: Gradients) -> None:
-            if gradients[0] is not None:
-                prepare(weight)
-            add(gradients)
-
-        return prepare_and_add
 
     def _adds_of(self, graph: Graph, node: Any, leaf: Tensor) -> list[tuple[Use, Add]] | None:
         """What adds up the gradient of each use of a weight; None where torch is to do it."""

@@ -10,21 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from gradaccum.gradients.fused.add import Add, Gradients
-from gradaccum.gradients.fused.memory import Memory
-from gradaccum.gradients.fused.product import accumulate_dtype_of
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
+from gradaccum.gradients.fused.product import Add, Gradients, accumulate_dtype_of
 from gradaccum.gradients.fused.saved import can_read_twice
-from gradaccum.gradients.graph import Use
+from gradaccum.gradients.graph import Use, signed
 
 
-def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None:
+def gradient_of(parameter: nn.Parameter, use: Use, memory: GradientMemory) -> Add | None:
     """What adds the gradient of this use to ``parameter.grad``, given that of the rows looked up; None if unknown."""
     node: Any = use.node
     if type(node).__name__ != "EmbeddingBackward0" or use.position != 0 or use.is_transposed or parameter.dim() != 2:
         return None
     if node._saved_sparse or node._saved_scale_grad_by_freq or not can_read_twice(node, "indices"):
         return None
-    padding_row = _signed(node._saved_padding_idx)
+    padding_row = signed(node._saved_padding_idx)
 
     def add(gradients: Gradients) -> None:
         gradient = gradients[0]
@@ -44,7 +43,3 @@ def gradient_of(parameter: nn.Parameter, use: Use, memory: Memory) -> Add | None
             total.index_add_(0, indices, rows)
 
     return add
-
-
-def _signed(index: int) -> int:
-    return index - (1 << 64) if index >= 1 << 63 else index

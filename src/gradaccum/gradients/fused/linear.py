@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradaccum.gradients.fused.add import Add, Gradients
-from gradaccum.gradients.fused.memory import Memory
-from gradaccum.gradients.fused.product import adder_of
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
+from gradaccum.gradients.fused.product import Add, Gradients, adder_of
 from gradaccum.gradients.fused.saved import can_read_twice
 from gradaccum.gradients.graph import Use
 
@@ -25,7 +24,7 @@ _PRODUCTS = {
 }
 
 
-def gradient_of(parameter: nn.Parameter, use: Use, dtype: torch.dtype, memory: Memory) -> Add | None:
+def gradient_of(parameter: nn.Parameter, use: Use, dtype: torch.dtype, memory: GradientMemory) -> Add | None:
     """What adds the gradient of this use to ``parameter.grad``, given that of the product; None if unknown.
 
     Args:

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum.gradients.fused.memory import Memory
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
+
+Gradients = tuple[Tensor | None, ...]
+"""What flows into a node that has one result; None where nothing does."""
+
+Add = Callable[[Gradients], None]
+"""A hook of a node: adds the gradient of one use of a weight to that weight's own."""
 
 
-def adder_of(parameter: nn.Parameter, dtype: torch.dtype, memory: Memory) -> Callable[..., object]:
+def adder_of(parameter: nn.Parameter, dtype: torch.dtype, memory: GradientMemory) -> Callable[..., object]:
     """What adds products to ``parameter.grad``, called with their factors and ``alpha=``: decided before the backward.
 
     Args:
@@ -26,7 +32,7 @@ def adder_of(parameter: nn.Parameter, dtype: torch.dtype, memory: Memory) -> Cal
     return functools.partial(add_product, parameter, memory=memory)
 
 
-def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: float, memory: Memory) -> None:
+def add_product(parameter: nn.Parameter, left: Tensor, right: Tensor, *, alpha: float, memory: GradientMemory) -> None:
     """Adds to ``parameter.grad``, or writes there where nothing is yet.
 
     In one dtype that is one GEMM with beta = 1, and 0 for the first one. A product of bf16 that is added up in fp32 is
@@ -65,7 +71,7 @@ def accumulate_dtype_of(parameter: nn.Parameter) -> torch.dtype:
     return parameter.dtype if wanted is None else wanted
 
 
-def _first(parameter: nn.Parameter, left: Tensor, right: Tensor, alpha: float, memory: Memory) -> Tensor:
+def _first(parameter: nn.Parameter, left: Tensor, right: Tensor, alpha: float, memory: GradientMemory) -> Tensor:
     dtype = accumulate_dtype_of(parameter)
     if left.dtype == dtype:
         total = memory.take(parameter, dtype)  # of the parameter's own strides, as torch's gradients are

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Memory:
+class GradientMemory:
     """Tensors to write gradients to."""
 
     def __init__(self) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gradaccum as ga
-from gradaccum.losses.normalise import SINGLE, Normaliser
-from gradaccum.losses.seeds import Seeds
+from gradaccum.losses.normaliser import SINGLE, Normaliser
 
 FP64 = 1e-12  # a few roundings of 1e-16 each, over at most 8 micro-batches
 FP32 = 1e-6  # a few of 6e-8
@@ -36,11 +35,7 @@ def leaf(dtype: torch.dtype = torch.float64) -> Tensor:
 
 def add(normaliser: Normaliser, losses: ga.Loss | Mapping[str, ga.Loss]) -> list[tuple[Tensor, Tensor]]:
     """What an accumulation does with a micro-batch: its seeds, and the backward that starts with them."""
-    if isinstance(losses, ga.Loss):
-        one = normaliser.seed(losses)
-        found = [] if one is None else [one]
-    else:
-        found = normaliser.seeds(losses)
+    found = normaliser.seeds({SINGLE: losses} if isinstance(losses, ga.Loss) else losses)
     rescale = normaliser.take_rescale()
     if found:
         roots, seeds = zip(*found, strict=True)
@@ -121,7 +116,7 @@ def test_means_and_sums_of_one_window_mix(weights: list[int], data: st.DataObjec
 def test_a_whole_number_on_a_device_is_not_divided_in_fp32() -> None:
     """torch's int64 / int64 is fp32. A tensor without data stands for one on a device: neither is read."""
     normaliser = Normaliser(first_share=(1, 3))
-    normaliser.seed(ga.Loss.sum(leaf().to("meta"), over=torch.tensor(7, device="meta")))
+    normaliser.seeds({SINGLE: ga.Loss.sum(leaf().to("meta"), over=torch.tensor(7, device="meta"))})
     assert isinstance(normaliser.correction, Tensor)
     assert normaliser.correction.dtype == torch.float64
 
@@ -191,29 +186,12 @@ def test_what_is_only_reported_is_not_rounded_to_half(half: torch.dtype) -> None
     assert mean.item() == pytest.approx(5 / 3, rel=FP32)
 
 
-def test_seeds_are_made_once_for_each_value() -> None:
-    seeds, parameter = Seeds(), leaf()
-    found = [
-        add(Normaliser(seeds=seeds, first_share=(1, 2)), ga.Loss.mean(parameter * 2, over=4))[0][1] for _ in range(3)
-    ]
-    assert found[0] is found[1] is found[2]
-    assert parameter.grad == 3, "and adding gradients up has not changed it"
-    assert found[0] == 0.5
-
-
 def test_a_seed_is_never_the_gradient_itself() -> None:
     """A root that is a leaf gets its seed as .grad, which is added to in place."""
-    seeds, parameter = Seeds(), leaf()
+    parameter = leaf()
     for _ in range(3):
-        add(Normaliser(seeds=seeds), ga.Loss.mean(parameter, over=4))
+        add(Normaliser(), ga.Loss.mean(parameter, over=4))
     assert parameter.grad == 3
-
-
-def test_seeds_do_not_pile_up() -> None:
-    seeds = Seeds()
-    for i in range(1, 1000):
-        assert seeds.of(1 / i, torch.ones(())) == pytest.approx(1 / i)
-    assert len(seeds._made) <= 256
 
 
 # ------------------------------------------------------------------------------------------------------------- the mean
@@ -224,7 +202,7 @@ def test_losses_are_added_up_in_fp64() -> None:
     normaliser = Normaliser()
     parameter = leaf(torch.float32)
     for value in [1.0] + [1e-8] * 4096:
-        normaliser.seed(ga.Loss.sum(parameter * value, over=1))
+        normaliser.seeds({SINGLE: ga.Loss.sum(parameter * value, over=1)})
     exact = (1 + 4096e-8) / 4097
     assert normaliser.means()[SINGLE].item() == pytest.approx(exact, rel=2**-24)
     assert normaliser.means()[SINGLE].dtype == torch.float32
@@ -286,7 +264,7 @@ def test_what_is_reported_keeps_no_graph_alive() -> None:
     assert root.grad_fn is not None
     root.grad_fn.metadata["held"] = held
     alive = weakref.ref(held)
-    normaliser.seed(ga.Loss.sum(root, over=2))
+    normaliser.seeds({SINGLE: ga.Loss.sum(root, over=2)})
     del root, held
     assert alive() is None
     assert not normaliser.means()[SINGLE].requires_grad
@@ -378,7 +356,7 @@ def test_a_sum_and_a_mean_do_not_add_up(sum_first: bool) -> None:
 @pytest.mark.parametrize(("name", "what"), [(SINGLE, "loss"), ("lm", "term 'lm'")])
 def test_totals_that_the_micro_batches_do_not_add_up_to(name: str, what: str) -> None:
     normaliser = Normaliser(totals={name: 20})
-    normaliser.seed(ga.Loss.mean(leaf() * 1, over=15), name)
+    normaliser.seeds({name: ga.Loss.mean(leaf() * 1, over=15)})
     with pytest.raises(
         ga.LossError, match=f"total weight of the {what} was given as 20, .* add up to 15, .* 0.75 times"
     ):
@@ -387,14 +365,14 @@ def test_totals_that_the_micro_batches_do_not_add_up_to(name: str, what: str) ->
 
 def test_totals_may_differ_by_the_rounding_of_fp32_class_weights() -> None:
     normaliser = Normaliser(totals={SINGLE: 20.000001})
-    normaliser.seed(ga.Loss.mean(leaf() * 1, over=20))
+    normaliser.seeds({SINGLE: ga.Loss.mean(leaf() * 1, over=20)})
     normaliser.check_totals()
 
 
 def test_a_total_of_zero_and_a_micro_batch_that_weighs_something() -> None:
     normaliser = Normaliser(totals={SINGLE: 0})
     with pytest.raises(ga.LossError, match=r"a total of 0 for the loss, and one of its micro-batches weighs 3\..*by 0"):
-        normaliser.seed(ga.Loss.mean(leaf() * 1, over=3))
+        normaliser.seeds({SINGLE: ga.Loss.mean(leaf() * 1, over=3)})
 
 
 def test_a_total_of_zero_and_nothing_that_weighs() -> None:
@@ -406,135 +384,3 @@ def test_a_total_of_zero_and_nothing_that_weighs() -> None:
     assert corrected(parameter, normaliser) == 5
     assert normaliser.means()["experts"].isnan()
     assert not normaliser.is_empty
-
-
-# ----------------------------------------------------------------------------------------- micro-batches that are alike
-
-
-class Subclass(Tensor):
-    """A loss that may be anything: read by nobody."""
-
-
-anything_else: dict[str, tuple[Callable[[], Any], int | None]] = {
-    "of other rows": (lambda: leaf() * 2, 5),
-    "of rows unseen": (lambda: leaf() * 2, None),
-    "of another dtype": (lambda: leaf(torch.float32) * 2, 7),
-    "of another device": (lambda: torch.ones((), dtype=torch.float64, device="meta", requires_grad=True) * 2, 7),
-    "without a graph": (lambda: leaf().detach(), 7),
-    "with a dimension": (lambda: leaf() * torch.ones(1, dtype=torch.float64), 7),
-    "a subclass": (lambda: (leaf() * 2).as_subclass(Subclass), 7),
-    "a Loss": (lambda: ga.Loss.mean(leaf() * 2, over=7), 7),
-    "named": (lambda: {"a": leaf() * 2}, 7),
-    "a number": (lambda: 2.0, 7),
-}
-
-
-def test_a_micro_batch_like_the_one_before_gets_the_same_seed() -> None:
-    normaliser = Normaliser(first_share=(7, 21))
-    assert normaliser.seeds_again(leaf() * 2, 7) is None, "there is none before"
-    _, seed = normaliser.seed_mean(leaf() * 2, 7)
-    for value in (3.0, 4.0):
-        assert normaliser.seeds_again(leaf() * value, 7) == (seed,)
-    assert seed.item() == pytest.approx(1 / 3, rel=FP64)
-    assert normaliser.weight == 21
-    assert normaliser.means()[SINGLE].item() == 3.0
-
-
-@pytest.mark.parametrize("name", anything_else)
-def test_nothing_is_added_of_a_micro_batch_that_is_not(name: str) -> None:
-    make, samples = anything_else[name]
-    normaliser = Normaliser(first_share=(7, 21))
-    normaliser.seed_mean(leaf() * 2, 7)
-    assert normaliser.seeds_again(make(), samples) is None
-    assert normaliser.weight == 7
-    assert normaliser.means()[SINGLE].item() == 2.0
-
-
-def test_on_a_device_micro_batches_that_are_alike_are_not_read() -> None:
-    normaliser = Normaliser(first_share=(7, 21))
-    make = lambda: torch.ones((), device="meta", requires_grad=True) * 2  # noqa: E731 - as above
-    _, seed = normaliser.seed_mean(make(), 7)
-    assert normaliser.seeds_again(make(), 7) == (seed,)
-    assert normaliser.seeds_again(leaf(torch.float32) * 2, 7) is None
-    assert normaliser.weight == 14
-
-
-# ---------------------------------------------------------------------------------------------- windows that are alike
-
-
-def mean_over(samples: int) -> ga.Loss:
-    return ga.Loss.mean(leaf() * 2, over=samples)
-
-
-def after_one_window(**options: Any) -> Normaliser:
-    """The normaliser of a second window, after one that began with a plain mean of 2 over 7 of 21 samples."""
-    seeds = Seeds()
-    Normaliser(seeds=seeds, first_share=(7, 21)).seed_mean(leaf() * 2, 7)
-    return Normaliser(seeds=seeds, **{"first_share": (7, 21), **options})
-
-
-def test_a_window_that_begins_as_the_one_before_gets_its_seed() -> None:
-    normaliser = after_one_window()
-    for value in (5.0, 6.0, 4.0):
-        (seed,) = normaliser.seeds_again(leaf() * value, 7) or (None,)
-        assert seed is not None
-        assert seed.item() == pytest.approx(1 / 3, rel=FP64)
-    assert normaliser.weight == 21
-    assert normaliser.correction is None
-    assert normaliser.means()[SINGLE].item() == 5.0
-    assert normaliser.means()[SINGLE].dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"first_share": (7, 22)}, {"at_least": 22.0}, {"totals": {SINGLE: 21}}, {"expected": 21.0}],
-    ids=lambda options: next(iter(options)),
-)
-def test_a_window_of_which_something_else_is_expected_does_not(options: dict[str, Any]) -> None:
-    assert after_one_window(**options).seeds_again(leaf() * 2, 7) is None
-
-
-@pytest.mark.parametrize("learn", [lambda n: n.expect(30), lambda n: n.expect_all_of([{SINGLE: mean_over(30)}])])
-def test_nor_one_whose_total_is_known_by_then(learn: Callable[[Normaliser], None]) -> None:
-    normaliser = after_one_window()
-    learn(normaliser)
-    assert normaliser.seeds_again(leaf() * 2, 7) is None
-    _, seed = normaliser.seed_mean(leaf() * 2, 7)
-    assert seed.item() == pytest.approx(7 / 30, rel=FP64)
-
-
-@pytest.mark.parametrize("name", anything_else)
-def test_a_window_may_begin_with_anything_else(name: str) -> None:
-    make, samples = anything_else[name]
-    normaliser = after_one_window()
-    assert normaliser.seeds_again(make(), samples) is None
-    assert normaliser.is_empty
-    assert not normaliser.means()
-
-
-def test_after_a_loss_of_another_kind_nothing_is_like_the_window_before() -> None:
-    """The sum seeds with 1 / 21; a mean over 7 that then came by the short way would begin the window anew."""
-    normaliser = after_one_window()
-    normaliser.seed(ga.Loss.sum(leaf() * 14, over=7))
-    assert normaliser.seeds_again(leaf() * 2, 7) is None
-    assert normaliser.weight == 7
-    assert normaliser.means()[SINGLE].item() == 2.0
-
-
-def test_a_short_window_that_begins_alike_is_corrected() -> None:
-    normaliser = after_one_window()
-    parameter = leaf()
-    (seed,) = normaliser.seeds_again(parameter * 3, 7) or (None,)
-    assert seed is not None
-    (parameter * 3).backward(seed)
-    assert corrected(parameter, normaliser) == pytest.approx(3, rel=FP64)
-
-
-def test_only_the_first_loss_of_the_window_before_counts() -> None:
-    seeds = Seeds()
-    before = Normaliser(seeds=seeds, first_share=(1, 3))
-    before.seed_mean(leaf() * 2, 7)
-    before.seed_mean(leaf() * 2, 5)
-    normaliser = Normaliser(seeds=seeds, first_share=(1, 3))
-    assert normaliser.seeds_again(leaf() * 2, 5) is None, "15 samples are to be expected, not 21"
-    assert normaliser.seeds_again(leaf() * 2, 7) is not None

@@ -5,61 +5,58 @@ before the window began, and did anything change it between two micro-batches? T
 version counter, which every in-place operation moves: clipping by hand, zeroing and unscaling touch all gradients, so
 one of them is enough to look at.
 
-Options change how they add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`), in the
-optimizer's momentum (`momentum`), in memory that stays (`persistent`).
+Options change how gradients add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`), in
+memory that stays (`persistent`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.optim import Optimizer
 
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
+from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.graph import Graph, read_graph
-from gradaccum.gradients.momentum import MomentumSums
-from gradaccum.gradients.options import GradientOptions
 from gradaccum.gradients.persistent import PersistentGradients
 from gradaccum.gradients.wide import WideSums
 
 _MAX_SHOWN = 3
-_AS_TORCH = GradientOptions(fused=False)
 
 
-class DotGrad:
+class GradientSum:
     """The ``.grad`` of the models' parameters, over one window after another.
 
     Args:
         named_parameters: every parameter of the models, frozen ones too: they may be unfrozen while training.
-        options: how they add up; by default as torch does it.
-        optimizers: whose momentum they may add up in.
-
-    Attributes:
-        momentum: what adds up in momentum buffers; None where gradients have memory of their own.
+        fused: for which weights gradients are added in place; False for none, as torch does it.
+        accumulate_dtype: the dtype in which gradients of low precision add up; None for their own.
+        persistent: whether gradients lie in the same memory in every window.
+        has_shards: whether parameters are shards of FSDP2, which are leaves of no graph: FSDP2 brings their gradients
+            over from whole parameters of its own.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
-        options: GradientOptions = _AS_TORCH,
         *,
-        optimizers: Sequence[Optimizer] = (),
+        fused: FusedOption = False,
+        accumulate_dtype: torch.dtype | None = None,
+        persistent: bool = False,
+        has_shards: bool = False,
     ) -> None:
         self._named = list(named_parameters)
         self.parameters = [parameter for _, parameter in self._named]
-        self.momentum = MomentumSums(optimizers) if options.into_momentum else None
-        prepare = None if self.momentum is None else self.momentum.prepare
-        in_place = None if options.choice is None else FusedBackward(self.parameters, options.choice, prepare)
+        choice = choice_of(fused)
+        in_place = None if choice is None else FusedBackward(self.parameters, choice)
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
-        dtype = options.accumulate_dtype
-        self._wide = None if dtype is None else WideSums(self.parameters, dtype)
-        self._persistent = PersistentGradients(self.parameters) if options.persistent else None
+        self._wide = None if accumulate_dtype is None else WideSums(self.parameters, accumulate_dtype)
+        self._persistent = PersistentGradients(self.parameters) if persistent else None
+        self._has_shards = has_shards
         self._own = frozenset(id(parameter) for parameter in self.parameters)
-        self._only_own: list[nn.Parameter] | None = None
         self._watched: nn.Parameter | None = None
         self._watched_gradient: Tensor | None = None
         self._watched_version = 0
@@ -73,14 +70,9 @@ class DotGrad:
         Raises:
             MisuseError: a gradient is there already, which the window would be added to.
         """
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                self.check_empty()
-                break
+        self.check_empty()
         if self._wide is not None:
             self._wide.begin()
-        if self.momentum is not None and is_for_update:
-            self.momentum.begin()
         if self._persistent is not None:  # after the sums have their dtype
             self._persistent.begin(keeps=is_for_update)
             self._watch()  # cleared before the first backward, they would not be there for it
@@ -104,34 +96,6 @@ class DotGrad:
             )
         self.clear()
 
-    def look_for_foreign_leaves(self, roots: Sequence[Tensor]) -> Graph:
-        """Finds out whether a backward would also reach parameters of other models, and if so leaves these alone.
-
-        In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts.
-        The graph is read in Python, so this is asked for in the first window of a pass, not always.
-
-        Returns:
-            The graph, for `add`.
-        """
-        graph = read_graph(roots)
-        others = [leaf for leaf in graph.leaves.values() if id(leaf) not in self._own]
-        foreign = any(isinstance(leaf, nn.Parameter) for leaf in others)
-        reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
-        for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
-            function = getattr(node, "run_function", None)
-            module = getattr(function, "__self__", function)
-            if isinstance(module, nn.Module):
-                foreign = foreign or any(id(parameter) not in self._own for parameter in module.parameters())
-        if foreign and reentrant:
-            raise UnsupportedError(
-                "The loss reaches parameters of a model that is not this accumulator's, and a reentrant checkpoint, "
-                "for which torch cannot restrict a backward to some parameters. Their gradients would get what is not "
-                "theirs. Use torch.utils.checkpoint(..., use_reentrant=False)."
-            )
-        if foreign:  # and from now on: later losses may go through it again
-            self._only_own = self.parameters
-        return graph
-
     def add(
         self,
         roots: tuple[Tensor, ...],
@@ -139,7 +103,6 @@ class DotGrad:
         *,
         also: Sequence[Tensor] = (),
         only: Sequence[Tensor] | None = None,
-        graph: Graph | None = None,
     ) -> None:
         """Runs the backward of one micro-batch.
 
@@ -148,43 +111,51 @@ class DotGrad:
             seeds: the gradients it starts with.
             also: leaves besides the parameters that get gradients.
             only: the leaves that get gradients, where these are not the parameters.
-            graph: of the roots, where it has been read.
 
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
+            UnsupportedError: the loss reaches another model's parameters through a reentrant checkpoint.
         """
-        watched, gradient = self._watched, self._watched_gradient
-        if (
-            watched is not None
-            and gradient is not None
-            and (watched.grad is not gradient or gradient._version != self._watched_version)
-        ):
-            raise self._changed(watched)
-        inputs: tuple[Tensor, ...] = () if only is None else tuple(only)
-        if only is None and self._only_own is not None:
-            inputs = (*(parameter for parameter in self._only_own if parameter.requires_grad), *also)
-            if not inputs:  # which the engine would read as "all leaves"
-                return
-        if only is not None and not inputs:
-            return
-        if self._fused is not None and only is None:
-            own = None if self._only_own is None else self._own.union(map(id, also))
-            if self._fused.run(roots, seeds, own, graph):
+        self._check_unchanged()
+        inputs: Sequence[Tensor] | None = only
+        if only is None and not self._has_shards:
+            graph = read_graph(roots)
+            inputs = self._restricted_inputs(graph, also)
+            among = None if inputs is None else frozenset(map(id, inputs))
+            if self._fused is not None and self._fused.run(roots, seeds, among, graph):
                 self._watch()
                 return
-        # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take as
-        # long as the backward of a small model: 26 of 54 us were seen for three nodes.
-        Variable._execution_engine.run_backward(
-            roots, seeds, False, False, inputs, allow_unreachable=True, accumulate_grad=True
-        )
-        if watched is None or gradient is None or watched.grad is not gradient:
-            self._watch()
-        else:
-            self._watched_version = gradient._version
+        if inputs is None or inputs:  # the engine would read no inputs as "all leaves"
+            # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take
+            # as long as the backward of a small model: 26 of 54 us were seen for three nodes.
+            Variable._execution_engine.run_backward(
+                roots, seeds, False, False, tuple(inputs or ()), allow_unreachable=True, accumulate_grad=True
+            )
+        self._watch()
+
+    def _restricted_inputs(self, graph: Graph, also: Sequence[Tensor]) -> list[Tensor] | None:
+        """The leaves that get a gradient where a backward would also reach another model's parameters; None for all.
+
+        In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts.
+        """
+        own: list[Tensor] = [leaf for leaf in graph.leaves.values() if id(leaf) in self._own and leaf.requires_grad]
+        is_foreign = any(isinstance(leaf, nn.Parameter) and id(leaf) not in self._own for leaf in graph.leaves.values())
+        reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
+        for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
+            function = getattr(node, "run_function", None)
+            module = getattr(function, "__self__", function)
+            if isinstance(module, nn.Module):
+                is_foreign = is_foreign or any(id(parameter) not in self._own for parameter in module.parameters())
+        if is_foreign and reentrant:
+            raise UnsupportedError(
+                "The loss reaches parameters of a model that is not this accumulator's, and a reentrant checkpoint, "
+                "for which torch cannot restrict a backward to some parameters. Their gradients would get what is not "
+                "theirs. Use torch.utils.checkpoint(..., use_reentrant=False)."
+            )
+        return [*own, *also] if is_foreign else None
 
     def multiply(self, factor: float) -> None:
         """Multiplies the sum so far."""
-        assert self.momentum is None or not self.momentum.is_open, "what is in the momentum cannot be rescaled"
         for parameter in self.parameters:
             if parameter.grad is not None and not self._is_untouched(parameter):
                 parameter.grad.mul_(factor)
@@ -210,15 +181,6 @@ class DotGrad:
         if self._wide is not None:
             self._wide.narrow()
 
-    def stepping(self) -> AbstractContextManager[None]:
-        """Held while the optimizers step."""
-        return nullcontext() if self.momentum is None else self.momentum.stepping()
-
-    def skip(self) -> None:
-        """There was no step, as the gradient is not finite."""
-        if self.momentum is not None:
-            self.momentum.skip()
-
     def clear(self, *, keeps_memory: bool = False) -> None:
         """Ends the window: no parameter keeps a gradient.
 
@@ -226,14 +188,12 @@ class DotGrad:
             keeps_memory: whether the next window may write its gradients where these were.
         """
         if self._fused is not None:
-            has_own_memory = self._wide is None and self.momentum is None and self._persistent is None
+            has_own_memory = self._wide is None and self._persistent is None
             self._fused.keep_memory() if keeps_memory and has_own_memory else self._fused.free_memory()
         for parameter in self.parameters:
             parameter.grad = None
         if self._wide is not None:
             self._wide.end()
-        if self.momentum is not None:
-            self.momentum.end()
         if self._persistent is not None:
             self._persistent.end()
         self._watched = self._watched_gradient = None
@@ -271,10 +231,15 @@ class DotGrad:
         if gradient is not None:
             self._watched_gradient, self._watched_version = gradient, gradient._version
 
-    def _changed(self, watched: nn.Parameter) -> MisuseError:
+    def _check_unchanged(self) -> None:
+        watched, gradient = self._watched, self._watched_gradient
+        if watched is None or gradient is None:
+            return
+        if watched.grad is gradient and gradient._version == self._watched_version:
+            return
         name = next(name for name, parameter in self._named if parameter is watched)
         what = "cleared" if watched.grad is None else "changed"
-        return MisuseError(
+        raise MisuseError(
             f"The gradient of {name!r} was {what} between two micro-batches of one window, so the sum would no longer "
             "be the batch's gradient. Inside a window call neither zero_grad() nor clip_grad_norm_() nor backward(): "
             "pass clip_norm= and return all terms of the loss to accumulator.backward()."

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import gradaccum as ga
-from gradaccum.gradients.fused.memory import Memory
+from gradaccum.gradients.fused.gradient_memory import GradientMemory
 
 
-def kept(dtype: torch.dtype = torch.float32) -> tuple[Memory, nn.Parameter, int]:
+def kept(dtype: torch.dtype = torch.float32) -> tuple[GradientMemory, nn.Parameter, int]:
     """A memory with the gradient of one parameter, the parameter, and where the gradient was."""
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.ones(2, 3)
-    memory = Memory()
+    memory = GradientMemory()
     memory.keep([parameter])
     where = parameter.grad.data_ptr()
     parameter.grad = None
@@ -60,7 +60,7 @@ def test_what_somebody_holds_is_theirs(name: str) -> None:
     parameter.grad = torch.ones(2, 3)
     where = parameter.grad.data_ptr()
     held = HOLDS[name](parameter.grad)
-    memory = Memory()
+    memory = GradientMemory()
     memory.keep([parameter])
     parameter.grad = None
     assert memory.take(parameter, torch.float32).data_ptr() != where
@@ -77,7 +77,7 @@ def test_another_dtype_or_shape_is_new() -> None:
 
 def test_new_memory_has_the_parameters_strides() -> None:
     parameter = nn.Parameter(torch.zeros(3, 2).t())
-    assert Memory().take(parameter, torch.float32).stride() == parameter.stride()
+    assert GradientMemory().take(parameter, torch.float32).stride() == parameter.stride()
 
 
 def test_nothing_is_kept_when_it_is_freed() -> None:

@@ -4,41 +4,39 @@ The gradient wanted is that of the whole batch's mean,
 
     g = ( sum_b  w_b * grad mean_b ) / W        with  W = sum_b w_b,
 
-and W may be known only when the last micro-batch has been seen. So each backward is seeded with ``w_b / E`` where E is
-the total *expected* (a sum is seeded with ``1 / E``), and what has been added up is in the end corrected by ``E / W``:
+and W may be known only when the last micro-batch has been seen. So each backward is seeded with ``w_b / E``, where E is
+the *expected* total (a sum is seeded with ``1 / E``), and at the end the sum of gradients is multiplied by ``E / W``:
 
-* known ahead (the whole batch is in hand): E = W, and nothing is left to do at the end;
-* guessed right (full windows of equal micro-batches, the usual case): the same;
-* guessed wrong (token counts, a short last window): one multiplication, which `update` folds into work that is done
-  anyway.
+* the totals are known ahead (the whole batch is in hand): E = W, and nothing is left to do at the end;
+* the expectation was right (full windows of equal micro-batches, the usual case): the same;
+* the expectation was wrong (token counts, a short last window): one multiplication, which `update` folds into the work
+  that it does anyway.
 
-Seeding costs no graph node, where ``loss / accum_iter`` costs one in each direction. Dividing as the sum grows, instead
-of at its end, keeps half-precision gradients from overflowing: what is added up never exceeds the mean gradient's size.
-The rejected alternatives: dividing by the number of micro-batches (a mean of means, wrong once counts differ), and
-adding all losses for one backward (keeps all graphs, so saves no memory).
+A seed (``backward(gradient=...)``) costs no graph node, where ``loss / accum_iter`` costs one in each direction. Each
+term of the sum is divided, instead of the sum at its end, so that half-precision gradients cannot overflow: the sum
+never exceeds the mean gradient's size. Two alternatives were rejected: dividing by the number of micro-batches (a mean
+of means, wrong once counts differ), and one backward over the sum of all losses (keeps all graphs, so saves no memory).
 
-Counts on the host are Python numbers here. Counts on a device stay there: no ``.item()``.
+Counts on the host are Python numbers here. Counts on a device stay there: there is no ``.item()``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.seeds import Again, Seeds, Start
 from gradaccum.losses.term_sum import Number, TermSum
+from gradaccum.types import HALF_DTYPES
 
 SINGLE = ""
 """The name under which a loss that is not a dict of terms is kept."""
 
 
-_HALF = (torch.float16, torch.bfloat16)
 _ROUNDING = 1e-6  # of sums of fp32 class weights, taken in two orders
 
 
@@ -58,7 +56,7 @@ def _exact(weight: Weight) -> Number:
 
 
 def weighs_nothing(totals: Mapping[str, Weight] | None) -> bool:
-    """Whether it is known on the host, before a window begins, that all its terms have a total of 0."""
+    """Whether the host knows, before a window begins, that each of its terms has a total of 0."""
     numbers = None if totals is None else [host_number(total) for total in totals.values()]
     return numbers is not None and all(not isinstance(number, Tensor) and number == 0 for number in numbers)
 
@@ -67,7 +65,6 @@ class Normaliser:
     """The sums and weights of one window, and the seeds its backwards get.
 
     Args:
-        seeds: kept by the caller from window to window.
         totals: each term's total weight where known ahead (one under `SINGLE` for a single loss); None if unknown.
         first_share: which part of an unknown total the first micro-batch is expected to be, as a fraction:
             ``(1, micro_batches)`` or ``(samples, batch_size)``.
@@ -79,13 +76,11 @@ class Normaliser:
     def __init__(
         self,
         *,
-        seeds: Seeds | None = None,
         totals: Mapping[str, Weight] | None = None,
         first_share: tuple[int, int] = (1, 1),
         at_least: float = 0.0,
         expected: float | None = None,
     ) -> None:
-        self._seeds = Seeds() if seeds is None else seeds
         self._totals = None if totals is None else {name: _exact(total) for name, total in totals.items()}
         self._first_share = first_share
         self._at_least = at_least
@@ -93,109 +88,38 @@ class Normaliser:
         self._is_fixed = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, TermSum] = {}
-        # What another loss would have to be like, and the term it is added to: None before the window's first one.
-        start = None if totals is not None or expected is not None else self._seeds.start
-        if start is not None and (start.first_share != first_share or start.at_least != at_least):
-            start = None
-        self._start = start
-        self._again: Again | None = None if start is None else start.again
-        self._term: TermSum | None = None
 
-    def seed(self, loss: Loss, name: str = SINGLE) -> tuple[Tensor, Tensor] | None:
-        """Adds a micro-batch's loss to the window's sums.
-
-        Returns:
-            The root to run backward from and the gradient it starts with; None where it weighs nothing.
-        """
-        return self.seed_root(loss.root, loss.weight, is_mean=loss.is_mean, name=name)
-
-    def seed_mean(self, root: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        """The same for a plain mean over samples, at least one, with a graph: of most losses, so the short way."""
-        is_first = not self._terms
-        one = self.seed_root(root, samples, is_mean=True)
-        assert one is not None, "it weighs something and has a graph"
-        if type(root) is Tensor:
-            again = Again(samples, root.dtype, None if root.is_cpu else root.device, one[1:])
-            self._again, self._term = again, self._terms[SINGLE]
-            if is_first and self._totals is None and not self._is_fixed:
-                assert self._expected is not None, "the loss has been divided by it"
-                self._seeds.start = Start(self._first_share, self._at_least, self._expected, again)
-        return one
-
-    def seeds_again(self, root: Any, samples: int | None) -> tuple[Tensor] | None:
-        """The same where the micro-batch is like the one before, so that nothing about it has to be asked again.
-
-        The first of a window is compared with the first of the window before, if that began with the same expectation.
+    def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
+        """Adds a micro-batch's losses to the window's sums.
 
         Args:
-            root: whatever the user returned.
-            samples: rows of the micro-batch; None where unknown.
+            losses: by name; a single loss under `SINGLE`.
 
         Returns:
-            The gradient its backward starts with; None where it is anything else, and nothing has been added.
-        """
-        again = self._again
-        if (
-            again is None
-            or again.samples != samples
-            or type(root) is not Tensor
-            or root.dtype is not again.dtype
-            or root.dim()
-            or not root.requires_grad
-        ):
-            return None
-        samples = again.samples
-        is_on_host = root.is_cpu
-        if again.device is not None if is_on_host else again.device != root.device:
-            return None
-        term = self._term
-        if term is None:
-            assert self._start is not None, "what is begun again has begun before"
-            self._expected = self._start.expected
-            term = self._term = self._terms[SINGLE] = TermSum(0, dtype=again.dtype)
-        if is_on_host:
-            term.on_host += root.item() * samples
-        else:
-            term.add(root, samples)
-        term.weight = term.weight + samples  # type: ignore[operator]
-        return again.seeds
+            Of each loss the root to run backward from and the 0-d gradient that its backward starts with. A loss that
+            weighs nothing is left out.
 
-    def seed_root(
-        self, root: Tensor, weight: Weight | None, *, is_mean: bool, name: str = SINGLE
-    ) -> tuple[Tensor, Tensor] | None:
-        """The same for what a `Loss` is made of."""
-        self._again = None
-        if isinstance(weight, Tensor):
-            weight = _exact(weight)
+        Raises:
+            LossError: the terms are not those of the micro-batches before, or their totals had to be known ahead.
+        """
+        self._check_names(losses)
+        if len(losses) > 1 and self._totals is None:
+            _require_one_weight(losses)
+        found = [self._seed(name, loss) for name, loss in losses.items()]
+        return [one for one in found if one is not None]
+
+    def _seed(self, name: str, loss: Loss) -> tuple[Tensor, Tensor] | None:
+        root, is_mean = loss.root, loss.is_mean
+        weight = None if loss.weight is None else _exact(loss.weight)
         self._add(name, root, weight, is_mean=is_mean)
         share: Number = 1.0
         if weight is not None:
             if (is_mean and _is_nothing(weight)) or not root.requires_grad:
                 return None
-            share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in _HALF)
-        return root, self._seeds.of(share, root)
-
-    def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
-        """The same for several terms; what weighs nothing is left out."""
-        if self._terms and SINGLE not in self._terms and losses.keys() != self._terms.keys():
-            raise LossError(
-                f"The loss has the terms {_names(losses)}, and earlier micro-batches of this window had "
-                f"{_names(self._terms)}. A term's mean is over the whole window: return every term for every "
-                "micro-batch, with weight 0 where it has nothing: ga.Loss.sum(zero, over=0)."
-            )
-        if len(losses) > 1 and self._totals is None:
-            _require_one_weight(losses)
-        found = [self.seed(loss, name) for name, loss in losses.items()]
-        return [one for one in found if one is not None]
-
-    @property
-    def knows_totals(self) -> bool:
-        """Whether what the gradient is divided by is known before the first backward."""
-        return self._totals is not None
-
-    def expect(self, total: float) -> None:
-        """Takes a total that was not given to be this."""
-        self._expected, self._is_fixed, self._again = total, True, None
+            share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in HALF_DTYPES)
+        if isinstance(share, Tensor):
+            return root, share.to(device=root.device, dtype=root.dtype)
+        return root, torch.full((), share, dtype=root.dtype, device=root.device)
 
     def expect_all_of(
         self,
@@ -215,7 +139,6 @@ class Normaliser:
                 if loss.weight is not None:
                     totals[name] = totals.get(name, 0) + _exact(loss.weight)
         self._totals = totals if added_up is None else added_up(totals)
-        self._again = None
 
     @property
     def correction(self) -> Number | None:
@@ -244,10 +167,7 @@ class Normaliser:
     @property
     def is_empty(self) -> bool:
         """Whether it is known on the host that the window weighs nothing at all."""
-        for term in self._terms.values():  # noqa: SIM110 - asked once an update, and a generator takes twice the time
-            if isinstance(term.weight, Tensor) or term.weight != 0:
-                return False
-        return True
+        return all(not isinstance(term.weight, Tensor) and term.weight == 0 for term in self._terms.values())
 
     def check_totals(self) -> None:
         """That the weights seen add up to the totals given ahead.
@@ -274,10 +194,9 @@ class Normaliser:
         return {name: (term.mean(None), term.weight) for name, term in self._terms.items()}
 
     def settle(self, whole: Mapping[str, tuple[Tensor, Number | None]]) -> None:
-        """From now on the sums and weights are those of all processes together."""
+        """Replaces the sums and weights of this process by those of all processes together."""
         whole = whole or {SINGLE: (torch.zeros(()), 0)}  # nobody had anything
         self._terms = {name: TermSum(weight) for name, (_, weight) in whole.items()}
-        self._again = None
         for name, (total, _) in whole.items():
             self._terms[name].add(total, 1.0)
 
@@ -285,14 +204,23 @@ class Normaliser:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""
         return {name: term.mean(term.weight) for name, term in self._terms.items()}
 
+    def _check_names(self, losses: Mapping[str, Loss]) -> None:
+        if not self._terms or losses.keys() == self._terms.keys():
+            return
+        if SINGLE in (*losses, *self._terms):
+            raise LossError(
+                "One micro-batch of the window returned a single loss, another a dict of terms. Return the same "
+                "kind for every micro-batch, with weight 0 where a term has nothing: ga.Loss.sum(zero, over=0)."
+            )
+        raise LossError(
+            f"The loss has the terms {_names(losses)}, and earlier micro-batches of this window had "
+            f"{_names(self._terms)}. A term's mean is over the whole window: return every term for every "
+            "micro-batch, with weight 0 where it has nothing: ga.Loss.sum(zero, over=0)."
+        )
+
     def _add(self, name: str, root: Tensor, weight: Number | None, *, is_mean: bool) -> None:
         term = self._terms.get(name)
         if term is None:
-            if self._terms and SINGLE in (name, *self._terms):
-                raise LossError(
-                    "One micro-batch of the window returned a single loss, another a dict of terms. Return the same "
-                    "kind for every micro-batch, with weight 0 where a term has nothing: ga.Loss.sum(zero, over=0)."
-                )
             term = self._terms[name] = TermSum(weight)
         elif term.weight is None or weight is None:
             if term.weight is not weight:

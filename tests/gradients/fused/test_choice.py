@@ -11,7 +11,8 @@ from torch import nn
 import gradaccum as ga
 from gradaccum.errors import ParameterError
 from gradaccum.gradients.fused.backward import FusedBackward
-from gradaccum.gradients.fused.choose import Choice, FusedOption, choice_of
+from gradaccum.gradients.fused.choice import Choice, FusedOption, choice_of
+from gradaccum.gradients.graph import read_graph
 
 
 def choice(fused: FusedOption) -> Choice:
@@ -61,8 +62,9 @@ def test_auto_takes_larger_ones_on_devices() -> None:
 def test_auto_leaves_a_micro_batch_of_many_rows_to_torch() -> None:
     model = nn.Linear(1024, 512, bias=False)
     fused = FusedBackward(model.parameters(), choice("auto"))
-    assert fused.plan((model(torch.ones(2, 1024)).sum(),)) is not None
-    assert fused.plan((model(torch.ones(2049, 1024)).sum(),)) is None
+    for rows, is_taken in ((2, True), (2049, False)):
+        roots = (model(torch.ones(rows, 1024)).sum(),)
+        assert (fused.plan(roots, None, read_graph(roots)) is not None) == is_taken
 
 
 def test_a_model_without_candidates_is_not_looked_at() -> None:

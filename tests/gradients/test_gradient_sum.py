@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
-from gradaccum.gradients.dot_grad import DotGrad
+from gradaccum.gradients.gradient_sum import GradientSum
 
 
 def model_of(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
 
 
-def dot_grad(*models: nn.Module) -> DotGrad:
-    return DotGrad([named for model in models for named in model.named_parameters()])
+def summing(*models: nn.Module) -> GradientSum:
+    return GradientSum([named for model in models for named in model.named_parameters()])
 
 
-def add(gradients: DotGrad, loss: Tensor, seed: float = 1.0) -> None:
+def add(gradients: GradientSum, loss: Tensor, seed: float = 1.0) -> None:
     gradients.add((loss,), (torch.tensor(seed, dtype=loss.dtype),))
 
 
@@ -39,7 +39,7 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
 
 def test_it_is_torchs_own_backward() -> None:
     model, x = model_of(3, 4, 1), torch.randn(5, 3)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     add(gradients, model(x).pow(2).mean(), 0.25)
     add(gradients, model(x).mean(), 0.5)
     found = grads(model)
@@ -51,7 +51,7 @@ def test_it_is_torchs_own_backward() -> None:
 
 def test_several_roots_of_one_graph() -> None:
     model, x = model_of(3, 4), torch.randn(5, 3)
-    gradients, out = dot_grad(model), model(x)
+    gradients, out = summing(model), model(x)
     gradients.add((out.pow(2).mean(), out.sum()), (torch.tensor(2.0), torch.tensor(-1.0)))
     found = grads(model)
 
@@ -64,7 +64,7 @@ def test_several_roots_of_one_graph() -> None:
 def test_frozen_and_unused_parameters_get_none() -> None:
     used, frozen, unused = (nn.Linear(3, 1) for _ in range(3))
     frozen.requires_grad_(False)
-    gradients, x = dot_grad(used, frozen, unused), torch.randn(2, 3)
+    gradients, x = summing(used, frozen, unused), torch.randn(2, 3)
     add(gradients, (used(x) + frozen(x)).mean())
     found = gradients.filled([*used.parameters(), *frozen.parameters(), *unused.parameters()])
     assert [id(parameter) for parameter in found] == [id(parameter) for parameter in used.parameters()]
@@ -73,7 +73,7 @@ def test_frozen_and_unused_parameters_get_none() -> None:
 def test_a_graph_runs_once() -> None:
     model = model_of(2, 1)
     loss = model(torch.ones(1, 2)).pow(2).sum()
-    add(dot_grad(model), loss)
+    add(summing(model), loss)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
 
@@ -81,14 +81,14 @@ def test_a_graph_runs_once() -> None:
 def test_hooks_run() -> None:
     model, seen = model_of(2, 1), []
     handle = model[0].weight.register_post_accumulate_grad_hook(seen.append)
-    add(dot_grad(model), model(torch.ones(1, 2)).sum())
+    add(summing(model), model(torch.ones(1, 2)).sum())
     handle.remove()
     assert seen == [model[0].weight]
 
 
 def test_sparse_gradients_are_coalesced_when_the_window_closes() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
-    gradients = dot_grad(embedding)
+    gradients = summing(embedding)
     for _ in range(3):
         add(gradients, embedding(torch.tensor([1, 1, 3])).sum())
     [parameter] = gradients.filled(embedding.parameters())
@@ -99,7 +99,7 @@ def test_sparse_gradients_are_coalesced_when_the_window_closes() -> None:
 
 def test_cleared() -> None:
     model = model_of(2, 1)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     add(gradients, model(torch.ones(1, 2)).sum())
     gradients.clear()
     assert grads(model) == [None, None]
@@ -117,7 +117,7 @@ def test_a_gradient_that_is_left_over() -> None:
         r".*Call optimizer.zero_grad\(\)"
     )
     with pytest.raises(ga.MisuseError, match=message):
-        dot_grad(model).check_empty()
+        summing(model).check_empty()
     assert None not in grads(model), "it is the user's, so it stays"
 
 
@@ -127,14 +127,14 @@ def test_the_one_that_is_not_zero_is_named(gradient: float, frozen: bool) -> Non
     model = model_of(3, 4, 1).requires_grad_(not frozen)
     model[1].bias.grad = torch.tensor([gradient])
     with pytest.raises(ga.MisuseError, match=r"1 of 4 parameters have .* \(1.bias\)\."):
-        dot_grad(model).check_empty()
+        summing(model).check_empty()
 
 
 def test_a_sparse_gradient_that_is_left_over() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ga.MisuseError, match="1 of 1 parameters"):
-        dot_grad(embedding).check_empty()
+        summing(embedding).check_empty()
 
 
 def test_gradients_of_zero_are_removed() -> None:
@@ -144,7 +144,7 @@ def test_gradients_of_zero_are_removed() -> None:
     for parameter in (*model.parameters(), *embedding.parameters()):
         assert parameter.grad is not None
         parameter.grad.zero_()
-    dot_grad(model, embedding).check_empty()
+    summing(model, embedding).check_empty()
     assert grads(model) + grads(embedding) == [None] * 3
 
 
@@ -177,7 +177,7 @@ def test_touched_between_two_micro_batches(
     touch: Callable[[nn.Module], object], what: str, micro_batches_before: int
 ) -> None:
     model = model_of(2, 1)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     for _ in range(micro_batches_before):
         add(gradients, model(torch.ones(1, 2)).sum())
     touch(model)
@@ -187,7 +187,7 @@ def test_touched_between_two_micro_batches(
 
 def test_looking_is_not_touching() -> None:
     model = model_of(2, 1)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     for _ in range(3):
         add(gradients, model(torch.ones(1, 2)).sum())
         assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())
@@ -197,7 +197,7 @@ def test_looking_is_not_touching() -> None:
 def test_parameters_that_get_their_gradient_later() -> None:
     """The first micro-batch reaches the second layer only; the watch is on what has a gradient."""
     first, second = nn.Linear(2, 2), nn.Linear(2, 1)
-    gradients, x = dot_grad(first, second), torch.ones(1, 2)
+    gradients, x = summing(first, second), torch.ones(1, 2)
     add(gradients, second(x).sum())
     add(gradients, second(first(x)).sum())
     assert first.weight.grad is not None
@@ -211,9 +211,8 @@ def test_parameters_that_get_their_gradient_later() -> None:
 
 def test_parameters_of_other_models_are_left_alone() -> None:
     generator, judge = model_of(2, 3), model_of(3, 1)
-    gradients = dot_grad(generator)
+    gradients = summing(generator)
     loss = judge(generator(torch.ones(4, 2))).mean()
-    gradients.look_for_foreign_leaves([loss])
     add(gradients, loss)
     assert grads(judge) == [None, None]
     found = grads(generator)
@@ -225,29 +224,26 @@ def test_parameters_of_other_models_are_left_alone() -> None:
 
 def test_inputs_whose_gradient_is_wanted_get_it() -> None:
     model = model_of(2, 3, 1)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     x = torch.ones(1, 2, requires_grad=True)
     loss = model(x).sum()
-    gradients.look_for_foreign_leaves([loss])
     add(gradients, loss)
     assert x.grad is not None
 
 
 def test_the_look_can_be_repeated() -> None:
     own, other = model_of(2, 2), model_of(2, 2)
-    gradients, x = dot_grad(own), torch.ones(1, 2)
+    gradients, x = summing(own), torch.ones(1, 2)
     for through_other in (True, False, True):
         loss = (other(own(x)) if through_other else own(x)).sum()
-        gradients.look_for_foreign_leaves([loss])
         add(gradients, loss)
         assert grads(other) == [None, None]
 
 
 def test_nothing_to_train_here_writes_nowhere() -> None:
     own, other = model_of(2, 2).requires_grad_(False), model_of(2, 2)
-    gradients = dot_grad(own)
+    gradients = summing(own)
     loss = other(own(torch.ones(1, 2))).sum()
-    gradients.look_for_foreign_leaves([loss])
     add(gradients, loss)
     assert grads(other) == grads(own) == [None, None]
 
@@ -255,13 +251,12 @@ def test_nothing_to_train_here_writes_nowhere() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_of_ones_own_before_another_model(use_reentrant: bool) -> None:
     own, middle, other = model_of(2, 2), model_of(2, 2), model_of(2, 2)
-    gradients = dot_grad(own, middle)
+    gradients = summing(own, middle)
     loss = other(checkpoint(middle, own(torch.ones(1, 2)), use_reentrant=use_reentrant)).sum()
     if use_reentrant:
         with pytest.raises(ga.UnsupportedError, match=r"reentrant checkpoint.*use_reentrant=False"):
-            gradients.look_for_foreign_leaves([loss])
+            add(gradients, loss)
         return
-    gradients.look_for_foreign_leaves([loss])
     add(gradients, loss)
     assert None not in grads(own) + grads(middle)
     assert grads(other) == [None, None]
@@ -269,9 +264,8 @@ def test_a_checkpoint_of_ones_own_before_another_model(use_reentrant: bool) -> N
 
 def test_a_reentrant_checkpoint_in_a_model_of_ones_own() -> None:
     own = model_of(2, 2, 2)
-    gradients = dot_grad(own)
+    gradients = summing(own)
     loss = checkpoint(own[1], own[0](torch.ones(1, 2)), use_reentrant=True).sum()
-    gradients.look_for_foreign_leaves([loss])
     add(gradients, loss)
     assert None not in grads(own)
 
@@ -316,7 +310,7 @@ def test_another_model_behind_a_reentrant_checkpoint_is_refused() -> None:
 
 def test_put_back_adds_up() -> None:
     model, x = model_of(2, 1), torch.randn(3, 2)
-    gradients = dot_grad(model)
+    gradients = summing(model)
     model(x).sum().backward()
     aside = gradients.set_aside()
     assert grads(model) == [None, None]
@@ -334,7 +328,7 @@ def test_put_back_is_the_users_own_tensor() -> None:
     model = model_of(2, 1)
     model(torch.ones(1, 2)).sum().backward()
     before = model[0].weight.grad
-    gradients = dot_grad(model)
+    gradients = summing(model)
     aside = gradients.set_aside()
     add(gradients, model(torch.ones(1, 2)).sum())
     gradients.put_back(aside)
@@ -350,7 +344,7 @@ def test_put_back_sparse_and_dense(sparse_first: bool) -> None:
     def run(sparse: bool) -> Tensor:
         return nn.functional.embedding(torch.tensor([1]), weight, sparse=True).sum() if sparse else (2 * weight).sum()
 
-    gradients = DotGrad([("weight", weight)])
+    gradients = GradientSum([("weight", weight)])
     run(sparse_first).backward()
     aside = gradients.set_aside()
     add(gradients, run(not sparse_first))

@@ -1,4 +1,4 @@
-"""What training counts across windows, and saves: updates, micro-batches and samples, never "steps"."""
+"""The counts of a run, which are saved with it: updates, micro-batches and samples, never "steps"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = ("updates", "micro_batches", "samples")
 
 
 @dataclass(slots=True)
-class Counters:
+class RunCounts:
     """Counts of everything that went into updates so far.
 
     Attributes:
@@ -23,6 +23,12 @@ class Counters:
     updates: int = 0
     micro_batches: int = 0
     samples: int = 0
+
+    def add(self, micro_batches: int, samples: int) -> None:
+        """Counts one update."""
+        self.updates += 1
+        self.micro_batches += micro_batches
+        self.samples += samples
 
     def state_dict(self, *, open_micro_batches: int, open_samples: int) -> dict[str, int]:
         """The counts.

@@ -1,0 +1,68 @@
+"""The options that both ways of training have in common, checked once, at construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from gradaccum.errors import ParameterError, WindowError
+from gradaccum.gradients.fused.choice import FusedOption, choice_of
+from gradaccum.gradients.persistent import check_persistent
+from gradaccum.gradients.wide import checked_accumulate_dtype
+from gradaccum.sync.detect import Sync
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `Accumulator` and `TrainStep` were told; `Accumulator` documents each option.
+
+    Raises:
+        ParameterError: an option has none of its values.
+        WindowError: a norm to clip to that is not positive.
+        UnsupportedError: this torch cannot do it.
+    """
+
+    clip_norm: float | None = None
+    scheduler: Any = None
+    scaler: GradScaler | None = None
+    fused: FusedOption = "auto"
+    accumulate_dtype: torch.dtype | None = None
+    persistent_gradients: bool = False
+    sync: Sync = "auto"
+
+    def __post_init__(self) -> None:
+        choice_of(self.fused)
+        checked_accumulate_dtype(self.accumulate_dtype)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise WindowError(
+                f"clip_norm={self.clip_norm}: clipping to it would erase or reverse every gradient. Pass a positive "
+                'norm, float("inf") to measure without clipping, or None.'
+            )
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise ParameterError(
+                    "ReduceLROnPlateau is advanced with a validation metric, which an update does not have. Leave it "
+                    "out here and call scheduler.step(metric) after each validation."
+                )
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """The learning-rate schedulers, none, one or several."""
+        if self.scheduler is None:
+            return []
+        return list(self.scheduler) if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
+
+    def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool) -> None:
+        """Checks that the options go with these optimizers and, with ``has_ranks``, with several processes.
+
+        Raises:
+            ParameterError: they do not go with the optimizers.
+            UnsupportedError: they do not go with several processes.
+        """
+        if self.persistent_gradients:
+            check_persistent(optimizers, has_ranks=has_ranks)
