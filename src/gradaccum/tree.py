@@ -38,19 +38,6 @@ def rows(batch: Any) -> int:
 
 def rows_or_none(batch: Any) -> int | None:
     """Like `rows`, but None where nothing in the batch has rows."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else None
-    if type(batch) is tuple or type(batch) is list:  # (x, y) is what most loops see; asked once a micro-batch
-        count = None
-        for leaf in batch:
-            if not isinstance(leaf, Tensor):
-                break
-            shape = leaf.shape
-            if not shape or (count is not None and shape[0] != count):
-                break
-            count = shape[0]
-        else:
-            return count
     first: int | None = None
     first_path = ""
     for path, leaf in named_leaves(batch, "batch"):
@@ -71,15 +58,6 @@ def rows_or_none(batch: Any) -> int | None:
 
 def take(batch: Any, which: Rows) -> Any:
     """The given rows of every tensor and column, in the batch's own structure. Slices are views, nothing is copied."""
-    if type(batch) is tuple and isinstance(which, slice):  # the short way of most batches, asked once a micro-batch
-        taken: list[Tensor] = []
-        for leaf in batch:
-            if not isinstance(leaf, Tensor) or not leaf.dim():
-                break
-            taken.append(leaf[which])
-        else:
-            return tuple(taken)
-
     def pick(leaf: Any) -> Any:
         if _has_rows(leaf):
             if isinstance(leaf, Tensor) and isinstance(which, Tensor):
@@ -95,13 +73,6 @@ def take(batch: Any, which: Rows) -> Any:
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """Every tensor on the device. With ``non_blocking``, host tensors bound for CUDA are pinned first."""
-    if type(batch) is tuple:
-        for leaf in batch:
-            if not isinstance(leaf, Tensor) or leaf.device != device:
-                break
-        else:
-            return batch
-
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device == device:
             return leaf

@@ -140,6 +140,6 @@ def checked_weight(over: Any, *, name: str) -> Weight:
     if not 0 <= number < math.inf:
         raise LossError(
             f"{name} got {number} as the count; a mean is taken over a finite number of items, at least 0. A negative "
-            "or infinite weight would turn the gradient round or erase it."
+            "or infinite weight would reverse the gradient or erase it."
         )
     return weight

@@ -7,7 +7,7 @@ said: code for one size is faster. A CUDA graph (``mode="reduce-overhead"``) is 
 
 A hint, ``maybe_mark_dynamic``, not ``mark_dynamic``, which raises for a model that looks at the number of its rows. One
 row is a case of its own to dynamo, which compiles for it once more. Hints are on the micro-batch's tensors: they are
-lost where a loop moves or casts these before the model, and torch then finds out by itself, as always.
+lost where a loop moves or casts these before the model, and torch then finds out in its usual way.
 """
 
 from __future__ import annotations

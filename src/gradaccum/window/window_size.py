@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,7 +73,12 @@ class WindowSize:
             samples: rows of the first; None where they cannot be seen.
             target: the window's size, in the unit it is measured in.
         """
-        return _expected(samples, target, self.batch_size is not None)
+        if not self.counts_samples:
+            return Expected([samples] * target, (samples or 0) * target)
+        if not samples or samples > target:
+            return Expected([samples], samples or 0)
+        full, rest = divmod(target, samples)
+        return Expected([samples] * full + ([rest] if rest else []), target)
 
     def updates_in(self, length: int | None, per_window: int, *, only_complete: bool) -> int | None:
         """Windows in a pass of ``length`` micro-batches; None where that is unknown or the size changes."""
@@ -114,16 +118,6 @@ class WindowSize:
         schedule = self.batch_size if self.micro_batches is None else self.micro_batches
         assert schedule is not None, "checked at construction"
         return schedule
-
-
-@functools.lru_cache(maxsize=4)  # asked before each window, and nearly all are alike
-def _expected(samples: int | None, target: int, counts_samples: bool) -> Expected:
-    if not counts_samples:
-        return Expected([samples] * target, (samples or 0) * target)
-    if not samples or samples > target:
-        return Expected([samples], samples or 0)
-    full, rest = divmod(target, samples)
-    return Expected([samples] * full + ([rest] if rest else []), target)
 
 
 def check_tail(tail: str, *, has_weights: bool) -> None:
