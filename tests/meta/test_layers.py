@@ -134,6 +134,8 @@ def _imports(path: Path, package: Path) -> Iterator[tuple[int, str, list[str], b
                  and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
                  for statement in node.body for inner in ast.walk(statement)}  # fmt: skip
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+            continue
         found: list[tuple[str, list[str]]] = []
         if isinstance(node, ast.Import):
             found = [(alias.name, []) for alias in node.names]
@@ -141,7 +143,7 @@ def _imports(path: Path, package: Path) -> Iterator[tuple[int, str, list[str], b
             base = parents[: len(parents) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found = [(module, [alias.name for alias in node.names])]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif ast.unparse(node.func).endswith(("import_module", "__import__")):
             found = [(str(arg.value), []) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
         for module, names in found:
             if module.split(".")[0] == package.name:
