@@ -11,8 +11,8 @@ columns from the gradient without a word. So three things have to come together:
    than there are targets, say), and the lengths differ. Or that holds for what is left of the costs after another
    width's lengths (source and target). Or the field is a mask of 0 and 1 that ranks the samples as the costs do
    (squares, seconds), or one under the name that Hugging Face gives it.
-3. **No veto.** Along every dimension of that width every field is constant past the lengths, sample by sample, or is the
-   same for all samples (positions, a causal mask). A field that is neither holds something real there.
+3. **No veto.** Every field is constant past the lengths along each dimension of that width, sample by sample, or is
+   the same for all samples (positions, a causal mask). A field that is neither holds something real there.
 
 A width that fails is left as it is on that side; so is one that only the costs call padded on both sides. Where costs
 count real columns, a believed length is never below its cost, so nothing real is cut off on the padded side, whatever
