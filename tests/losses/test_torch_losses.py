@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gradaccum.errors import UnsupportedError
 from gradaccum.losses.criterion import criterion
-from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY, RULES
+from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY, RULES, rule_of, torch_class_of
 from losses.torch_cases import (
     CASES,
     CLASS_WEIGHTS,
@@ -178,6 +178,40 @@ def test_every_functional_loss_of_torch_has_a_rule() -> None:
         if inspect.isfunction(value) and "reduction" in inspect.signature(value).parameters and not name.startswith("_")
     }
     assert functions == set(RULES)
+
+
+# Loss classes as calls of their functional forms.
+
+
+class Renamed(nn.HuberLoss):
+    pass
+
+
+class Overridden(nn.HuberLoss):
+    def forward(self, input, target):  # type: ignore[no-untyped-def]
+        return super().forward(input, target)
+
+
+@EVERY_CASE
+def test_a_module_passes_all_that_its_functional_form_requires_and_takes(name: str) -> None:
+    """What the function can be told, and the module knows by the same name, is not left to a default."""
+    module = CASES[name].module()
+    rule = rule_of(module)
+    assert rule is not None
+    options, parameters = rule.options(module).keys(), rule.signature.parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert required <= options | set(rule.inputs)
+    assert {name for name in parameters if hasattr(module, name)} <= options <= parameters.keys()
+    assert len(rule.inputs) == len(rule.forward.parameters) - 1  # without self
+
+
+def test_a_rule_belongs_to_a_forward() -> None:
+    replaced = nn.HuberLoss()
+    replaced.forward = lambda input, target: input  # pyright: ignore[reportAttributeAccessIssue]
+    assert rule_of(Renamed()) is rule_of(nn.HuberLoss()) is RULES[F.huber_loss]
+    assert all(rule_of(module) is None for module in (Overridden(), nn.ReLU(), replaced))
+    assert torch_class_of(Overridden()) is torch_class_of(nn.HuberLoss()) is nn.HuberLoss
+    assert torch_class_of(nn.ReLU()) is None
 
 
 # Cross entropy: every combination of its options.
