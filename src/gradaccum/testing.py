@@ -22,13 +22,13 @@ def assert_exact(
     combine: Literal["concat", "sum"] = "concat",
     weights: Callable[[Any], Any] | None = None,
 ) -> Report:
-    """Asserts that accumulation makes the whole batch's update; see `audit` for the arguments.
+    """Asserts that accumulation makes the whole batch's update. The arguments are those of `audit`.
 
     Returns:
         The report, for further assertions.
 
     Raises:
-        InexactError: it does not. It is an AssertionError, and its message is the report.
+        InexactError: accumulation makes another update. It is an AssertionError, and its message is the report.
 
     Example:
         >>> from gradaccum.testing import assert_exact

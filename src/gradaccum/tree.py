@@ -58,6 +58,7 @@ def rows_or_none(batch: Any) -> int | None:
 
 def take(batch: Any, which: Rows) -> Any:
     """The given rows of every tensor and column, in the batch's own structure. Slices are views, nothing is copied."""
+
     def pick(leaf: Any) -> Any:
         if _has_rows(leaf):
             if isinstance(leaf, Tensor) and isinstance(which, Tensor):
@@ -73,6 +74,7 @@ def take(batch: Any, which: Rows) -> Any:
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """Every tensor on the device. With ``non_blocking``, host tensors bound for CUDA are pinned first."""
+
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device == device:
             return leaf

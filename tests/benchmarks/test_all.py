@@ -3,58 +3,49 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from scripts import FOLDER, benchmark
+from scripts import FOLDER
 
 
-@pytest.fixture(scope="module")
-def everything() -> Iterator[ModuleType]:
-    with benchmark("all") as module:
-        yield module
-
-
-def test_every_script_is_run(everything: ModuleType) -> None:
+def test_every_script_is_run(script: ModuleType) -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_")}
-    assert {run.name for run in everything.RUNS} == scripts - {"all", "plot"}
+    assert {run.name for run in script.RUNS} == scripts - {"all", "plot"}
 
 
-def test_what_is_typed(everything: ModuleType) -> None:
-    runs, folder = (everything.Run(name="gpt", full="--rounds 3", quick="--rounds 1 --tokens 32"),), Path("a")
-    assert everything.commands(runs, folder, is_quick=False) == {
+def test_what_is_typed(script: ModuleType) -> None:
+    runs, folder = (script.Run(name="gpt", full="--rounds 3", quick="--rounds 1 --tokens 32"),), Path("a")
+    assert script.commands(runs, folder, is_quick=False) == {
         "gpt": ["benchmarks/gpt.py", "--rounds", "3", "--json", "a/gpt.json"]
     }
-    assert everything.commands(runs, folder, is_quick=True) == {
+    assert script.commands(runs, folder, is_quick=True) == {
         "gpt": ["benchmarks/gpt.py", "--rounds", "1", "--tokens", "32", "--json", "a/gpt.json"]
     }
 
 
-def test_what_is_on_file_is_of_the_script_of_that_name(everything: ModuleType) -> None:
+def test_what_is_on_file_is_of_the_script_of_that_name(script: ModuleType) -> None:
     for path in (FOLDER / "results").glob("*.json"):
-        assert path.stem in {run.name for run in everything.RUNS}
+        assert path.stem in {run.name for run in script.RUNS}
         on_file = json.loads(path.read_text(encoding="utf-8"))["command"].split()
         assert on_file[:2] == ["python", f"benchmarks/{path.stem}.py"]
 
 
-def test_what_cannot_be_run_says_why(everything: ModuleType) -> None:
-    assert "needs nobody_has_this: pip install" in everything.Run(name="a", needs=("nobody_has_this",)).obstacle()
-    assert everything.Run(name="a").obstacle() is None
+def test_what_cannot_be_run_says_why(script: ModuleType) -> None:
+    assert "needs nobody_has_this: pip install" in script.Run(name="a", needs=("nobody_has_this",)).obstacle()
+    assert script.Run(name="a").obstacle() is None
 
 
 @pytest.mark.parametrize(("has_gpu", "says"), [(False, "needs a GPU"), (True, None)])
-def test_what_needs_a_gpu(
-    has_gpu: bool, says: str | None, everything: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(everything.torch.cuda, "is_available", lambda: has_gpu)
-    assert everything.Run(name="a", needs_gpu=True).obstacle() == says
+def test_what_needs_a_gpu(has_gpu: bool, says: str | None, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: has_gpu)
+    assert script.Run(name="a", needs_gpu=True).obstacle() == says
 
 
 def test_a_failure_stops_nothing_and_is_said(
-    everything: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed: list[str] = []
 
@@ -62,9 +53,9 @@ def test_a_failure_stops_nothing_and_is_said(
         typed.append(command[1])
         return subprocess.CompletedProcess(command, returncode=command[1] == "benchmarks/peak.py")
 
-    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(script.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["all.py", "--only", "peak", "overhead", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="failed: peak"):
-        everything.main()
+        script.main()
     assert typed == ["benchmarks/overhead.py", "benchmarks/peak.py", "benchmarks/plot.py"]
     assert "[2/2, 0 min] benchmarks/peak.py" in capsys.readouterr().out

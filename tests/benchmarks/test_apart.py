@@ -1,20 +1,12 @@
 """Loops in processes of their own: each stays in its one, and what goes wrong there is told here."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from scripts import benchmark
-
-
-@pytest.fixture(scope="module")
-def module() -> Iterator[ModuleType]:
-    with benchmark("_apart") as imported:
-        yield imported
 
 
 def writes_who(path: Path) -> Callable[[], Callable[[], object]]:
@@ -22,9 +14,9 @@ def writes_who(path: Path) -> Callable[[], Callable[[], object]]:
     return partial(partial, os.system, f"echo $PPID >> '{path}'")
 
 
-def test_each_loop_has_a_process_of_its_own(module: ModuleType, tmp_path: Path) -> None:
+def test_each_loop_has_a_process_of_its_own(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "who"
-    with module.apart({name: writes_who(path) for name in "ab"}) as runs:
+    with script.apart({name: writes_who(path) for name in "ab"}) as runs:
         for name in "abba":
             wall, processor = runs[name]()
             assert wall > 0
@@ -34,16 +26,16 @@ def test_each_loop_has_a_process_of_its_own(module: ModuleType, tmp_path: Path) 
     assert str(os.getpid()) not in who
 
 
-def test_loops_together_are_in_this_one(module: ModuleType, tmp_path: Path) -> None:
+def test_loops_together_are_in_this_one(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "who"
-    with module.together({name: writes_who(path) for name in "ab"}) as runs:
+    with script.together({name: writes_who(path) for name in "ab"}) as runs:
         for run in runs.values():
             run()
     assert path.read_text(encoding="utf-8").split() == [str(os.getpid())] * 2
 
 
-def test_what_goes_wrong_there_is_told(module: ModuleType) -> None:
-    with module.apart({"a": partial(int, "no number"), "b": partial(partial, os._exit, 3)}) as runs:
+def test_what_goes_wrong_there_is_told(script: ModuleType) -> None:
+    with script.apart({"a": partial(int, "no number"), "b": partial(partial, os._exit, 3)}) as runs:
         with pytest.raises(RuntimeError, match=r"(?s)'a' failed.*ValueError.*no number"):
             runs["a"]()
         for _ in range(2):

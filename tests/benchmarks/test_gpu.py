@@ -1,49 +1,43 @@
 """The script on the CPU and the smallest shape: what it compares computes the same gradient."""
 
-import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from oracle import SINGLE
-from scripts import benchmark
 
 CPU = torch.device("cpu")
 BF16 = 0.03  # some ten roundings of 2**-9
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    with benchmark("gpu") as module:
-        yield module
-
-
-def test_every_way_of_adding_up_is_right(gpu: ModuleType) -> None:
-    errors = gpu.errors(gpu.SHAPES["tiny"], CPU)
-    assert set(errors) == {"whole batch", *gpu.adding_up(gpu.make_job(gpu.SHAPES["tiny"], CPU, rows=1, tokens=8))}
+def test_every_way_of_adding_up_is_right(script: ModuleType) -> None:
+    errors = script.errors(script.SHAPES["tiny"], CPU)
+    assert set(errors) == {
+        "whole batch",
+        *script.adding_up(script.make_job(script.SHAPES["tiny"], CPU, rows=1, tokens=8)),
+    }
     assert all(error < BF16 for error in errors.values())
     assert errors["gradaccum, fp32"] <= errors["textbook loop, bf16"]
 
 
-def test_a_loop_into_zeros_is_the_textbook_loop(gpu: ModuleType) -> None:
-    job = gpu.make_job(gpu.SHAPES["tiny"], CPU, rows=1, tokens=8)
-    expected = gpu.gradient_of(job, gpu.textbook(job))
-    assert gpu.error(gpu.gradient_of(job, gpu.textbook_into_zeros(job)), expected) < SINGLE
+def test_a_loop_into_zeros_is_the_textbook_loop(script: ModuleType) -> None:
+    job = script.make_job(script.SHAPES["tiny"], CPU, rows=1, tokens=8)
+    expected = script.gradient_of(job, script.textbook(job))
+    assert script.error(script.gradient_of(job, script.textbook_into_zeros(job)), expected) < SINGLE
 
 
 def test_what_is_written(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    results_of: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / "gpu.json"
-    monkeypatch.setattr(gpu, "TOKENS", (32, 64))
-    arguments = ["--device", "cpu", "--shapes", "tiny", "--rounds", "1", "--only", "micro-steps", "graphs", "weights"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments, "--json", str(path)])
-    gpu.main()
-    results = json.loads(path.read_text(encoding="utf-8"))
+    monkeypatch.setattr(script, "TOKENS", (32, 64))
+    results = results_of("--device cpu --shapes tiny --rounds 1 --only micro-steps graphs weights")
     assert list(results["micro_steps"]["tiny"]) == ["32", "64"]
     for found in results["micro_steps"]["tiny"].values():
         assert found["textbook loop"]["ratio"] == 1
@@ -54,8 +48,8 @@ def test_what_is_written(
     assert "weights of any size: left out" in said
 
 
-def test_without_a_gpu_it_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+def test_without_a_gpu_it_says_so(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match="no GPU here"):
-        gpu.main()
+        script.main()

@@ -1,7 +1,6 @@
 """All loops that are timed against each other make the same update."""
 
 import copy
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,23 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from oracle import EXACT
-from scripts import benchmark
 
 
-@pytest.fixture(scope="module")
-def loops() -> Iterator[ModuleType]:
-    with benchmark("_loops") as module:
-        yield module
-
-
-def make_job(loops: ModuleType) -> Any:
+def make_job(script: ModuleType) -> Any:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     batch = torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))
-    return loops.Job(
+    return script.Job(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
         loss_fn=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-        micro_batches=loops.pieces(batch, 3),
+        micro_batches=script.pieces(batch, 3),
     )
 
 
@@ -41,29 +33,29 @@ def trained(job: Any, loop: Any, updates: int = 2) -> torch.Tensor:
     return flat
 
 
-def test_ours_and_the_textbook_loop_are_the_whole_batch(loops: ModuleType) -> None:
-    job = make_job(loops)
-    whole = trained(job, loops.textbook(job.cut(12)))
-    for loop in (loops.textbook(job), loops.accumulator(job, fused=True), loops.train_step(job, 3)):
+def test_ours_and_the_textbook_loop_are_the_whole_batch(script: ModuleType) -> None:
+    job = make_job(script)
+    whole = trained(job, script.textbook(job.cut(12)))
+    for loop in (script.textbook(job), script.accumulator(job, fused=True), script.train_step(job, 3)):
         torch.testing.assert_close(trained(job, loop), whole, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", ["accelerate", "fabric"])
 def test_peers_make_the_same_update_on_a_shared_job(
-    name: str, loops: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # importing lightning sets it, and leaves it
     pytest.importorskip({"fabric": "lightning"}.get(name, name))
-    job = make_job(loops)
-    ours, theirs = loops.accumulator(job), getattr(loops, name)(job)
-    expected = trained(job, loops.textbook(job))
+    job = make_job(script)
+    ours, theirs = script.accumulator(job), getattr(script, name)(job)
+    expected = trained(job, script.textbook(job))
     for loop in (theirs, ours, theirs):
         torch.testing.assert_close(trained(job, loop), expected, rtol=0, atol=EXACT)
 
 
 def test_a_peer_that_is_not_installed_is_left_out(
-    loops: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loops, "PEERS", {"Accelerate": "nobody_has_this"})
-    assert loops.peers() == {}
+    monkeypatch.setattr(script, "PEERS", {"Accelerate": "nobody_has_this"})
+    assert script.peers() == {}
     assert capsys.readouterr().out == "Accelerate is not installed: left out\n"

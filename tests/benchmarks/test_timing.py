@@ -1,34 +1,26 @@
 """Who runs when, and what is compared with what. How fast anything is, is not tested."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
 import pytest
 
-from scripts import benchmark
-
-
-@pytest.fixture(scope="module")
-def timing() -> Iterator[ModuleType]:
-    with benchmark("_timing") as module:
-        yield module
-
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7])
-def test_every_loop_follows_every_other_one_equally_often(count: int, timing: ModuleType) -> None:
+def test_every_loop_follows_every_other_one_equally_often(count: int, script: ModuleType) -> None:
     names = [str(i) for i in range(count)]
     rounds, times = (count, 1) if count % 2 == 0 else (2 * count, 2)
-    orders = [timing.order(names, round_) for round_ in range(rounds)]
+    orders = [script.order(names, round_) for round_ in range(rounds)]
     assert all(sorted(order) == names for order in orders)
     neighbours = Counter(pair for order in orders for pair in pairwise(order))
     assert neighbours == {(a, b): times for a in names for b in names if a != b}
 
 
-def test_one_loop(timing: ModuleType) -> None:
-    assert timing.order(["a"], 3) == ["a"]
-    assert timing.measure({"a": list}, 2)["a"].ratio == 1
+def test_one_loop(script: ModuleType) -> None:
+    assert script.order(["a"], 3) == ["a"]
+    assert script.measure({"a": list}, 2)["a"].ratio == 1
 
 
 class Clock:
@@ -55,16 +47,16 @@ class Clock:
         return run
 
 
-def test_the_warm_up_does_not_count(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "time", clock := Clock())
-    times = timing.measure({"a": clock.loop(100, 100, 1, 1, 1), "b": clock.loop(9, 9, 2, 2, 2)}, 3, warm_up=2)
+def test_the_warm_up_does_not_count(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "time", clock := Clock())
+    times = script.measure({"a": clock.loop(100, 100, 1, 1, 1), "b": clock.loop(9, 9, 2, 2, 2)}, 3, warm_up=2)
     assert (times["a"].seconds, times["b"].seconds) == (1, 2)
 
 
-def test_ratios_are_medians_within_rounds(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "time", clock := Clock())
+def test_ratios_are_medians_within_rounds(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "time", clock := Clock())
     loops = {"a": clock.loop(1, 1, 10, 1), "b": clock.loop(1, 2, 20, 9), "c": clock.loop(1, 1, 5, 9)}
-    times = timing.measure(loops, 3, bases={"c": "b"})
+    times = script.measure(loops, 3, bases={"c": "b"})
     assert [times[name].ratio for name in "abc"] == [1, 2, 0.5]
     assert [times[name].processor_ratio for name in "abc"] == [1, 2, 0.5]
     assert [times[name].seconds for name in "abc"] == [1, 9, 5]

@@ -75,6 +75,15 @@ class Parts:
             for name, p in self.plain.named_parameters()
         }
 
+    def assert_same(self, whole: Parts, *, tolerance: float) -> None:
+        assert_same_gradients(self.parameters(), whole.parameters(), tolerance=tolerance)
+        assert_same_history(self.history.state_dict(), whole, tolerance=tolerance)
+
+
+def assert_same_history(history: dict[str, Any], whole: Parts, *, tolerance: float) -> None:
+    assert history["samples"] == whole.history.samples
+    assert all(abs(a - b) <= tolerance for a, b in zip(history["losses"], whole.history.losses, strict=True))
+
 
 class History:
     """What was trained with, in order; saved and loaded with the rest, as a log would be."""
@@ -101,8 +110,7 @@ def test_goes_on_bit_for_bit(tmp_path: Path) -> None:
         again = Parts(tmp_path / "stopped")
         again.checkpoint.load()
         again.train(updates)
-    assert again.history.state_dict() == whole.history.state_dict()
-    assert_same_gradients(again.parameters(), whole.parameters(), tolerance=0.0)
+    again.assert_same(whole, tolerance=0.0)
     assert again.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
     assert len(files.newest_first(tmp_path / "stopped")) == 3
 
@@ -147,12 +155,13 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     parts.train(1)
     with pytest.raises(ga.StateError, match=r"holds the state of .*not all of what is to be loaded \(model, ema\)"):
         ga.Checkpoint(tmp_path, model=parts.model, ema=copy.deepcopy(parts.model)).load()
-    with pytest.raises(ga.StateError, match="nothing to save of seed"):
-        ga.Checkpoint(tmp_path, seed=7)
-    with pytest.raises(ga.StateError, match="nothing to save of nothing"):
-        ga.Checkpoint(tmp_path)
-    with pytest.raises(ga.StateError, match="keep=1"):
-        ga.Checkpoint(tmp_path, keep=1, model=parts.model)
+    for objects, message in (
+        ({"seed": 7}, "nothing to save of seed"),
+        ({}, "nothing to save of nothing"),
+        ({"keep": 1, "model": parts.model}, "keep=1"),
+    ):
+        with pytest.raises(ga.StateError, match=message):
+            ga.Checkpoint(tmp_path, **objects)
     assert ga.Checkpoint(tmp_path / "empty", model=parts.model).load() is None
 
 
@@ -184,8 +193,7 @@ def test_goes_on_with_another_number_of_processes(tmp_path: Path, how: str) -> N
         results = results_of(resumes, world_size, str(tmp_path / "stopped"), how, updates, False)
     for parameters, history in results:
         assert_same_gradients(parameters, whole.parameters())
-        assert history["samples"] == whole.history.samples
-        assert all(abs(a - b) < 1e-12 for a, b in zip(history["losses"], whole.history.losses, strict=True))
+        assert_same_history(history, whole, tolerance=1e-12)
 
 
 def no_dropout(model: nn.Module) -> nn.Module:
@@ -265,7 +273,4 @@ def test_killed_twenty_times(tmp_path: Path, sizes: str) -> None:
 
     whole = Parts(tmp_path / "whole", wrap=None if is_equal else no_dropout)
     whole.train(updates)
-    tolerance = 0.0 if is_equal else 1e-12
-    assert_same_gradients(killed.parameters(), whole.parameters(), tolerance=tolerance)
-    assert killed.history.samples == whole.history.samples
-    assert all(abs(a - b) <= tolerance for a, b in zip(killed.history.losses, whole.history.losses, strict=True))
+    killed.assert_same(whole, tolerance=0.0 if is_equal else 1e-12)

@@ -54,7 +54,7 @@ def test_a_folder_is_one_checkpoint(tmp_path: Path) -> None:
         (partial / "a").write_bytes(b"1")
         (partial / "b").write_bytes(b"2")
 
-    path = files.write(tmp_path, 1, fill, suffix="")
+    path = files.write(tmp_path, 1, fill)
     assert files.is_whole(path)
     (path / "b").rename(path / "c")
     assert not files.is_whole(path)

@@ -80,27 +80,24 @@ def test_an_unknown_loss_is_refused_when_it_is_handed_over(name: str) -> None:
     assert "ga.Loss.mean(value, over=n)" in str(refused.value)
 
 
-def test_a_class_is_refused_for_its_instance() -> None:
-    with pytest.raises(
-        UnknownLossError, match=r"the class CrossEntropyLoss itself.*ga\.criterion\(CrossEntropyLoss\(\.\.\.\)\)"
-    ):
-        criterion(nn.CrossEntropyLoss)
-
-
 NONE = r"reduction='none' leaves one loss for each item.*reduction='mean' or 'sum'.*over=losses\.numel\(\)"
+NOT_KNOWN = r"mse_loss with reduction='{}' is not known.*'mean' or 'sum'"
 
 
 @pytest.mark.parametrize(
-    "loss",
+    ("loss", "message"),
     [
-        nn.CrossEntropyLoss(reduction="none"),
-        nn.CTCLoss(reduction="none"),
-        functools.partial(F.mse_loss, reduction="none"),
+        (nn.CrossEntropyLoss, r"the class CrossEntropyLoss itself.*ga\.criterion\(CrossEntropyLoss\(\.\.\.\)\)"),
+        (nn.CrossEntropyLoss(reduction="none"), NONE),
+        (nn.CTCLoss(reduction="none"), NONE),
+        (functools.partial(F.mse_loss, reduction="none"), NONE),
+        *((nn.MSELoss(reduction=name), NOT_KNOWN.format(name)) for name in ("batchmean", "elementwise_mean", "median")),
+        (nn.KLDivLoss(reduction="none"), "Use reduction='mean' or 'batchmean' or 'sum'"),
     ],
-    ids=["CrossEntropyLoss", "CTCLoss", "partial"],
+    ids=str,
 )
-def test_unreduced_losses_are_refused_when_they_are_handed_over(loss: Any) -> None:
-    with pytest.raises(UnknownLossError, match=NONE):
+def test_classes_and_reductions_that_are_refused_when_they_are_handed_over(loss: Any, message: str) -> None:
+    with pytest.raises(UnknownLossError, match=message):
         criterion(loss)
 
 
@@ -112,17 +109,6 @@ def test_unreduced_losses_are_refused_at_the_call_where_only_that_tells() -> Non
     module.reduction = "none"
     with pytest.raises(UnknownLossError, match=NONE):
         made(LOGITS, LABELS)
-
-
-@pytest.mark.parametrize("reduction", ["batchmean", "elementwise_mean", "median"])
-def test_a_reduction_that_the_loss_does_not_have_is_refused(reduction: str) -> None:
-    with pytest.raises(UnknownLossError, match=rf"mse_loss with reduction='{reduction}' is not known.*'mean' or 'sum'"):
-        criterion(nn.MSELoss(reduction=reduction))
-
-
-def test_a_reduction_is_suggested_of_those_that_the_loss_has() -> None:
-    with pytest.raises(UnknownLossError, match="Use reduction='mean' or 'batchmean' or 'sum'"):
-        criterion(nn.KLDivLoss(reduction="none"))
 
 
 # The arguments that stood for the reduction before there was one.

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gradaccum.errors import UnsupportedError
 from gradaccum.losses.criterion import criterion
-from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY, RULES
+from gradaccum.losses.torch_losses import HAS_LINEAR_CROSS_ENTROPY, RULES, rule_of, torch_class_of
 from losses.torch_cases import (
     CASES,
     CLASS_WEIGHTS,
@@ -79,13 +79,7 @@ def test_micro_batches_add_up_to_the_whole_batch(name: str, form: str, split: st
 
     torch.testing.assert_close(value, expected.detach(), **EXACT)
     torch.testing.assert_close(gradients, gradient(expected, leaves), **EXACT)
-
-
-@EVERY_FORM
-def test_value_is_the_mean_that_torch_takes(name: str, form: str) -> None:
-    loss = forms(CASES[name])[form]
-    inputs = CASES[name].inputs(ROWS)
-    torch.testing.assert_close(loss(*inputs).value, whole_batch(name, form, loss, inputs), **EXACT)
+    torch.testing.assert_close(loss(*inputs).value, expected, **EXACT)
 
 
 @EVERY_CASE
@@ -180,6 +174,40 @@ def test_every_functional_loss_of_torch_has_a_rule() -> None:
     assert functions == set(RULES)
 
 
+# Loss classes as calls of their functional forms.
+
+
+class Renamed(nn.HuberLoss):
+    pass
+
+
+class Overridden(nn.HuberLoss):
+    def forward(self, input, target):  # type: ignore[no-untyped-def]
+        return super().forward(input, target)
+
+
+@EVERY_CASE
+def test_a_module_passes_all_that_its_functional_form_requires_and_takes(name: str) -> None:
+    """What the function can be told, and the module knows by the same name, is not left to a default."""
+    module = CASES[name].module()
+    rule = rule_of(module)
+    assert rule is not None
+    options, parameters = rule.options(module).keys(), rule.signature.parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert required <= options | set(rule.inputs)
+    assert {name for name in parameters if hasattr(module, name)} <= options <= parameters.keys()
+    assert len(rule.inputs) == len(rule.forward.parameters) - 1  # without self
+
+
+def test_a_rule_belongs_to_a_forward() -> None:
+    replaced = nn.HuberLoss()
+    replaced.forward = lambda input, target: input  # pyright: ignore[reportAttributeAccessIssue]
+    assert rule_of(Renamed()) is rule_of(nn.HuberLoss()) is RULES[F.huber_loss]
+    assert all(rule_of(module) is None for module in (Overridden(), nn.ReLU(), replaced))
+    assert torch_class_of(Overridden()) is torch_class_of(nn.HuberLoss()) is nn.HuberLoss
+    assert torch_class_of(nn.ReLU()) is None
+
+
 # Cross entropy: every combination of its options.
 
 
@@ -246,14 +274,17 @@ def test_a_byte_is_never_the_negative_index_that_is_ignored() -> None:
         (nn.TripletMarginLoss(), lambda: (output(3), output(3), output(3)), 1),
         (nn.KLDivLoss(reduction="batchmean"), lambda: (output(), share()), 1),
         (nn.MSELoss(), lambda: (output(), output()), 1),
+        (nn.CTCLoss(), lambda: (output(9, CLASSES), torch.tensor([1, 2, 1]), (9,), (3,)), 1),
+        (CASES["AdaptiveLogSoftmaxWithLoss"].module(), lambda: (output(8), torch.tensor(17)), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_one_sample_without_a_batch(loss: nn.Module, inputs: Callable[[], Inputs], weight: float) -> None:
     given = inputs()
     micro = criterion(loss)(*given)
+    expected = loss(*given)
     assert micro.weight == weight
-    torch.testing.assert_close(micro.value, loss(*given), **EXACT)
+    torch.testing.assert_close(micro.value, getattr(expected, "loss", expected), **EXACT)
 
 
 # CTC: lengths and targets come in several shapes.
@@ -269,21 +300,6 @@ def test_ctc_takes_concatenated_targets_and_lengths_of_any_kind(lengths_as: Call
     last = loss(x[:, 2:], targets[2:], lengths_as(steps[2:]), lengths_as(lengths[2:]))
     assert (first.weight, last.weight) == (2, 1)
     torch.testing.assert_close((first.total + last.total) / 3, expected, **EXACT)
-
-
-def test_ctc_of_one_sequence_without_a_batch() -> None:
-    given = (output(9, CLASSES), torch.tensor([1, 2, 1]), (9,), (3,))
-    micro = criterion(nn.CTCLoss())(*given)
-    assert micro.weight == 1
-    torch.testing.assert_close(micro.value, nn.CTCLoss()(*given), **EXACT)
-
-
-def test_adaptive_softmax_of_one_sample_without_a_batch() -> None:
-    module = CASES["AdaptiveLogSoftmaxWithLoss"].module()
-    given = output(8), torch.tensor(17)
-    micro = criterion(module)(*given)
-    assert micro.weight == 1
-    torch.testing.assert_close(micro.value, module(*given).loss, **EXACT)
 
 
 @NEEDS_LINEAR_CROSS_ENTROPY

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ def share(*shape: int) -> Tensor:
     return torch.rand(shape, dtype=DOUBLE) * 0.9 + 0.05
 
 
+def learned_share(*shape: int) -> Tensor:
+    return share(*shape).requires_grad_()
+
+
 def log_shares(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DOUBLE).log_softmax(1).requires_grad_()
 
@@ -74,13 +78,13 @@ def pair(target: Callable[..., Tensor], *, inputs: Callable[..., Tensor] = outpu
     return lambda rows: (inputs(rows, 3), target(rows, 3))
 
 
-def cross_entropy(inputs: Callable[[int], Inputs], *, depends_on_data: bool, **options: Any) -> Case:
-    return Case(
-        module=lambda: nn.CrossEntropyLoss(**options),
-        function=functools.partial(F.cross_entropy, **options),
-        inputs=inputs,
-        depends_on_data=depends_on_data,
-    )
+def three(last: Callable[..., Tensor] = output, *sizes: int) -> Callable[[int], Inputs]:
+    return lambda rows: (output(rows, *sizes), output(rows, *sizes), last(rows))
+
+
+def cross_entropy(inputs: Callable[[int], Inputs], **options: Any) -> Case:
+    depends_on_data = not inputs(1)[1].is_floating_point()
+    return replace(simple(nn.CrossEntropyLoss, F.cross_entropy, inputs, **options), depends_on_data=depends_on_data)
 
 
 def linear_cross_entropy(inputs: Callable[[int], Inputs], **options: Any) -> Case:
@@ -104,9 +108,16 @@ def sequences(rows: int) -> Inputs:
     return output(9, rows, CLASSES), torch.randint(1, CLASSES, (rows, 4)), torch.randint(3, 10, (rows,)), lengths
 
 
+def ctc(inputs: Callable[[int], Inputs], **options: Any) -> Case:
+    case = simple(nn.CTCLoss, F.ctc_loss, inputs, zero_infinity=True, **options)
+    return replace(case, rows_at=(1, 0, 0, 0), reads_data=True)
+
+
 def hidden(*sizes: int) -> Callable[[int], Inputs]:
     return lambda rows: (output(rows, 6), labels(rows, *sizes))
 
+
+three_rows = three(lambda rows: output(rows, 3), 3)
 
 CASES = {
     "L1": simple(nn.L1Loss, F.l1_loss, pair(output)),
@@ -121,25 +132,15 @@ CASES = {
     "PoissonNLL broadcast": simple(
         nn.PoissonNLLLoss, F.poisson_nll_loss, lambda rows: (output(rows, 1), positive(rows, 3))
     ),
-    "GaussianNLL": Case(
-        module=lambda: nn.GaussianNLLLoss(full=True),
-        function=functools.partial(F.gaussian_nll_loss, full=True),
-        inputs=lambda rows: (output(rows, 3), output(rows, 3), positive(rows, 3)),
+    "GaussianNLL": replace(
+        simple(nn.GaussianNLLLoss, F.gaussian_nll_loss, three(lambda rows: positive(rows, 3), 3), full=True),
         reads_data=True,
     ),
-    "GaussianNLL one variance": Case(
-        module=nn.GaussianNLLLoss,
-        function=F.gaussian_nll_loss,
-        inputs=lambda rows: (output(rows, 3), output(rows, 3), positive(rows)),
-        reads_data=True,
+    "GaussianNLL one variance": replace(
+        simple(nn.GaussianNLLLoss, F.gaussian_nll_loss, three(positive, 3)), reads_data=True
     ),
-    "BCE": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=lambda *s: share(*s).requires_grad_())),
-    "BCE weight": simple(
-        nn.BCELoss,
-        F.binary_cross_entropy,
-        pair(share, inputs=lambda *s: share(*s).requires_grad_()),
-        weight=ROW_WEIGHTS,
-    ),
+    "BCE": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share)),
+    "BCE weight": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share), weight=ROW_WEIGHTS),
     "BCEWithLogits": simple(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, pair(share)),
     "BCEWithLogits weights": simple(
         nn.BCEWithLogitsLoss,
@@ -155,15 +156,8 @@ CASES = {
         nn.KLDivLoss, F.kl_div, pair(log_shares, inputs=log_shares), log_target=True, reduction="batchmean"
     ),
     "HingeEmbedding": simple(nn.HingeEmbeddingLoss, F.hinge_embedding_loss, pair(sign), margin=0.8),
-    "MarginRanking": simple(
-        nn.MarginRankingLoss, F.margin_ranking_loss, lambda rows: (output(rows), output(rows), sign(rows)), margin=0.3
-    ),
-    "CosineEmbedding": simple(
-        nn.CosineEmbeddingLoss,
-        F.cosine_embedding_loss,
-        lambda rows: (output(rows, 3), output(rows, 3), sign(rows)),
-        margin=0.1,
-    ),
+    "MarginRanking": simple(nn.MarginRankingLoss, F.margin_ranking_loss, three(sign), margin=0.3),
+    "CosineEmbedding": simple(nn.CosineEmbeddingLoss, F.cosine_embedding_loss, three(sign, 3), margin=0.1),
     "SoftMargin": simple(nn.SoftMarginLoss, F.soft_margin_loss, pair(sign)),
     "MultiMargin": simple(
         nn.MultiMarginLoss,
@@ -182,60 +176,36 @@ CASES = {
         nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss, pair(share), weight=ROW_WEIGHTS
     ),
     "TripletMargin": simple(
-        nn.TripletMarginLoss,
-        F.triplet_margin_loss,
-        lambda rows: (output(rows, 3), output(rows, 3), output(rows, 3)),
-        margin=0.5,
-        p=3.0,
-        eps=1e-3,
-        swap=True,
+        nn.TripletMarginLoss, F.triplet_margin_loss, three_rows, margin=0.5, p=3.0, eps=1e-3, swap=True
     ),
     "TripletMarginWithDistance": simple(
         nn.TripletMarginWithDistanceLoss,
         F.triplet_margin_with_distance_loss,
-        lambda rows: (output(rows, 3), output(rows, 3), output(rows, 3)),
+        three_rows,
         distance_function=lambda a, b: (a - b).abs().sum(-1),
         margin=0.5,
         swap=True,
     ),
-    "CTC": Case(
-        module=lambda: nn.CTCLoss(zero_infinity=True),
-        function=functools.partial(F.ctc_loss, zero_infinity=True),
-        inputs=sequences,
-        rows_at=(1, 0, 0, 0),
-        reads_data=True,
-    ),
-    "CTC blank": Case(
-        module=lambda: nn.CTCLoss(blank=CLASSES - 1, zero_infinity=True),
-        function=functools.partial(F.ctc_loss, blank=CLASSES - 1, zero_infinity=True),
-        inputs=lambda rows: (lambda x, t, m, n: (x, t - 1, m, n))(*sequences(rows)),
-        rows_at=(1, 0, 0, 0),
-        reads_data=True,
-    ),
+    "CTC": ctc(sequences),
+    "CTC blank": ctc(lambda rows: (lambda x, t, m, n: (x, t - 1, m, n))(*sequences(rows)), blank=CLASSES - 1),
     "AdaptiveLogSoftmaxWithLoss": Case(
         module=lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [4, 10], div_value=2.0, dtype=DOUBLE),
         inputs=lambda rows: (output(rows, 8), torch.randint(0, 20, (rows,))),
         reads_data=True,
     ),
-    "NLL": Case(
-        module=lambda: nn.NLLLoss(weight=CLASS_WEIGHTS, ignore_index=2),
-        function=functools.partial(F.nll_loss, weight=CLASS_WEIGHTS, ignore_index=2),
-        inputs=classified(ignored=2),
+    "NLL": replace(
+        simple(nn.NLLLoss, F.nll_loss, classified(ignored=2), weight=CLASS_WEIGHTS, ignore_index=2),
         depends_on_data=True,
     ),
-    "NLL 2d": Case(module=nn.NLLLoss, function=F.nll_loss, inputs=classified(3, 2), depends_on_data=True),
-    "CrossEntropy": cross_entropy(classified(), depends_on_data=True),
-    "CrossEntropy ignored class": cross_entropy(classified(ignored=1), ignore_index=1, depends_on_data=True),
-    "CrossEntropy weight": cross_entropy(classified(), weight=CLASS_WEIGHTS, depends_on_data=True),
-    "CrossEntropy smooth": cross_entropy(classified(), label_smoothing=0.2, depends_on_data=True),
-    "CrossEntropy weight smooth 1d": cross_entropy(
-        classified(4), weight=CLASS_WEIGHTS, label_smoothing=0.2, depends_on_data=True
-    ),
-    "CrossEntropy weight 3d": cross_entropy(classified(2, 3, 2), weight=CLASS_WEIGHTS, depends_on_data=True),
-    "CrossEntropy soft": cross_entropy(soft(), depends_on_data=False),
-    "CrossEntropy soft weight smooth 2d": cross_entropy(
-        soft(3, 2), weight=CLASS_WEIGHTS, label_smoothing=0.2, depends_on_data=False
-    ),
+    "NLL 2d": replace(simple(nn.NLLLoss, F.nll_loss, classified(3, 2)), depends_on_data=True),
+    "CrossEntropy": cross_entropy(classified()),
+    "CrossEntropy ignored class": cross_entropy(classified(ignored=1), ignore_index=1),
+    "CrossEntropy weight": cross_entropy(classified(), weight=CLASS_WEIGHTS),
+    "CrossEntropy smooth": cross_entropy(classified(), label_smoothing=0.2),
+    "CrossEntropy weight smooth 1d": cross_entropy(classified(4), weight=CLASS_WEIGHTS, label_smoothing=0.2),
+    "CrossEntropy weight 3d": cross_entropy(classified(2, 3, 2), weight=CLASS_WEIGHTS),
+    "CrossEntropy soft": cross_entropy(soft()),
+    "CrossEntropy soft weight smooth 2d": cross_entropy(soft(3, 2), weight=CLASS_WEIGHTS, label_smoothing=0.2),
 }
 if HAS_LINEAR_CROSS_ENTROPY:
     CASES |= {

@@ -1,15 +1,17 @@
-"""Imports go downwards only: the house of CONTRIBUTING.md, read from the source and held."""
+"""The house of CONTRIBUTING.md, read from the source: imports go downwards, and a file is one idea with one name."""
 
 import ast
 import graphlib
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parents[2] / "src" / "gradaccum"
-MAX_LINES = 400
+MIN_LINES, MAX_LINES = 40, 400
+SHORT = {"__init__.py", "__main__.py"}  # they may be as short as they are
 
 # From the ground up. A room is a file or a folder directly under the package.
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -50,11 +52,50 @@ def violations(package: Path) -> list[str]:
                 found.append(f"{path.relative_to(package)}:{line}: {problem}")
             elif target != DOOR:
                 graph.setdefault(room, set()).add(target)
+    return found + _circle(graph)
+
+
+def circles(package: Path) -> list[str]:
+    """A circle of imports between files, within a room too; imports for type checking only make none.
+
+    Not even lazy ones may: neither of the files can be read, moved or tested without the other.
+    """
+    files = {".".join([package.name, *path.relative_to(package).with_suffix("").parts]).removesuffix(".__init__"): path
+             for path in sorted(package.rglob("*.py"))}  # fmt: skip
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        if module == package.name:
+            continue  # the door sees every file, and no file but those of the edges comes in through it
+        for _, target, names, is_for_types in _imports(path, package):
+            if not is_for_types:
+                inside = {f"{target}.{name}" for name in names} & files.keys()
+                # `from folder import file` reads the file; any other name is read from the target itself.
+                is_only_files = bool(names) and len(inside) == len(set(names))
+                found = inside if is_only_files else inside | {target}
+                graph.setdefault(module, set()).update(found - {module, package.name})
+    return _circle(graph)
+
+
+def shapes(package: Path) -> list[str]:
+    """Files that are too long or too short, and names that stand twice in the package."""
+    paths, found = sorted(package.rglob("*.py")), list[str]()
+    for path in paths:
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        where = path.relative_to(package)
+        if num_lines > MAX_LINES:
+            found.append(f"{where}: {num_lines} lines, at most {MAX_LINES}: it has more than one idea")
+        if num_lines < MIN_LINES and path.name not in SHORT:
+            found.append(f"{where}: {num_lines} lines, at least {MIN_LINES}: let it be part of the file that uses it")
+    names = Counter(path.name for path in paths if path.name not in SHORT)
+    return found + [f"{times} files are called {name}" for name, times in names.items() if times > 1]
+
+
+def _circle(graph: Mapping[str, set[str]]) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        found.append("a circle of imports: " + " -> ".join(error.args[1]))
-    return found
+        return ["a circle of imports: " + " -> ".join(error.args[1])]
+    return []
 
 
 def _problem(room: str, target: str) -> str | None:
@@ -77,26 +118,36 @@ def _room_of_file(path: Path, package: Path) -> str:
 
 def _imported_rooms(path: Path, package: Path) -> Iterator[tuple[int, str]]:
     """Line and room of every import of something in the package, `DOOR` for a name of the package itself."""
-    name = package.name
-    parents = [name, *path.relative_to(package).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
-        targets: list[str] = []
+    for line, module, names, _ in _imports(path, package):
+        if module != package.name:
+            yield line, module.split(".")[1]
+        else:  # each may be a room, or one of the package's own names
+            rooms = LEVEL.keys() | {_room_of_file(file, package) for file in package.rglob("*.py")}
+            yield from ((line, name if name in rooms else DOOR) for name in names or [DOOR])
+
+
+def _imports(path: Path, package: Path) -> Iterator[tuple[int, str, list[str], bool]]:
+    """Line, module and names of every import of something in the package, and whether only type checkers see it."""
+    parents = [package.name, *path.relative_to(package).parts[:-1]]
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for_types = {inner for node in ast.walk(tree) if isinstance(node, ast.If)
+                 and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+                 for statement in node.body for inner in ast.walk(statement)}  # fmt: skip
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+            continue
+        found: list[tuple[str, list[str]]] = []
         if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
+            found = [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = parents[: len(parents) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module != name:
-                targets = [module]
-            else:  # each may be a room, or one of the package's own names
-                rooms = LEVEL.keys() | {_room_of_file(file, package) for file in package.rglob("*.py")}
-                targets = [f"{name}.{alias.name}" if alias.name in rooms else name for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            targets = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
-        for target in targets:
-            head, *rest = target.split(".")
-            if head == name:
-                yield node.lineno, rest[0] if rest else DOOR
+            found = [(module, [alias.name for alias in node.names])]
+        elif ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found = [(str(arg.value), []) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        for module, names in found:
+            if module.split(".")[0] == package.name:
+                yield node.lineno, module, names, node in for_types
 
 
 def test_imports_go_downwards() -> None:
@@ -108,10 +159,12 @@ def test_the_layers_name_real_rooms() -> None:
     assert {"errors", "split", "losses", "window", "accumulator", "train_step"} <= present & LEVEL.keys()
 
 
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
-def test_a_file_is_one_idea(path: Path) -> None:
-    num_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_LINES, f"{num_lines} lines, at most {MAX_LINES}: it has more than one idea"
+def test_files_import_in_no_circle() -> None:
+    assert not circles(SRC), "\n".join(circles(SRC))
+
+
+def test_a_file_is_one_idea_with_one_name() -> None:
+    assert not shapes(SRC), "\n".join(shapes(SRC))
 
 
 # -------------------------------------------------------------------------------------------- the guard itself can fail
@@ -148,17 +201,60 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("files", "message"), CASES.values(), ids=CASES.keys())
-def test_the_layer_guard(tmp_path: Path, files: dict[str, str], message: str | None) -> None:
-    package = tmp_path / "gradaccum"
-    ground = {"__init__.py": "", "errors.py": "", "types.py": "", "losses/__init__.py": "", "accumulator.py": ""}
-    for name, text in {**ground, **files}.items():
+CIRCLES = {
+    "none": ({"a.py": "from gradaccum.b import f", "b.py": "import torch\nfrom gradaccum.deep import c"}, None),
+    "within a room": ({"deep/a.py": "from .b import f", "deep/b.py": "from . import a"}, r"gradaccum\.deep\.[ab] -> "),
+    "of three": (
+        {"a.py": "import gradaccum.b", "b.py": "from gradaccum.deep import c", "deep/c.py": "from ..a import f"},
+        r"circle of imports: (gradaccum\.(a|b|deep\.c) -> ){3}",
+    ),
+    "lazy": ({"a.py": "from .b import f", "b.py": "def f():\n    from .a import g"}, r"gradaccum\.[ab]"),
+    "through a folder's own names": (
+        {"deep/__init__.py": "from .c import f", "deep/c.py": "from gradaccum.deep import f"}, r"gradaccum\.deep -> "
+    ),
+    "for types only": ({"a.py": "from .b import f", "b.py": "if TYPE_CHECKING:\n    from .a import g"}, None),
+    "not for types": (
+        {"a.py": "from .b import f", "b.py": "if TYPE_CHECKING:\n    pass\nelse:\n    from .a import g"},
+        r"gradaccum\.[ab]",
+    ),
+    "through the door": ({"__init__.py": "from .a import f", "a.py": "import gradaccum as ga"}, None),
+}  # fmt: skip
+
+SHAPES = {
+    "fine": ({"a/x.py": MIN_LINES, "y.py": MAX_LINES, "a/__init__.py": 1, "__init__.py": 1, "__main__.py": 0}, None),
+    "too long": ({"a/x.py": MAX_LINES + 1}, r"a/x\.py: 401 lines, at most 400"),
+    "too short": ({"a/x.py": MIN_LINES - 1}, r"a/x\.py: 39 lines, at least 40"),
+    "one name twice": ({"a/x.py": MIN_LINES, "b/x.py": MIN_LINES}, r"2 files are called x\.py"),
+}
+
+
+def write(package: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
         path = package / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    return package
 
-    found = violations(package)
 
+@pytest.mark.parametrize(("files", "message"), CASES.values(), ids=CASES.keys())
+def test_the_layer_guard(tmp_path: Path, files: dict[str, str], message: str | None) -> None:
+    ground = {"__init__.py": "", "errors.py": "", "types.py": "", "losses/__init__.py": "", "accumulator.py": ""}
+    assert_found(violations(write(tmp_path / "gradaccum", {**ground, **files})), message)
+
+
+@pytest.mark.parametrize(("files", "message"), CIRCLES.values(), ids=CIRCLES.keys())
+def test_the_circle_guard(tmp_path: Path, files: dict[str, str], message: str | None) -> None:
+    ground = {"__init__.py": "", "deep/__init__.py": "", "deep/c.py": ""}
+    assert_found(circles(write(tmp_path / "gradaccum", {**ground, **files})), message)
+
+
+@pytest.mark.parametrize(("files", "message"), SHAPES.values(), ids=SHAPES.keys())
+def test_the_shape_guard(tmp_path: Path, files: dict[str, int], message: str | None) -> None:
+    texts = {name: "x = 1\n" * num_lines for name, num_lines in files.items()}
+    assert_found(shapes(write(tmp_path / "gradaccum", texts)), message)
+
+
+def assert_found(found: list[str], message: str | None) -> None:
     if message is None:
         assert found == []
     else:

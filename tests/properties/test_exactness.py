@@ -77,6 +77,11 @@ def stream(sizes: list[int], *, seed: int, masked: list[int] | None = None) -> l
     return [make_batch(n, seed=seed + 31 * i, masked=i in (masked or [])) for i, n in enumerate(sizes)]
 
 
+def by_update(schedule: list[int]) -> Callable[[int], int]:
+    """The size of each window: of a schedule that begins again at its end."""
+    return lambda update: schedule[(update - 1) % len(schedule)]
+
+
 def windows_of(
     passes: list[list[Batch]], tail: str, is_full: Callable[[list[Batch], int], bool]
 ) -> Iterator[list[Batch]]:
@@ -169,10 +174,7 @@ def test_own_loop_counted_in_micro_batches(
     passes = [stream(one_pass, seed=seed + 7 * i, masked=masked) for i, one_pass in enumerate(sizes)]
     if tail == "drop":  # no update at all in a pass is an error
         assume(min(len(one_pass) for one_pass in passes) >= max(schedule))
-
-    def micro_batches(update: int) -> int:
-        return schedule[(update - 1) % len(schedule)]
-
+    micro_batches = by_update(schedule)
     check_loop(
         make_model(model, seed=seed),
         case,
@@ -205,10 +207,7 @@ def test_own_loop_counted_in_samples(
     case = LOSSES[loss]
     assume(tail != "carry" or case.weights is None)
     schedule = data.draw(st.lists(st.integers(1, 11), min_size=1, max_size=3), label="batch_size")
-
-    def batch_size(update: int) -> int:
-        return schedule[(update - 1) % len(schedule)]
-
+    batch_size = by_update(schedule)
     num_windows = data.draw(st.integers(1, 4), label="windows")
     sizes = data.draw(windows_that_add_up([batch_size(i + 1) for i in range(num_windows)]), label="rows")
     micro_batches = stream([n for window in sizes for n in window], seed=seed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
-from oracle import ROWS, WAYS, Made, assert_same, assert_same_gradients, whole_batches
+from oracle import ROWS, WAYS, Made, assert_same, assert_same_gradients, parameters_of, whole_batches
 from tasks import CLASSES, FEATURES, WORDS, Batch, make_batch, pieces
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -267,46 +267,33 @@ def test_compiled_model(way: str, backend: str) -> None:
     assert_same(made, expected_of("used twice", plain_sgd, clip_norm=0.05))
 
 
-def test_unused_parameters_keep_none() -> None:
-    model = make("unused")
-    optimizer = plain_sgd(model)
-    train_step = ga.TrainStep(model, optimizer, squares, micro_batch_size=4)
-    train_step.backward(BATCHES[0])
-    assert model.unused.weight.grad is None
-    assert model.first.weight.grad is not None
+def unfreeze(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.first.requires_grad_(True)
 
 
-def test_a_layer_unfrozen_while_training_is_trained_from_then_on() -> None:
-    def train(model: nn.Module, step: Callable[[Batch], Any]) -> dict[str, Tensor]:
-        step(BATCHES[0])
-        model.first.requires_grad_(True)
-        step(BATCHES[1])
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    own, whole = make("frozen"), make("frozen")
-    train_step = ga.TrainStep(own, plain_sgd(own), squares, micro_batch_size=4)
-    optimizer = plain_sgd(whole)
-    expected = train(whole, lambda batch: whole_batches(whole, optimizer, [batch], squares))
-    assert_same_gradients(train(own, train_step), expected)
+def add_layer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.third = nn.Linear(CLASSES, CLASSES).double()
+    with torch.no_grad():
+        model.third.weight.fill_(0.5)
+        model.third.bias.zero_()
+    model.forward = lambda batch: model.third(type(model).forward(model, batch))
+    optimizer.add_param_group({"params": model.third.parameters()})
 
 
-def test_a_parameter_group_added_while_training_is_trained_from_then_on() -> None:
+@pytest.mark.parametrize(("kind", "change"), [("frozen", unfreeze), ("used twice", add_layer)])
+def test_what_is_trained_from_the_second_update_on(
+    kind: str, change: Callable[[nn.Module, torch.optim.Optimizer], None]
+) -> None:
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[Batch], Any]) -> dict[str, Tensor]:
         step(BATCHES[0])
-        model.third = nn.Linear(CLASSES, CLASSES).double()
-        with torch.no_grad():
-            model.third.weight.fill_(0.5)
-            model.third.bias.zero_()
-        model.forward = lambda batch: model.third(type(model).forward(model, batch))
-        optimizer.add_param_group({"params": model.third.parameters()})
+        change(model, optimizer)
         for batch in (BATCHES[1], *pieces(BATCHES[0], [9, 4])):  # smaller ones, whose sums are corrected at the end
             step(batch)
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return parameters_of(model)
 
-    own, whole = make("used twice"), make("used twice")
+    own, whole = make(kind), make(kind)
     optimizer = plain_sgd(own)
-    train_step = ga.TrainStep(own, optimizer, squares, micro_batch_size=4)
-    made = train(own, optimizer, train_step)
+    made = train(own, optimizer, ga.TrainStep(own, optimizer, squares, micro_batch_size=4))
     optimizer = plain_sgd(whole)
     expected = train(whole, optimizer, lambda batch: whole_batches(whole, optimizer, [batch], squares))
     assert_same_gradients(made, expected)

@@ -94,18 +94,16 @@ def exact_gradient(model: nn.Module) -> Gradients:
     return gradients_of(whole)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loss_fn"),
+    [(torch.bfloat16, mse), (torch.float32, autocast(torch.bfloat16))],
+    ids=["model", "autocast"],
+)
 @EVERY_WAY
-def test_bf16_model(way: str) -> None:
-    model = make_model("mlp").bfloat16()
+def test_bf16(way: str, dtype: torch.dtype, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+    model = make_model("mlp").to(dtype)
     expected = exact_gradient(model)
-    assert error_of(first_gradient(way, model, mse), expected) < BF16
-
-
-@EVERY_WAY
-def test_bf16_autocast(way: str) -> None:
-    model = make_model("mlp").float()
-    expected = exact_gradient(model)
-    assert error_of(first_gradient(way, model, autocast(torch.bfloat16)), expected) < BF16
+    assert error_of(first_gradient(way, model, loss_fn), expected) < BF16
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
@@ -135,8 +133,7 @@ def test_a_scale_changes_no_digit_of_fp32(way: str, fused: bool) -> None:
     assert_same_gradients(found[1], found[0], tolerance=1e-6)  # the correction is rounded to fp32, 2**-24, in both
 
 
-@EVERY_WAY
-def test_backward_alone_leaves_no_scale_in_the_gradients(way: str) -> None:
+def test_backward_alone_leaves_no_scale_in_the_gradients() -> None:
     model = make_model("mlp").float()
     expected = exact_gradient(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -45,6 +46,26 @@ class Pair:
         }
 
 
+def accumulators(pair: Pair, *micro_batches: int, **options: Any) -> tuple[ga.Accumulator, ga.Accumulator]:
+    """The generator's and the judge's; windows of as many micro-batches each, or of one number for both."""
+    return (
+        ga.Accumulator(pair.generator, pair.of_generator, micro_batches=micro_batches[0], **options),
+        ga.Accumulator(pair.judge, pair.of_judge, micro_batches=micro_batches[-1], **options),
+    )
+
+
+def train(
+    pair: Pair, generator: ga.Accumulator, judge: ga.Accumulator, stream: Iterable[Any], forgotten: str = ""
+) -> None:
+    for z, real in judge.over(generator.over(stream)):
+        for_generator, for_judge = pair.losses(z, real)
+        # The generator first: the judge's update would change what its loss has to go back through.
+        if forgotten != "generator":
+            generator.backward(for_generator)
+        if forgotten != "judge":
+            judge.backward(for_judge)
+
+
 def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     rows = sum(sizes)
     return list(zip(Z[:rows].split(sizes), REAL[:rows].split(sizes), strict=True))
@@ -84,14 +105,9 @@ def windows_of(stream: list[Any], lengths: list[int]) -> list[list[Any]]:
 @given(sizes=sizes_of_micro_batches, micro_batches=st.integers(1, 4), has_length=st.booleans())
 def test_two_that_share_a_pass_are_each_exact(sizes: list[int], micro_batches: int, has_length: bool) -> None:
     pair, stream = Pair(), batches(sizes)
-    generator = ga.Accumulator(pair.generator, pair.of_generator, micro_batches=micro_batches)
-    judge = ga.Accumulator(pair.judge, pair.of_judge, micro_batches=micro_batches)
+    generator, judge = accumulators(pair, micro_batches)
     with seen_by(pair.of_generator, pair.generator) as of_generator, seen_by(pair.of_judge, pair.judge) as of_judge:
-        for z, real in judge.over(generator.over(stream if has_length else iter(stream))):
-            for_generator, for_judge = pair.losses(z, real)
-            # The generator first: the judge's update would change what its loss has to go back through.
-            generator.backward(for_generator)
-            judge.backward(for_judge)
+        train(pair, generator, judge, stream if has_length else iter(stream))
 
     expected_generator, expected_judge, expected = whole(windows_of(stream, [micro_batches]))
     assert len(of_generator) == len(expected_generator)
@@ -103,8 +119,7 @@ def test_two_that_share_a_pass_are_each_exact(sizes: list[int], micro_batches: i
 
 def test_each_writes_its_own_models_gradients_only() -> None:
     pair = Pair()
-    generator = ga.Accumulator(pair.generator, pair.of_generator, micro_batches=2)
-    judge = ga.Accumulator(pair.judge, pair.of_judge, micro_batches=2)
+    generator, judge = accumulators(pair, 2)
     for done, (z, real) in enumerate(judge.over(generator.over(batches([3, 2])))):
         for_generator, for_judge = pair.losses(z, real)
         before = gradients_of(pair.judge)
@@ -119,51 +134,27 @@ def test_each_writes_its_own_models_gradients_only() -> None:
 def test_windows_of_different_lengths_on_one_pass() -> None:
     """The judge is updated after each two micro-batches, the generator after each three."""
     pair, stream = Pair(), batches([3, 1, 2, 4, 1, 2, 2])
-    generator = ga.Accumulator(pair.generator, pair.of_generator, micro_batches=3)
-    judge = ga.Accumulator(pair.judge, pair.of_judge, micro_batches=2)
-    for z, real in judge.over(generator.over(stream)):
-        for_generator, for_judge = pair.losses(z, real)
-        generator.backward(for_generator)
-        judge.backward(for_judge)
+    generator, judge = accumulators(pair, 3, 2)
+    train(pair, generator, judge, stream)
     assert (generator.updates, judge.updates) == (3, 4)
     assert generator.samples == judge.samples == 15
 
 
-@pytest.mark.parametrize("forgotten", ["generator", "judge"])
-def test_each_must_have_its_backward(forgotten: str) -> None:
+@pytest.mark.parametrize(
+    ("forgotten", "micro_batches", "error", "message"),
+    [
+        ("generator", 2, ga.MisuseError, r"micro-batch of 3 samples .* backward\(\) was not called"),
+        ("judge", 2, ga.MisuseError, r"micro-batch of 3 samples .* backward\(\) was not called"),
+        ("", 4, ga.WindowError, "no window is ever complete"),
+    ],
+)
+def test_an_error_ends_both_windows(forgotten: str, micro_batches: int, error: type[Exception], message: str) -> None:
     pair = Pair()
-    generator = ga.Accumulator(pair.generator, pair.of_generator, micro_batches=2)
-    judge = ga.Accumulator(pair.judge, pair.of_judge, micro_batches=2)
-
-    def train() -> None:
-        for z, real in judge.over(generator.over(batches([3, 2]))):
-            for_generator, for_judge = pair.losses(z, real)
-            if forgotten != "generator":
-                generator.backward(for_generator)
-            if forgotten != "judge":
-                judge.backward(for_judge)
-
-    with pytest.raises(ga.MisuseError, match=r"micro-batch of 3 samples .* backward\(\) was not called"):
-        train()
+    generator, judge = accumulators(pair, micro_batches, tail="drop")
+    with pytest.raises(error, match=message):
+        train(pair, generator, judge, iter(batches([3, 2])), forgotten)
     for model in (pair.generator, pair.judge):
         assert all(parameter.grad is None for parameter in model.parameters()), "no half window stays behind in either"
-
-
-def test_an_error_ends_both_windows() -> None:
-    pair = Pair()
-    generator = ga.Accumulator(pair.generator, pair.of_generator, micro_batches=4, tail="drop")
-    judge = ga.Accumulator(pair.judge, pair.of_judge, micro_batches=4, tail="drop")
-
-    def train() -> None:
-        for z, real in judge.over(generator.over(iter(batches([3, 2])))):
-            for_generator, for_judge = pair.losses(z, real)
-            generator.backward(for_generator)
-            judge.backward(for_judge)
-
-    with pytest.raises(ga.WindowError, match="no window is ever complete"):
-        train()
-    for model in (pair.generator, pair.judge):
-        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # Models that train together.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -125,13 +126,9 @@ def test_fewer_pieces_where_they_cost_more() -> None:
 @given(st.permutations(list(range(12))), st.lists(st.integers(1, 11), max_size=3, unique=True))
 def test_outputs_in_the_order_of_the_batch(order: list[int], cuts: list[int]) -> None:
     batch = torch.randn(12, 3)
-    pieces = list(torch.tensor(order).tensor_split(sorted(cuts)))
-    assert torch.equal(restore_order(pieces, [batch[piece] for piece in pieces]), batch)
-
-
-def test_outputs_of_slices() -> None:
-    batch = torch.arange(5)
-    assert torch.equal(restore_order([slice(3, 5), slice(0, 3)], [batch[3:], batch[:3]]), batch)
+    slices = [slice(start, stop) for start, stop in pairwise([0, *sorted(cuts), 12])]
+    for pieces in (list(torch.tensor(order).tensor_split(sorted(cuts))), slices[::-1]):
+        assert torch.equal(restore_order(pieces, [batch[piece] for piece in pieces]), batch)
 
 
 def test_the_gradient_goes_back_to_each_piece() -> None:

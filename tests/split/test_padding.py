@@ -1,17 +1,20 @@
 """Padding: trimmed in every field where it is certain, on its own side, and left alone where it is not."""
 
 from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gradaccum.split.padding import find_padding, trimmed
+from gradaccum.tree import named_leaves
 
 LENGTHS = [5, 2, 7, 3, 5, 1]
 WIDTH = 8  # one more than the longest
@@ -89,16 +92,15 @@ def sequence_to_sequence() -> tuple[dict[str, Tensor], list[float]]:
     return batch, [a + b - 1 for a, b in zip(source, target, strict=True)]
 
 
-def test_source_and_target_whose_cost_is_their_sum() -> None:
+@pytest.mark.parametrize("counted", ["both", "source"])
+def test_source_and_target(counted: str) -> None:
+    """Costs that are the sum of both trim both; those of the source tell nothing of the target."""
     batch, costs = sequence_to_sequence()
-    piece = cut(batch, costs, PIECE)
-    assert {name: field.shape[1] for name, field in piece.items()} == {"source": 3, "target in": 4, "target out": 4}
-
-
-def test_source_and_target_whose_cost_is_the_source() -> None:
-    batch, _ = sequence_to_sequence()
-    piece = cut(batch, [6, 3, 4, 2, 5, 3], PIECE)
-    assert {name: field.shape[1] for name, field in piece.items()} == {"source": 3, "target in": 9, "target out": 9}
+    piece = cut(batch, costs if counted == "both" else [6, 3, 4, 2, 5, 3], PIECE)
+    target = 4 if counted == "both" else 9
+    assert {name: field.shape[1] for name, field in piece.items()} == {
+        "source": 3, "target in": target, "target out": target
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("of", ["inputs", "targets"])
@@ -201,161 +203,109 @@ def test_nestings(nest: Any) -> None:
     batch = everything()
     piece = cut(nest(batch["ids"], batch["features"]), list(LENGTHS), PIECE)
     assert type(piece) is type(nest(batch["ids"], batch["features"]))
-    shapes: list[tuple[int, ...]] = []
-
-    def look(value: Any) -> None:
-        if isinstance(value, (Tensor, np.ndarray)):
-            shapes.append(tuple(value.shape))
-        elif isinstance(value, (list, tuple)):
-            for entry in value:
-                look(entry)
-        elif isinstance(value, (dict, UserDict)):
-            look(list(value.values()))
-        elif isinstance(value, Inputs):
-            look([value.ids, value.rest])
-
-    look(piece)
-    assert shapes == [(2, 3), (2, 3, 3)]
+    arrays = [leaf for _, leaf in named_leaves(piece, "piece") if isinstance(leaf, (Tensor, np.ndarray))]
+    assert [tuple(array.shape) for array in arrays] == [(2, 3), (2, 3, 3)]
 
 
 # -------------------------------------------------------------------------------------------------------- left as it is
-def ending_alike() -> tuple[Any, list[float]]:
-    """Sequences of one length without padding, that all end in the same token."""
-    ids = torch.randint(5, 99, (6, WIDTH))
-    ids[:, -2:] = 2
-    return {"ids": ids, "mask": torch.ones(6, WIDTH)}, [WIDTH] * 6
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(5, 99, shape)
 
 
-def starting_alike() -> tuple[Any, list[float]]:
-    """A start token in all of them, that has no loss and is no cost."""
-    ids = torch.randint(5, 99, (6, WIDTH))
-    ids[:, 0] = 1
-    counts = torch.ones(6, WIDTH)
-    counts[:, 0] = 0
-    return {"ids": ids, "loss_mask": counts}, [WIDTH - 1] * 6
+def only(*names: str, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
+    return {name: field for name, field in everything(lengths).items() if name in names}
 
 
-def prompts() -> tuple[Any, list[float]]:
-    """Nothing is padded; the labels leave out prompts, and the costs are the labels."""
-    counts = real(LENGTHS, left=True)
-    ids = torch.randint(5, 99, counts.shape)
-    return {"ids": ids, "labels": torch.where(counts, ids, -100)}, list(LENGTHS)
+def repeated(count: int, value: float) -> Tensor:
+    return torch.full((6, count), value)
 
 
-def other_costs() -> tuple[Any, list[float]]:
-    """The costs have nothing to do with the lengths."""
-    return {"ids": everything()["ids"]}, [3, 1, 4, 1, 5, 9]
+def prompts(counts: Tensor) -> dict[str, Tensor]:
+    ids = tokens(*counts.shape)
+    return {"ids": ids, "labels": torch.where(counts, ids, -100)}
 
 
-def other_costs_and_mask() -> tuple[Any, list[float]]:
-    batch = everything()
-    return {"ids": batch["ids"], "mask": batch["mask"]}, [3, 1, 4, 1, 5, 9]
-
-
-def real_past_the_lengths() -> tuple[Any, list[float]]:
-    """One more field is as wide, and holds something where the others are padded."""
-    return {**everything(), "classes": torch.randn(6, WIDTH)}, list(LENGTHS)
-
-
-def full_but_cheaper() -> tuple[Any, list[float]]:
-    """A sample fills the width, and costs less than others that do not."""
-    return everything([5, 2, WIDTH, 3]), [5, 2, 4, 3]
-
-
-def all_padding_but_not_free() -> tuple[Any, list[float]]:
-    """A sample whose tokens all look like padding."""
-    return {"ids": everything([5, 0, 7, 3])["ids"]}, [5, 4, 7, 3]
-
-
-def real_past_the_mask_of_one() -> tuple[Any, list[float]]:
-    """In a batch of one sample every field is the same for all of them."""
-    return {"attention_mask": real([3]).long(), "ids": torch.arange(WIDTH)[None]}, [3]
-
-
-def squares_without_a_mask() -> tuple[Any, list[float]]:
-    return {"ids": everything()["ids"]}, [float(length**2) for length in LENGTHS]
-
-
-def end_token_without_loss() -> tuple[Any, list[float]]:
-    """The costs count an end token that looks like padding, and has no loss."""
-    with_loss = real([length - 1 for length in LENGTHS])
-    return {"ids": torch.randint(5, 99, with_loss.shape) * with_loss, "loss_mask": with_loss}, list(LENGTHS)
-
-
-def costs_all_alike() -> tuple[Any, list[float]]:
-    batch = everything()
-    return {"ids": batch["ids"], "mask": batch["mask"]}, [1.0] * 6
-
-
-def one_length() -> tuple[Any, list[float]]:
-    """Padded alike, or ending alike: one length does not tell, and no mask has a name."""
-    return {name: field for name, field in everything([3] * 6).items() if "mask" not in name}, [3] * 6
-
-
-def both_sides() -> tuple[Any, list[float]]:
-    """The costs go with lengths from the right and with lengths from the left; it can only be one."""
-    costs = [9 + length for length in LENGTHS]
-    mask = real(costs, width=16) & real(costs, width=16, left=True)
-    return {"features": torch.randn(mask.shape) * mask}, [float(cost) for cost in costs]
-
-
-def one_value_past_the_lengths() -> tuple[Any, list[float]]:
-    batch = everything()
+def changed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     batch["features"][1, 5, 2] = 1e-9
-    return batch, list(LENGTHS)
+    return batch
 
 
-def image_as_wide() -> tuple[Any, list[float]]:
-    return {**everything(), "image": torch.rand(6, 1, WIDTH, WIDTH)}, list(LENGTHS)
-
-
-def padded_with_the_end_token() -> tuple[Any, list[float]]:
-    """The end token is counted, but looks like padding."""
-    return {"ids": everything()["ids"]}, [length + 1 for length in LENGTHS]
-
-
-def not_a_number() -> tuple[Any, list[float]]:
-    """Nothing equals NaN, not even NaN."""
-    mask = real(LENGTHS)
-    return {"features": torch.randn(mask.shape).masked_fill(~mask, torch.nan)}, list(LENGTHS)
-
-
-def strings() -> tuple[Any, list[float]]:
-    """An array of strings cannot be looked at."""
-    return {"ids": everything()["ids"], "words": np.array([["word"] * WIDTH] * 6)}, list(LENGTHS)
-
-
-def images() -> tuple[Any, list[float]]:
-    x = torch.rand(6, 1, WIDTH, WIDTH)
-    x[..., :2], x[..., -2:], x[..., :2, :], x[..., -2:, :] = 0, 0, 0, 0  # a border
-    return {"x": x, "y": torch.arange(6)}, [3, 1, 4, 1, 5, 9]
-
-
-def last_column_of_the_cheapest() -> tuple[Any, list[float]]:
-    """Of unpadded rows one is the cheapest, and its last column is a run of one: no proof of anything."""
-    x = torch.randn(6, WIDTH)
+def repeating_once(x: Tensor) -> Tensor:
     x[0, 1] = x[0, 0]
-    return {"x": x}, [WIDTH - 1, *[WIDTH] * 5]
+    return x
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        ending_alike, starting_alike, prompts, other_costs, other_costs_and_mask, real_past_the_lengths,
-        one_value_past_the_lengths, image_as_wide, padded_with_the_end_token, not_a_number, strings, images,
-        last_column_of_the_cheapest, one_length, both_sides, full_but_cheaper, all_padding_but_not_free,
-        real_past_the_mask_of_one, squares_without_a_mask, end_token_without_loss, costs_all_alike,
-    ],
-)  # fmt: skip
-def test_nothing_is_trimmed_without_certainty(make: Any) -> None:
-    batch, costs = make()
+def seen_from_both_sides(costs: list[int]) -> Tensor:
+    mask = real(costs, width=16) & real(costs, width=16, left=True)
+    return torch.randn(mask.shape) * mask
+
+
+OTHER_COSTS = [3, 1, 4, 1, 5, 9]  # they have nothing to do with the lengths
+ONE_LONGER = [length + 1 for length in LENGTHS]
+WITH_LOSS = real([length - 1 for length in LENGTHS])
+
+UNCERTAIN: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
+    "all of one length, ending in the same tokens": lambda: (
+        {"ids": torch.cat([tokens(6, WIDTH - 2), repeated(2, 2).long()], 1), "mask": torch.ones(6, WIDTH)},
+        [WIDTH] * 6,
+    ),
+    "a start token without loss or cost in all": lambda: (
+        {"ids": torch.cat([repeated(1, 1).long(), tokens(6, WIDTH - 1)], 1),
+         "loss_mask": torch.cat([repeated(1, 0), repeated(WIDTH - 1, 1)], 1)},
+        [WIDTH - 1] * 6,
+    ),
+    "prompts without labels; the costs are the labels": lambda: (prompts(real(LENGTHS, left=True)), LENGTHS),
+    "other costs": lambda: (only("ids"), OTHER_COSTS),
+    "other costs, and a mask": lambda: (only("ids", "mask"), OTHER_COSTS),
+    "costs all alike": lambda: (only("ids", "mask"), [1.0] * 6),
+    "one field is as wide and not padded": lambda: ({**everything(), "classes": torch.randn(6, WIDTH)}, LENGTHS),
+    "one value past the lengths": lambda: (changed(everything()), LENGTHS),
+    "an image as wide": lambda: ({**everything(), "image": torch.rand(6, 1, WIDTH, WIDTH)}, LENGTHS),
+    "a full sample that is cheaper than others": lambda: (everything([5, 2, WIDTH, 3]), [5, 2, 4, 3]),
+    "a sample that is all padding but not free": lambda: (only("ids", lengths=[5, 0, 7, 3]), [5, 4, 7, 3]),
+    "one sample, in which every field is the same for all of them": lambda: (
+        {"attention_mask": real([3]).long(), "ids": torch.arange(WIDTH)[None]}, [3]
+    ),
+    "squares without a mask": lambda: (only("ids"), [float(length**2) for length in LENGTHS]),
+    "an end token that is counted and looks like padding": lambda: (only("ids"), ONE_LONGER),
+    "an end token that is counted, looks like padding and has no loss": lambda: (
+        {"ids": tokens(*WITH_LOSS.shape) * WITH_LOSS, "loss_mask": WITH_LOSS}, LENGTHS
+    ),
+    "one length, without a mask of that name": lambda: (
+        {name: field for name, field in everything([3] * 6).items() if "mask" not in name}, [3] * 6
+    ),
+    "lengths from the right and from the left": lambda: (
+        {"features": seen_from_both_sides([9 + length for length in LENGTHS])}, [9.0 + length for length in LENGTHS]
+    ),
+    "padded with NaN, which equals nothing": lambda: (
+        {"features": torch.randn(6, WIDTH).masked_fill(~real(LENGTHS), torch.nan)}, LENGTHS
+    ),
+    "strings": lambda: ({**only("ids"), "words": np.array([["word"] * WIDTH] * 6)}, LENGTHS),
+    "images with a border": lambda: (
+        {"x": F.pad(torch.rand(6, 1, WIDTH - 4, WIDTH - 4), (2, 2, 2, 2)), "y": torch.arange(6)}, OTHER_COSTS
+    ),
+    "unpadded; the cheapest has runs of two and of one": lambda: (
+        {"x": repeating_once(torch.randn(6, WIDTH))}, [WIDTH - 1, *[WIDTH] * 5]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_nothing_is_trimmed_without_certainty(name: str) -> None:
+    batch, costs = UNCERTAIN[name]()
     assert find_padding(batch, costs).real == {}
 
 
-def test_why_not() -> None:
-    assert "(6, 8) is not constant where others are padded" in find_padding(*real_past_the_lengths()).doubt
-    assert "costs do not go with the lengths that are seen along a dimension of 8" in find_padding(*other_costs()).doubt
-    assert "not strided" in find_padding(*strings()).doubt
+@pytest.mark.parametrize(
+    ("name", "doubt"),
+    [
+        ("one field is as wide and not padded", "(6, 8) is not constant where others are padded"),
+        ("other costs", "costs do not go with the lengths that are seen along a dimension of 8"),
+        ("strings", "not strided"),
+    ],
+)
+def test_why_not(name: str, doubt: str) -> None:
+    assert doubt in find_padding(*UNCERTAIN[name]()).doubt
 
 
 def test_a_width_that_fails_does_not_keep_others() -> None:

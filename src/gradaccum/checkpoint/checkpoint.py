@@ -1,17 +1,18 @@
-"""Everything a run needs to go on as if it had not stopped, saved so that a kill at any moment costs no more than that.
+"""Everything a run needs to go on as if it had not stopped. A kill at any moment leaves a whole checkpoint behind.
 
-See `files` for how. What is saved are the ``state_dict()`` of whatever was given by name, and the random state of every
-process; positions are in samples and updates, so a run may go on with another micro-batch size or number of processes.
-With equal ones it goes on bit for bit.
+A checkpoint holds the ``state_dict()`` of each object that was given by name, and the random state of every process.
+Positions are in samples and updates, so a run may go on with another micro-batch size or number of processes; with
+equal ones it goes on bit for bit. How files are written is in `files`.
 
-On several processes rank 0 writes, and all read: the folder must be seen by all of them. Models of FSDP2, whose
-parameters lie in parts on all processes, go through ``torch.distributed.checkpoint`` (see `sharded`).
+On several processes rank 0 writes and all ranks read, so all of them must see the folder. Models of FSDP2, whose
+parameters are sharded over the ranks, go through ``torch.distributed.checkpoint`` (see `sharded`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch.distributed as dist
 from torch import nn
 
 from gradaccum.checkpoint import files
-from gradaccum.checkpoint.random_state import random_state, restore, restore_for_another_rank
 from gradaccum.errors import StateError
 
 logger = logging.getLogger("gradaccum")
@@ -32,18 +32,18 @@ class Checkpoint:
     """Saves and loads the states of several objects together.
 
     Args:
-        path: the folder for checkpoints; made if it is not there.
-        keep: how many of the last ones stay; at least 2, or a torn one could be the only one.
-        objects: what is saved, by name: whatever has ``state_dict()`` and ``load_state_dict()``: ``model=``,
-            ``optimizer=``, ``scheduler=``, ``train_step=`` (or ``accumulator=``), ``sampler=``, ``scaler=``. Models
-            wrapped in DDP are saved as the module in them.
+        path: the folder for checkpoints, which is made if it does not exist.
+        keep: how many of the newest checkpoints stay; at least 2, or a torn one could be the only one.
+        objects: what is saved, by name. Each has ``state_dict()`` and ``load_state_dict()``: ``model=``,
+            ``optimizer=``, ``scheduler=``, ``train_step=`` (or ``accumulator=``), ``sampler=``, ``scaler=``. Of a model
+            wrapped in DDP the module inside is saved.
 
     A `GlobalBatchSampler` is saved where training stands, not where the loader has read ahead to, if a `TrainStep` or
     an `Accumulator` is given too. A ``DataLoader`` draws from the global random state whenever an iteration begins, so
     for dropout to go on bit for bit give it a state of its own: ``DataLoader(..., generator=torch.Generator())``.
 
     Raises:
-        StateError: nothing to save, or something that has no state.
+        StateError: there is nothing to save, or an object has no state.
 
     Example:
         >>> import tempfile
@@ -61,11 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, keep: int = 3, **objects: Any) -> None:
-        stateless = [
-            name
-            for name, value in objects.items()
-            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict"))
-        ]
+        stateless = [name for name, value in objects.items()
+                     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict"))]  # fmt: skip
         if stateless or not objects:
             raise StateError(
                 f"There is nothing to save of {', '.join(stateless) or 'nothing'}: pass objects that have "
@@ -82,45 +79,46 @@ class Checkpoint:
         self._saves = 0
 
     def save(self) -> Path:
-        """Saves a checkpoint; called by every process.
+        """Saves a checkpoint. Every process has to call it.
 
         Returns:
-            Where it is; the same on every process.
+            The path of the checkpoint, the same on every process.
 
         Raises:
             StateError: a window is open, whose gradients would be lost.
         """
-        updates = self._updates()
+        counter = self._counter()
+        updates = self._saves if counter is None else counter.updates
         self._saves += 1
         shards = self._sharded_names()
         state = {name: self._state_of(name) for name in self._objects if name not in shards}
-        state[_RANDOM] = _gathered(random_state())
+        state[_RANDOM] = _gathered(_random_state())
         if shards:
             from gradaccum.checkpoint.sharded import save
 
             path = save(self._path, updates, state, {name: self._objects[name] for name in shards})
         else:
             path = _from_first(lambda: files.write(self._path, updates, lambda partial: torch.save(state, partial)))
-        if _rank() == 0:
+        if _rank_and_world_size()[0] == 0:
             files.keep_newest(self._path, self._keep)
         return path
 
     def load(self) -> Path | None:
-        """Loads the newest checkpoint that is whole; called by every process, before training begins.
+        """Loads the newest checkpoint that is whole. Every process has to call it, before training begins.
 
         Returns:
-            Which it was, the same on every process; None where there is none, for a fresh start.
+            The path of the checkpoint, the same on every process; None where the folder has none, for a fresh start.
 
         Raises:
-            StateError: there are some, but none is whole; or it was saved from other objects.
+            StateError: there are checkpoints, but none is whole; or it was saved from other objects.
         """
         path = _from_first(self._newest_whole)
         if path is None:
             return None
         if not path.exists():
             raise StateError(
-                f"Rank 0 goes on from {path}, which rank {_rank()} cannot see. Every process needs the folder: put it "
-                "on a file system that all machines share."
+                f"Rank 0 goes on from {path}, which rank {_rank_and_world_size()[0]} cannot see. Every process needs "
+                "the folder: put it on a file system that all machines share."
             )
         rest = path / "rest.pt" if path.is_dir() else path
         state = torch.load(rest, map_location="cpu", weights_only=True)
@@ -140,7 +138,7 @@ class Checkpoint:
         for name, value in self._objects.items():
             if name not in shards:
                 value.load_state_dict(state[name])
-        _restore_random(state[_RANDOM])
+        _restore_random_state(state[_RANDOM])
         logger.info("going on from %s", path)
         return path
 
@@ -158,84 +156,95 @@ class Checkpoint:
         return None
 
     def _state_of(self, name: str) -> Any:
-        value = self._objects[name]
-        counted = self._counter()
-        if counted is not None and hasattr(value, "dataset_size") and hasattr(value, "collate"):
-            return value.state_dict(samples=counted.samples)
+        value, counter = self._objects[name], self._counter()
+        # A sampler stands where the loader has read ahead to; what is saved is where training stands.
+        if counter is not None and hasattr(value, "dataset_size") and hasattr(value, "collate"):
+            return value.state_dict(samples=counter.samples)
         return value.state_dict()
 
     def _counter(self) -> Any:
-        """The `TrainStep` or `Accumulator` that knows what has been trained with."""
+        """Returns the `TrainStep` or `Accumulator` that counts updates and samples, or None."""
         return next(
-            (one for one in self._objects.values() if hasattr(one, "updates") and hasattr(one, "samples")), None
+            (value for value in self._objects.values() if hasattr(value, "updates") and hasattr(value, "samples")), None
         )
 
-    def _updates(self) -> int:
-        counted = self._counter()
-        return self._saves if counted is None else counted.updates
-
     def _sharded_names(self) -> list[str]:
-        """Models of which each process has a part, and their optimizers."""
-        models = [n for n, one in self._objects.items() if isinstance(one, nn.Module) and _is_sharded(one.parameters())]
-        optimizers = [
-            name
-            for name, one in self._objects.items()
-            if isinstance(one, torch.optim.Optimizer)
-            and _is_sharded(parameter for group in one.param_groups for parameter in group["params"])
-        ]
-        return models + optimizers
+        """Returns the names of sharded models, and of their optimizers."""
+        names: list[str] = []
+        for name, value in self._objects.items():
+            parameters: Iterable[Any] = ()
+            if isinstance(value, nn.Module):
+                parameters = value.parameters()
+            elif isinstance(value, torch.optim.Optimizer):
+                parameters = (parameter for group in value.param_groups for parameter in group["params"])
+            if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+                names.append(name)
+        return names
 
 
 def _unwrapped(value: Any) -> Any:
     return value.module if type(value).__name__ == "DistributedDataParallel" else value
 
 
-def _is_sharded(parameters: Any) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
+# ------------------------------------------------------------------------------------------------- several processes
+def _rank_and_world_size() -> tuple[int, int]:
+    has_group = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
 
 
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _gathered(value: Any) -> list[Any]:
+    """Returns each rank's value, by rank."""
+    _, world_size = _rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _rank() -> int:
-    return dist.get_rank() if _has_group() else 0
-
-
-def _gathered(one: Any) -> list[Any]:
-    """What each process has, by rank."""
-    if not _has_group():
-        return [one]
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, one)
-    return everything
-
-
-def _from_first(make: Any) -> Any:
-    """What rank 0 makes, on all processes; its error too, or the others would wait for it."""
+def _from_first(make: Callable[[], Path | None]) -> Any:
+    """Returns on all ranks what ``make`` returns on rank 0. An error is raised on all, or the others would wait."""
+    rank, world_size = _rank_and_world_size()
     made: Any = None
-    error: BaseException | None = None
-    if _rank() == 0:
+    error: Exception | None = None
+    if rank == 0:
         try:
             made = make()
         except Exception as failed:  # noqa: BLE001 - raised below
             error = failed
-    if _has_group():
-        told = [made, None if error is None else f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(told, src=0)
-        if error is None and told[1] is not None:
-            raise StateError(f"Rank 0 could not: {told[1]}")
-        made = told[0]
+    if world_size > 1:
+        messages = [made, None if error is None else f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(messages, src=0)
+        made = messages[0]
+        if error is None and messages[1] is not None:
+            raise StateError(f"Rank 0 could not: {messages[1]}")
     if error is not None:
         raise error
     return made
 
 
-def _restore_random(by_rank: list[Mapping[str, Any]]) -> None:
-    rank = _rank()
-    if len(by_rank) == (dist.get_world_size() if _has_group() else 1):
-        restore(by_rank[rank])
-    elif rank == 0:
-        restore(by_rank[0])
-    else:
-        restore_for_another_rank(by_rank[0], rank)
+# ------------------------------------------------------------------------------------------------------ random state
+def _random_state() -> dict[str, Any]:
+    """Returns the state of Python's and torch's generators, in types that are loaded without running code."""
+    version, numbers, gauss = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return {
+        "python": [version, list(numbers), gauss],
+        "cpu": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(index) for index in devices],
+    }
+
+
+def _restore_random_state(by_rank: list[Mapping[str, Any]]) -> None:
+    rank, world_size = _rank_and_world_size()
+    is_another_size = len(by_rank) != world_size
+    state = by_rank[0 if is_another_size else rank]
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state["cpu"])
+    for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, index)
+    if is_another_size and rank > 0:  # a stream of its own, or it would draw what rank 0 draws
+        seed = int(torch.randint(0, 1 << 62, ())) + rank
+        torch.manual_seed(seed)
+        random.seed(seed)

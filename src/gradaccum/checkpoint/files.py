@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, and that tell when they have changed since.
+"""Checkpoint files are there whole or not at all, and it shows when one has changed since it was written.
 
-A new file is written under another name, forced to the disk, and renamed; a rename within one folder is atomic on POSIX
-systems, and forcing the folder makes it last. Its name carries the SHA-256 of its content, so that no second file has
-to be kept in step with it: what has been cut short, or has changed by one bit, is known by its name.
+A new file is written under another name, forced to the disk, and renamed. A rename within one folder is atomic on POSIX
+systems, and forcing the folder makes it last. The name carries the SHA-256 of the content, so a file that was cut short
+or has changed by one bit no longer agrees with its name, and no second file has to be kept in step with it.
 """
 
 from __future__ import annotations
@@ -18,39 +18,38 @@ _NAME = re.compile(r"update-(\d{9,})-([0-9a-f]{32})(\.pt)?")
 _PARTIAL = "partial-"  # torch.save refuses names that begin with a dot
 
 
-def write(folder: Path, updates: int, fill: Callable[[Path], None], *, suffix: str = ".pt") -> Path:
-    """Writes one checkpoint.
+def write(folder: Path, updates: int, fill: Callable[[Path], None]) -> Path:
+    """Writes one checkpoint and returns its path.
 
     Args:
-        folder: where checkpoints lie; made if it is not there.
-        updates: what it is named after.
-        fill: writes it, a file, or a folder of files, to the path it is given.
-        suffix: of the final name.
+        folder: the folder of the checkpoints, which is made if it does not exist.
+        updates: the number of updates, which is part of the name.
+        fill: writes a file, or a folder of files, to the path that it is given.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{_PARTIAL}{updates:09d}-{os.getpid()}"
     remove(partial)
     try:
         fill(partial)
-        return publish(partial, updates, suffix=suffix)
+        return publish(partial, updates)
     except BaseException:
         remove(partial)
         raise
 
 
 def partial_path(folder: Path, updates: int) -> Path:
-    """Where several processes together write one checkpoint."""
+    """Returns the path to which several processes together write one checkpoint."""
     return folder / f"{_PARTIAL}{updates:09d}-shared"
 
 
-def publish(partial: Path, updates: int, *, suffix: str = ".pt") -> Path:
-    """Forces what was written to the disk, and gives it its name."""
+def publish(partial: Path, updates: int) -> Path:
+    """Forces what was written to the disk, renames it to its final name, and returns that path."""
     folder = partial.parent
     for file in _files_in(partial):
         _force(file)
     if partial.is_dir():
         _force(partial)
-    final = folder / f"update-{updates:09d}-{digest(partial)}{suffix}"
+    final = folder / f"update-{updates:09d}-{digest(partial)}{'' if partial.is_dir() else '.pt'}"
     if final.exists():  # the same content, saved again
         remove(partial)
     else:
@@ -60,13 +59,13 @@ def publish(partial: Path, updates: int, *, suffix: str = ".pt") -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, whole or not."""
+    """Returns the checkpoints of a folder, whole or not, by updates and time."""
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: (int(path.name.split("-")[1]), path.stat().st_mtime_ns), reverse=True)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the content is what it was when it was written."""
+    """Returns whether the content is what it was when it was written."""
     match = _NAME.fullmatch(path.name)
     try:
         return match is not None and digest(path) == match[2]
@@ -75,7 +74,7 @@ def is_whole(path: Path) -> bool:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Removes all but the newest whole ones, and what processes that were killed have left half-written."""
+    """Removes all but the newest ``count`` checkpoints, and what killed processes have left half-written."""
     for path in newest_first(folder)[count:]:
         remove(path)
     for path in folder.glob(f"{_PARTIAL}*"):
@@ -84,7 +83,7 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, where there is one."""
+    """Removes a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -92,7 +91,7 @@ def remove(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """Half of the SHA-256 of a file, or of a folder's files and their names."""
+    """Returns half of the SHA-256 of a file, or of a folder's files and their names."""
     total = hashlib.sha256()
     for file in _files_in(path):
         if path.is_dir():

@@ -1,7 +1,7 @@
-"""Models of FSDP2 through ``torch.distributed.checkpoint``: each process writes and reads its own parts.
+"""Checkpoints of FSDP2 models by ``torch.distributed.checkpoint``: each rank writes and reads its own shards.
 
-The parts are laid out so that any other number of processes can read them. They are written into a folder, which gets
-its name when all are done, and whose checksum is over all of its files.
+Any other number of ranks can read them. The shards are written into a folder, which is renamed when all ranks are done;
+its checksum is over all of its files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gradaccum.errors import StateError
 
 
 def save(folder: Path, updates: int, rest: Mapping[str, Any], sharded: Mapping[str, Any]) -> Path:
-    """Writes one checkpoint, by all processes together.
+    """Writes one checkpoint and returns its path. Every rank has to call it.
 
     Args:
-        folder: where checkpoints lie.
-        updates: what it is named after.
-        rest: states of what is not sharded, the same on every process.
+        folder: the folder of the checkpoints.
+        updates: the number of updates, which is part of the name.
+        rest: the states of objects that are not sharded, the same on every rank.
         sharded: one model, and the optimizers of its parameters, by name.
     """
     model, optimizers = _split(sharded)
@@ -39,13 +39,13 @@ def save(folder: Path, updates: int, rest: Mapping[str, Any], sharded: Mapping[s
     model_state, optimizer_state = get_state_dict(model, optimizers)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
     dist.barrier()
-    told: list[Any] = [files.publish(partial, updates, suffix="") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    message: list[Any] = [files.publish(partial, updates) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
 
 
 def load(path: Path, sharded: Mapping[str, Any]) -> None:
-    """Loads what `save` has written, on any number of processes."""
+    """Loads what `save` has written, on any number of ranks. Every rank has to call it."""
     model, optimizers = _split(sharded)
     model_state, optimizer_state = get_state_dict(model, optimizers)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -54,10 +54,10 @@ def load(path: Path, sharded: Mapping[str, Any]) -> None:
 
 
 def _split(sharded: Mapping[str, Any]) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    models = [one for one in sharded.values() if isinstance(one, nn.Module)]
+    models = [value for value in sharded.values() if isinstance(value, nn.Module)]
     if len(models) != 1:
         raise StateError(
             f"{len(models)} sharded models in one checkpoint: torch.distributed.checkpoint names parameters within one "
             "model. Pass one model, with its optimizers, to each Checkpoint."
         )
-    return models[0], [one for one in sharded.values() if isinstance(one, torch.optim.Optimizer)]
+    return models[0], [value for value in sharded.values() if isinstance(value, torch.optim.Optimizer)]

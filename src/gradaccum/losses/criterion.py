@@ -1,9 +1,9 @@
-"""A loss of PyTorch that says along with its value what the mean was taken over.
+"""A loss of PyTorch that returns, along with its value, what the mean was taken over.
 
     criterion(output, target)  =  Loss.sum(sum of the losses, over=what torch divides that sum by)
 
-What torch divides by is the subject of ``torch_losses.py``. As a sum and a weight, a micro-batch with nothing to learn
-from (no rows, every target ignored) adds zero to the gradient; torch's own mean is 0 / 0 there, and its gradient NaN.
+What torch divides by stands in ``torch_losses.py``. As a sum and a weight, a micro-batch with nothing to learn from (no
+rows, every target ignored) adds zero to the gradient; torch's own mean is 0 / 0 there, and its gradient NaN.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from gradaccum.errors import UnknownLossError
 from gradaccum.losses.loss import Loss
-from gradaccum.losses.torch_losses import RULES, Rule, add_up
-from gradaccum.losses.torch_modules import ModuleForm, form_of, torch_class_of
+from gradaccum.losses.torch_losses import RULES, Rule, add_up, rule_of, torch_class_of
 
 TorchLoss = nn.Module | Callable[..., Tensor]
 
@@ -27,12 +26,12 @@ _LEGACY = ("size_average", "reduce")
 
 
 def criterion(loss: TorchLoss) -> Criterion:
-    r"""Makes a loss of torch return a `Loss`, whose weight is found by itself.
+    r"""Wraps a loss of torch so that it returns a `Loss` with the right weight.
 
         value = (\sum_i l_i) / w        w: elements, samples, targets that count, class weights, sequences, ...
 
     The weight is an int where it follows from shapes, and a 0-d tensor on the data's device where it depends on the
-    targets: nothing waits for the device. A reduction of "sum" stays a sum.
+    targets: there is no synchronisation with the device. A reduction of "sum" stays a sum.
 
     Args:
         loss: an instance of a loss class of ``torch.nn``, its functional form, or a ``functools.partial`` of that. It
@@ -67,28 +66,21 @@ class Criterion:
     loss: TorchLoss
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, nn.Module):
-            form = _form(self.loss)
-            _reduction(form.rule, form.options(self.loss))
-        else:
-            rule, call = _functional(self.loss)
-            _reduction(rule, call.keywords)
+        rule, options = _rule_and_options(self.loss)
+        _reduction(rule, options)
 
     def __call__(self, *inputs: Any, **options: Any) -> Loss:
-        """The loss of one micro-batch.
+        """Computes the loss of one micro-batch.
 
         Args:
-            *inputs: what the loss takes: output and target, for most.
+            *inputs: the inputs of the loss: for most, output and target.
             **options: inputs by name, and the options of a functional form.
 
         Raises:
             UnknownLossError: the reduction is "none", or not one that this loss has.
             UnsupportedError: the element weights of an L1 or MSE loss require a gradient.
         """
-        if isinstance(self.loss, nn.Module):
-            rule, arguments = _module_call(self.loss, inputs, options)
-        else:
-            rule, arguments = _functional_call(self.loss, inputs, options)
+        rule, arguments = _bound(self.loss, inputs, options)
         reduction = _reduction(rule, arguments)
         for name in _LEGACY:
             arguments.pop(name, None)
@@ -103,42 +95,33 @@ class Criterion:
         return f"ga.criterion({_name(self.loss)})"
 
 
-def _functional_call(
-    loss: Callable[..., Tensor], inputs: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Rule, dict[str, Any]]:
-    """A functional form, and all that it is called with, by name."""
-    rule, call = _functional(loss)
-    bound = rule.signature.bind(*call.args, *inputs, **{**call.keywords, **options})
+def _bound(loss: TorchLoss, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
+    """Returns a loss's rule, and all that its functional form is called with, by name."""
+    rule, given = _rule_and_options(loss)
+    if isinstance(loss, nn.Module):
+        inputs = rule.forward.bind(loss, *inputs, **options).args[1:]
+        return rule, {**given, **dict(zip(rule.inputs, inputs, strict=True))}
+    first = loss.args if isinstance(loss, functools.partial) else ()
+    bound = rule.signature.bind(*first, *inputs, **{**given, **options})
     bound.apply_defaults()
     return rule, bound.arguments
 
 
-def _module_call(loss: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    """The functional form that a module calls, and all that it calls it with, by name."""
-    form = _form(loss)
-    if options or len(inputs) != len(form.inputs):  # by name, or a mistake; binding costs 5 microseconds
-        inputs = form.signature.bind(loss, *inputs, **options).args[1:]
-    return form.rule, {**form.options(loss), **dict(zip(form.inputs, inputs, strict=True))}
-
-
-def _form(loss: nn.Module) -> ModuleForm:
-    form = form_of(loss)
-    if form is None:
+def _rule_and_options(loss: TorchLoss) -> tuple[Rule, dict[str, Any]]:
+    """Returns a loss's rule, and the options by name that are known before it is called."""
+    if isinstance(loss, nn.Module):
+        rule = rule_of(loss)
+        options = {} if rule is None else rule.options(loss)
+    else:
+        function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+        rule = RULES.get(function) if isinstance(function, FunctionType) else None  # others may not be hashable
+    if rule is None:
         raise _unknown_loss(loss)
-    return form
-
-
-def _functional(loss: Callable[..., Tensor]) -> tuple[Rule, functools.partial[Tensor]]:
-    if not callable(loss):
-        raise _unknown_loss(loss)
-    call = loss if isinstance(loss, functools.partial) else functools.partial(loss)
-    if not isinstance(call.func, FunctionType) or call.func not in RULES:
-        raise _unknown_loss(loss)
-    return RULES[call.func], call
+    return rule, options
 
 
 def _reduction(rule: Rule, arguments: Mapping[str, Any]) -> str:
-    """The reduction asked for, in torch's own translation where the arguments deprecated in its favour are used."""
+    """Returns the reduction; from the arguments that are deprecated in its favour as torch itself translates them."""
     reduction = arguments.get("reduction", "mean")
     legacy = {name: arguments[name] for name in _LEGACY if arguments.get(name) is not None}
     if legacy and reduction == "batchmean":

@@ -1,4 +1,4 @@
-"""What each loss of PyTorch takes its mean over.
+"""What each loss of PyTorch takes its mean over, and which function and options each loss class stands for.
 
 The rule is one: ``reduction="mean"`` is the sum of what ``reduction="none"`` returns, divided by
 
@@ -15,9 +15,13 @@ So the losses are computed unreduced and added up here. Torch's own sum would sa
 things: the float32 sum of float16 losses, the divisor that is right whatever was broadcast, and the sum of losses that
 torch only has as a mean (CTC, adaptive softmax).
 
-Sources: ``torch/nn/functional.py``, ``torch/nn/modules/adaptive.py``, and in ``aten/src/ATen/native`` of PyTorch
-``Loss.cpp``, ``LossNLL.cpp``, ``LossNLL2d.cpp``, ``LossCTC.cpp``, ``LossMultiMargin.cpp`` and
-``LossMultiLabelMargin.cpp``.
+A loss class hands its inputs and some of its attributes to a function. That function is called here, with the
+attributes as they are at the time, so a module stays as the user made it: its ``reduction`` is not set and set back,
+and it may be moved, or changed, after it was handed over.
+
+Sources: ``torch/nn/functional.py``, ``torch/nn/modules/loss.py``, ``torch/nn/modules/adaptive.py``, and in
+``aten/src/ATen/native`` of PyTorch ``Loss.cpp``, ``LossNLL.cpp``, ``LossNLL2d.cpp``, ``LossCTC.cpp``,
+``LossMultiMargin.cpp`` and ``LossMultiLabelMargin.cpp``.
 """
 
 from __future__ import annotations
@@ -46,30 +50,47 @@ HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How one functional loss of torch is taken apart into a sum and a weight.
+    """How one loss of torch is taken apart into a sum and a weight.
 
     Attributes:
         function: the functional form.
-        signature: its parameters.
-        over: by reduction, what the mean is taken over; "sum" is not among them, for nothing divides it.
+        signature: the parameters of ``function``.
+        over: what the mean is taken over, by reduction. "sum" is not among them, since nothing divides it.
         losses: computes the losses, where ``function`` with ``reduction="none"`` is not the way.
+        module: the loss class.
+        forward: the parameters of the class's ``forward``, ``self`` included.
+        inputs: the names that ``function`` has for what ``forward`` takes, in the same order.
+        options: returns the other arguments that a module of the class passes to ``function``.
     """
 
     function: Callable[..., Tensor]
     signature: inspect.Signature
     over: Mapping[str, Over]
-    losses: Callable[[Arguments], Tensor] | None = None
+    losses: Callable[[Arguments], Tensor] | None
+    module: type[nn.Module]
+    forward: inspect.Signature
+    inputs: tuple[str, ...]
+    options: Callable[[Any], dict[str, Any]]
 
     def unreduced(self, arguments: Arguments) -> Tensor:
-        """The losses that the reduction adds up."""
+        """Computes the losses that the reduction adds up."""
         if self.losses is not None:
             return self.losses(arguments)
         return self.function(**_reduced(arguments, "none"))
 
 
-def rule(function: Callable[..., Tensor], *, losses: Callable[[Arguments], Tensor] | None = None, **over: Over) -> Rule:
-    """The rule of ``function``, whose reductions are the names of ``over``."""
-    return Rule(function=function, signature=inspect.signature(function), over=over, losses=losses)
+def rule_of(module: nn.Module) -> Rule | None:
+    """Returns the rule of a torch loss, or of a subclass that inherits its ``forward``; None for every other module.
+
+    A subclass with a ``forward`` of its own may compute anything, so it is not known, and neither is a module whose
+    ``forward`` was replaced.
+    """
+    return None if "forward" in vars(module) else _BY_FORWARD.get(type(module).forward)
+
+
+def torch_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """Returns the loss class of torch that the module's class is derived from; None where there is none."""
+    return next((cls for cls in type(module).__mro__ if cls.__dict__.get("forward") in _BY_FORWARD), None)
 
 
 def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
@@ -77,11 +98,11 @@ def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
 
 
 def add_up(items: Tensor, *, divides: bool = False) -> Tensor:
-    """The sum of losses or weights, as a 0-d tensor.
+    """Adds up losses or weights, to a 0-d tensor.
 
-    In float32 for float16, whose largest number is 65504: 20,000 tokens at a loss of 4 are beyond it. A sum of bfloat16
-    losses cannot overflow and stays as it is; but a sum that the gradient is divided by (``divides``) must not be
-    rounded to bfloat16, which has no odd number above 256.
+    The sum of float16 is in float32, since the largest number of float16 is 65504, and 20,000 tokens at a loss of 4 are
+    beyond it. A sum of bfloat16 losses cannot overflow and stays as it is; but a sum that the gradient is divided by
+    (``divides``) must not be rounded to bfloat16, which has no odd number above 256.
     """
     is_short = items.dtype == torch.float16 or (divides and items.dtype == torch.bfloat16)
     return items.sum(dtype=torch.float32) if is_short else items.sum()
@@ -170,34 +191,88 @@ def _adaptive_losses(input_: Tensor, target_: Tensor, *, module: nn.Module, redu
     return -module(input_, target_).output
 
 
-ADAPTIVE = rule(_adaptive_losses, mean=num_losses)
+def _linear_cross_entropy_options(module: nn.LinearCrossEntropyLoss) -> dict[str, Any]:
+    linear, shape = module.linear, (module.num_classes, *module.out_features)
+    return {
+        **_attributes(module, ("weight", "ignore_index", "label_smoothing", "options")),
+        "linear_weight": linear.weight.reshape(*shape, linear.in_features),
+        "linear_bias": None if linear.bias is None else linear.bias.reshape(shape),
+    }
 
 
-def _rules() -> Iterator[Rule]:
-    yield rule(F.l1_loss, mean=element_weight)
-    yield rule(F.mse_loss, mean=element_weight)
-    yield rule(F.smooth_l1_loss, mean=num_losses)
-    yield rule(F.huber_loss, mean=num_losses)
-    yield rule(F.cross_entropy, mean=target_weight)
+# The table.
+
+
+_OWNED = ("linear_weight", "module")  # what two functional forms require, and the module itself brings along
+
+
+def _attributes(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in (*names, "reduction")}
+
+
+def _rule(
+    function: Callable[..., Tensor],
+    module: type[nn.Module],
+    *attributes: str,
+    options: Callable[[Any], dict[str, Any]] | None = None,
+    losses: Callable[[Arguments], Tensor] | None = None,
+    **over: Over,
+) -> Rule:
+    """Makes the rule of a loss whose class has options under the names, ``attributes``, that the function has too."""
+    signature = inspect.signature(function)
+    # By position and not by name: PoissonNLLLoss calls its input log_input, which in the functional form is an option.
+    required = [parameter.name for parameter in signature.parameters.values() if parameter.default is parameter.empty]
+    return Rule(
+        function=function,
+        signature=signature,
+        over=over,
+        losses=losses,
+        module=module,
+        forward=inspect.signature(module.forward),
+        inputs=tuple(name for name in required if name not in _OWNED),
+        options=options or (lambda instance: _attributes(instance, attributes)),
+    )
+
+
+def _functional_rules() -> Iterator[Rule]:
+    yield _rule(F.l1_loss, nn.L1Loss, mean=element_weight)
+    yield _rule(F.mse_loss, nn.MSELoss, mean=element_weight)
+    yield _rule(F.smooth_l1_loss, nn.SmoothL1Loss, "beta", mean=num_losses)
+    yield _rule(F.huber_loss, nn.HuberLoss, "delta", mean=num_losses)
+    class_options = ("weight", "ignore_index")
+    yield _rule(F.cross_entropy, nn.CrossEntropyLoss, *class_options, "label_smoothing", mean=target_weight)
+    yield _rule(F.nll_loss, nn.NLLLoss, *class_options, mean=target_weight)  # NLLLoss2d inherits its forward
     if HAS_LINEAR_CROSS_ENTROPY:
-        yield rule(F.linear_cross_entropy, losses=_linear_cross_entropy_losses, mean=target_weight)
-    yield rule(F.nll_loss, mean=target_weight)
-    yield rule(F.poisson_nll_loss, mean=num_losses)
-    yield rule(F.gaussian_nll_loss, mean=num_losses)
-    yield rule(F.binary_cross_entropy, mean=num_losses)
-    yield rule(F.binary_cross_entropy_with_logits, mean=num_losses)
-    yield rule(F.kl_div, mean=num_losses, batchmean=num_rows)
-    yield rule(F.hinge_embedding_loss, mean=num_losses)
-    yield rule(F.margin_ranking_loss, mean=num_losses)
-    yield rule(F.cosine_embedding_loss, mean=num_losses)
-    yield rule(F.soft_margin_loss, mean=num_losses)
-    yield rule(F.multi_margin_loss, mean=num_losses)
-    yield rule(F.multilabel_margin_loss, mean=num_losses)
-    yield rule(F.multilabel_soft_margin_loss, mean=num_losses)
-    yield rule(F.triplet_margin_loss, mean=num_losses)
-    yield rule(F.triplet_margin_with_distance_loss, mean=num_losses)
-    yield rule(F.ctc_loss, losses=_ctc_losses, mean=num_losses)
+        yield _rule(
+            F.linear_cross_entropy,
+            nn.LinearCrossEntropyLoss,
+            options=_linear_cross_entropy_options,
+            losses=_linear_cross_entropy_losses,
+            mean=target_weight,
+        )
+    yield _rule(F.poisson_nll_loss, nn.PoissonNLLLoss, "log_input", "full", "eps", mean=num_losses)
+    yield _rule(F.gaussian_nll_loss, nn.GaussianNLLLoss, "full", "eps", mean=num_losses)
+    yield _rule(F.binary_cross_entropy, nn.BCELoss, "weight", mean=num_losses)
+    yield _rule(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, "weight", "pos_weight", mean=num_losses)
+    yield _rule(F.kl_div, nn.KLDivLoss, "log_target", mean=num_losses, batchmean=num_rows)
+    yield _rule(F.hinge_embedding_loss, nn.HingeEmbeddingLoss, "margin", mean=num_losses)
+    yield _rule(F.margin_ranking_loss, nn.MarginRankingLoss, "margin", mean=num_losses)
+    yield _rule(F.cosine_embedding_loss, nn.CosineEmbeddingLoss, "margin", mean=num_losses)
+    yield _rule(F.soft_margin_loss, nn.SoftMarginLoss, mean=num_losses)
+    yield _rule(F.multi_margin_loss, nn.MultiMarginLoss, "p", "margin", "weight", mean=num_losses)
+    yield _rule(F.multilabel_margin_loss, nn.MultiLabelMarginLoss, mean=num_losses)
+    yield _rule(F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss, "weight", mean=num_losses)
+    yield _rule(F.triplet_margin_loss, nn.TripletMarginLoss, "margin", "p", "eps", "swap", mean=num_losses)
+    with_distance = F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss
+    yield _rule(*with_distance, "distance_function", "margin", "swap", mean=num_losses)
+    yield _rule(F.ctc_loss, nn.CTCLoss, "blank", "zero_infinity", losses=_ctc_losses, mean=num_losses)
 
 
-RULES: Mapping[Callable[..., Any], Rule] = {one.function: one for one in _rules()}
+_ADAPTIVE = _rule(
+    _adaptive_losses, nn.AdaptiveLogSoftmaxWithLoss, options=lambda module: {"module": module}, mean=num_losses
+)
+
+RULES: Mapping[Callable[..., Any], Rule] = {one.function: one for one in _functional_rules()}
 """Every functional loss of torch, and how it is taken apart."""
+
+_BY_FORWARD: Mapping[Any, Rule] = {one.module.forward: one for one in (*RULES.values(), _ADAPTIVE)}

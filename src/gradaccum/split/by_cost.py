@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,37 +36,35 @@ def split_by_cost(
     """Packs samples of like cost into micro-batches, and trims the padding that all samples of one share.
 
     A batch padded to its longest sample mostly runs padding: 7.5 tokens for each real one at log-normal lengths. Cut
-    into pieces of like length, each padded to its own longest, it has the same gradient for 1.07. The pieces are those
-    with the least
+    into pieces of like length, each padded to its own longest, it has the same gradient for 1.07. Over all ways to
+    divide the batch, the pieces are those with the least
 
         sum over pieces of  rows * costliest + piece_cost     where  rows * costliest <= max_cost
 
-    over all ways to divide the batch. The one with most to run comes first, so that one which does not fit fails before
-    others have run.
+    The one with most to run comes first, so that one which does not fit fails before others have run.
 
-    Trimmed are all columns that are padding in every sample of a piece, from the right, the left or both, in every
-    field and every dimension of that width: ids, labels, masks (square ones too), positions, features. Which columns
-    are padding is read from the batch, and has to be borne out by the costs: counts of the real columns, but for a
-    constant; or a sum of two such counts (source and target); or, where the batch holds a mask, in its order (squares,
-    seconds). A mask under the key ``"attention_mask"`` needs no such proof. A dimension of which it is not certain
-    stays as it is; if that is all of them, the logger says once why. Count an end-of-text token that also serves as
-    padding, where neither mask nor labels show which is which: real columns that look like padding are kept only if
-    the costs count them.
+    Columns that are padding in every sample of a piece are trimmed in every field and every dimension of that width,
+    on the right, the left or both: ids, labels, masks (square ones too), positions, features. Which columns are padding
+    is read from the batch, and believed where the costs agree: they count the real columns, but for a constant, or are
+    the sum of two such counts (source and target), or rank the samples as a mask in the batch does (squares, seconds).
+    A mask under the key ``"attention_mask"`` needs no such proof. A dimension that is not certainly padded stays as it
+    is; if that is all of them, the logger says once why. Where padding is an end-of-text token, and neither mask nor
+    labels tell the two apart, the costs must count it: real columns that look like padding are kept only if they do.
 
-    Exact under two conditions, which are not checked: the model's outputs at real columns do
-    not depend on how many padded ones there are (attention is masked, recurrence is causal or packed; positions on the
-    left-padded side come from the batch or the mask, not from a count of columns; no convolution, pooling or
-    normalisation over padding), and the loss is a mean over tokens, a `Loss` that knows their number. A mean over all
-    columns, padding included, changes with the padding.
+    The gradient is exact under two conditions, which are not checked. The model's outputs at real columns do not depend
+    on how many padded ones there are: attention is masked, recurrence is causal or packed; positions on the left-padded
+    side come from the batch or the mask, not from a count of columns; there is no convolution, pooling or normalisation
+    over padding. And the loss is a mean over tokens, a `Loss` that knows their number: a mean over all columns, padding
+    included, changes with the padding.
 
     Args:
-        cost: ``cost(batch)`` gives ``[rows]``, what each sample costs, not negative: its tokens, say. It is called with
-            the whole batch.
-        max_cost: the budget: the largest number of rows times the costliest of one micro-batch. A sample that costs
-            more is run alone.
+        cost: ``cost(batch)`` is called with the whole batch and returns ``[rows]``, what each sample costs, not
+            negative: its number of tokens, say.
+        max_cost: the largest number of rows times the costliest of one micro-batch. A sample that costs more is run
+            alone.
         piece_cost: what a micro-batch takes besides, in the unit of ``cost``: its fixed time over the time of one
-            token. More makes fewer pieces with more padding. By default a twentieth of the budget.
-        trim: False leaves all columns; for models that do look at padding.
+            token. More makes fewer pieces with more padding. By default a twentieth of ``max_cost``.
+        trim: False leaves all columns, for models that do look at padding.
 
     Raises:
         WindowError: ``cost`` is not callable, ``max_cost`` or ``piece_cost`` is not a number that makes pieces.
@@ -94,17 +94,17 @@ def split_by_cost(
     return _ByCost(cost, max_cost, piece_cost, trim)
 
 
+@dataclass
 class _ByCost:
-    """Keeps where the planned batch is padded, since that is asked for every piece of it."""
-
-    def __init__(self, cost: Callable[[Any], Tensor], max_cost: int, piece_cost: float | None, trim: bool) -> None:
-        self._cost = cost
-        self._max_cost = max_cost
-        self._piece_cost = piece_cost
-        self._trim = trim
-        self._read_from: list[weakref.ref[Tensor]] = []
-        self._padding: Padding | None = None
-        self._has_told = False
+    cost: Callable[[Any], Tensor]
+    max_cost: int
+    piece_cost: float | None
+    trim: bool
+    # Where the batch is padded, and the tensors that this was read from: every piece needs it, and reading it takes a
+    # pass over the whole batch.
+    _padding: Padding | None = None
+    _read_from: list[weakref.ref[Tensor]] = field(default_factory=list)
+    _has_logged: bool = False
 
     def largest(self, batch: Any) -> int:
         return self._largest(self._costs(batch))
@@ -117,27 +117,26 @@ class _ByCost:
             )
         costs = self._costs(batch)
         self._padding = None  # the same tensors may have been filled anew
-        piece_cost = self._largest(costs) / PIECES_PER_BUDGET if self._piece_cost is None else self._piece_cost
+        piece_cost = self._largest(costs) / PIECES_PER_BUDGET if self.piece_cost is None else self.piece_cost
         pieces = pack(costs, size=size, piece_cost=piece_cost, max_rows=len(costs) if max_rows is None else max_rows)
         return [torch.tensor(piece) for piece in pieces]
 
     def cut(self, batch: Any, rows: Rows) -> Any:
-        return trimmed(batch, rows, self._padding_of(batch)) if self._trim else tree.take(batch, rows)
+        return trimmed(batch, rows, self._padding_of(batch)) if self.trim else tree.take(batch, rows)
 
     def _largest(self, costs: Sequence[float]) -> int:
-        return max(1, min(self._max_cost, math.ceil(len(costs) * max(costs))))
+        return max(1, min(self.max_cost, math.ceil(len(costs) * max(costs))))
 
     def _padding_of(self, batch: Any) -> Padding:
         tensors = list(tree.tensors(batch))
-        is_known = 0 < len(tensors) == len(self._read_from) and all(
-            tensor is known() for tensor, known in zip(tensors, self._read_from, strict=True)
-        )
+        known = [reference() for reference in self._read_from]
+        is_known = 0 < len(tensors) == len(known) and all(map(operator.is_, tensors, known))
         if self._padding is None or not is_known:
             costs = self._costs(batch)
             self._padding = find_padding(batch, costs)
             self._read_from = [weakref.ref(tensor) for tensor in tensors]
-            if not self._padding.real and len(set(costs)) > 1 and not self._has_told:
-                self._has_told = True
+            if not self._padding.real and len(set(costs)) > 1 and not self._has_logged:
+                self._has_logged = True
                 logger.info(
                     "split_by_cost: samples of like cost are packed together, but no padding is trimmed: %s. Costs "
                     "that are the number of each sample's real columns would tell.",
@@ -146,24 +145,22 @@ class _ByCost:
         return self._padding
 
     def _costs(self, batch: Any) -> list[float]:
-        """What each row costs; waits for the device, where the batch is on one."""
+        """Returns what each row costs. Synchronises with the device of the costs."""
         rows = rows_to_split(batch)
-        costs = self._cost(batch)
-        if not isinstance(costs, Tensor):
+        costs = self.cost(batch)
+        if not isinstance(costs, Tensor) or costs.shape != (rows,) or costs.is_complex():
+            kind = type(costs).__name__
+            if isinstance(costs, Tensor):
+                kind = f"tensor of shape {tuple(costs.shape)} and {costs.dtype}"
             raise BatchError(
-                f"cost(batch) returned a {type(costs).__name__}. Return a 1-d tensor with one number for each of the "
-                f"{rows} rows, such as batch['attention_mask'].sum(1)."
-            )
-        if costs.shape != (rows,) or costs.is_complex():
-            raise BatchError(
-                f"cost(batch) returned a tensor of shape {tuple(costs.shape)} and {costs.dtype} for a batch of {rows} "
-                "rows. Return one real number for each row: sum over all other dimensions."
+                f"cost(batch) returned a {kind} for a batch of {rows} rows. Return a 1-d tensor with one real number "
+                "for each row, such as batch['attention_mask'].sum(1)."
             )
         numbers: list[float] = costs.detach().tolist()
         wrong = next((row for row, number in enumerate(numbers) if not 0 <= number < math.inf), None)
         if wrong is not None:
             raise BatchError(
-                f"cost(batch) is {numbers[wrong]} for row {wrong}. Nothing can be packed by it; return finite numbers "
-                "that are not negative."
+                f"cost(batch) is {numbers[wrong]} for row {wrong}, and samples cannot be packed by that. Return finite "
+                "numbers that are not negative."
             )
         return numbers

@@ -1,16 +1,15 @@
-"""A batch into micro-batches of as many samples each as can be."""
+"""A batch into consecutive micro-batches, as equal as they can be: of samples, or of whole groups of samples."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, WindowError
-from gradaccum.types import Rows, Split
+from gradaccum.types import GhostBatch, Rows, Split
 
 
 def split_by_samples() -> Split:
@@ -40,22 +39,57 @@ class _BySamples:
                 f"micro_batch_size={micro_batch_size}: a micro-batch has at least one sample. "
                 "Pass the largest number of samples that fits in memory."
             )
-        return list(_pieces(rows, micro_batch_size))
+        return _equal_pieces(range(rows + 1), micro_batch_size)
 
     def cut(self, batch: Any, rows: Rows) -> Any:
         return tree.take(batch, rows)
 
 
-@functools.lru_cache(maxsize=4)  # nearly all batches of a run have the same number of rows
-def _pieces(rows: int, micro_batch_size: int) -> tuple[slice, ...]:
-    pieces = -(-rows // micro_batch_size)
-    size, longer = divmod(rows, pieces)
-    starts = [i * size + min(i, longer) for i in range(pieces + 1)]
-    return tuple(slice(start, stop) for start, stop in pairwise(starts))
+def split_by_groups(groups: GhostBatch) -> Split:
+    """Cuts a batch between the groups that `GhostBatch` normalises; the size of a piece counts groups.
+
+    Example:
+        >>> from gradaccum.split.by_samples import split_by_groups
+        >>> split_by_groups(ga.GhostBatch(4)).plan(torch.zeros(18, 2), 2)
+        [slice(0, 8, None), slice(8, 16, None), slice(16, 18, None)]
+    """
+    return _ByGroups(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _ByGroups:
+    groups: GhostBatch
+
+    def largest(self, batch: Any) -> int:
+        return len(self.groups.group_sizes(tree.rows(batch)))
+
+    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+        if max_rows is not None:
+            size = min(size, max_rows // self.groups.samples)
+        if size < 1:
+            raise WindowError(
+                f"micro_batch_size={max_rows} holds no group of ga.GhostBatch({self.groups.samples}). BatchNorm's "
+                f"statistics are those of whole groups: pass micro_batch_size={self.groups.samples} or more, or "
+                "smaller groups."
+            )
+        sizes = self.groups.group_sizes(rows_to_split(batch))
+        return _equal_pieces(list(accumulate(sizes, initial=0)), size)
+
+    def cut(self, batch: Any, rows: Rows) -> Any:
+        return tree.take(batch, rows)
+
+
+def _equal_pieces(bounds: Sequence[int], size: int) -> list[slice]:
+    """Cuts at some of ``bounds``, with at most ``size`` of the units between them in a piece."""
+    num_units = len(bounds) - 1
+    num_pieces = -(-num_units // size)
+    units, longer = divmod(num_units, num_pieces)  # the first `longer` pieces have one unit more
+    cuts = [bounds[i * units + min(i, longer)] for i in range(num_pieces + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
 def rows_to_split(batch: Any) -> int:
-    """The number of rows of a batch that is to be cut, at least one.
+    """Returns the number of rows of a batch, which is at least one.
 
     Raises:
         BatchError: there is no tensor with rows, two disagree, or there are 0.

@@ -1,4 +1,4 @@
-"""Samples into pieces of like cost, and their outputs back into the batch's order.
+"""Samples are packed into pieces of like cost, and the pieces' outputs put back into the batch's order.
 
 A piece of n samples runs n times its costliest one: the cheaper ones are padded up to it. `pack` finds the pieces with
 the least
@@ -32,13 +32,13 @@ from gradaccum.types import Rows
 
 
 def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: int) -> list[list[int]]:
-    """The rows of each piece, each row once; pieces with most to run first, the rows of a piece in ascending order.
+    """Divides the samples into pieces: the piece with most to run comes first, the rows of a piece ascend.
 
     Args:
-        costs: of each sample, not negative.
-        size: largest rows times costliest of a piece; a sample that costs more than that is a piece of its own.
+        costs: the cost of each sample, not negative.
+        size: the largest rows times costliest of a piece; a sample that costs more than that is a piece of its own.
         piece_cost: what a piece costs besides, in the unit of the costs.
-        max_rows: of a piece.
+        max_rows: the largest number of rows of a piece.
 
     Example:
         >>> from gradaccum.split.packing import pack
@@ -47,24 +47,24 @@ def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: in
     """
     order = sorted(range(len(costs)), key=costs.__getitem__)
     ascending = [costs[row] for row in order]
-    # By stop: how early its piece may start. Rises with the stop, since costs ascend.
+    # How early the piece that ends at each stop may start. It rises with the stop, since costs ascend.
     earliest = [-max_rows] + [
         stop - (max(1, int(min(max_rows, size // cost))) if cost else max_rows)
         for stop, cost in enumerate(ascending, start=1)
     ]
-    pieces: list[tuple[float, float, list[int]]] = []
-    stop = len(order)
     starts = _best_starts(ascending, earliest, piece_cost)
+    pieces: list[list[int]] = []
+    stop = len(order)
     while stop:
-        start, costliest = starts[stop], ascending[stop - 1]
-        pieces.append(((stop - start) * costliest, costliest, sorted(order[start:stop])))
-        stop = start
-    pieces.sort(key=lambda piece: piece[:2], reverse=True)
-    return [piece for _, _, piece in pieces]
+        pieces.append(order[starts[stop] : stop])
+        stop = starts[stop]
+    # The costliest sample is a piece's last one.
+    pieces.sort(key=lambda piece: (len(piece) * costs[piece[-1]], costs[piece[-1]]), reverse=True)
+    return [sorted(piece) for piece in pieces]
 
 
 def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost: float) -> list[int]:
-    """By stop, from 0 to the number of samples: where the piece that ends there starts in the best division so far."""
+    """Returns for each stop where the piece that ends there starts, in the best division of the samples before it."""
     rows = len(ascending)
     total = [0.0] * (rows + 1)
     starts = [0] * (rows + 1)
@@ -93,14 +93,14 @@ def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost
 
 
 def restore_order(pieces: Sequence[Rows], outputs: Sequence[Tensor]) -> Tensor:
-    """The outputs of a batch's pieces as one tensor in the batch's own order, with gradient.
+    """Joins the outputs of a batch's pieces in the batch's own order, with gradient.
 
     Args:
-        pieces: the rows of each piece; together every row of the batch once.
-        outputs: of each piece, ``[rows of the piece, ...]``.
+        pieces: the rows of each piece; together they are every row of the batch once.
+        outputs: the output of each piece, ``[rows of the piece, ...]``.
 
     Raises:
-        BatchError: outputs differ in more than their rows.
+        BatchError: the outputs differ in more than their rows.
 
     Example:
         >>> from gradaccum.split.packing import restore_order

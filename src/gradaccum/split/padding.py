@@ -1,25 +1,23 @@
-"""Where a batch is padded: read from its values, and believed only where the costs of its samples bear it out.
+"""Where a batch is padded: read from its values, and believed only where the costs of its samples agree.
 
 Nothing in a batch says which dimension is padded, on which side, and up to where. A field whose last columns hold one
-value may be padded there, or its samples may all end alike (in an end-of-text token); cut off, real columns would be
-missing from the gradient without a word. So three things have to come together:
+value may be padded there, or its samples may all end alike (in an end-of-text token); then trimming would drop real
+columns from the gradient without a word. So three things have to come together:
 
 1. **A claim.** Along a dimension of some width, each sample of a field ends (or, on the left, begins) in a run of one
-   value: the one that the cheapest sample ends in, since of all samples it is padded most. What is not in the run is
-   the sample's length.
-2. **A reason to believe it.** The lengths are the costs plus a constant that is not negative (a token more than there
-   are targets, say) in every sample, and not all alike. Or so they are with what is left of the costs after another
+   value: the one that the cheapest sample ends in, since it is padded most. The sample's length is what is not in the
+   run.
+2. **A reason to believe it.** In every sample the length is the cost plus a constant that is not negative (a token more
+   than there are targets, say), and the lengths differ. Or that holds for what is left of the costs after another
    width's lengths (source and target). Or the field is a mask of 0 and 1 that ranks the samples as the costs do
    (squares, seconds), or one under the name that Hugging Face gives it.
-3. **No veto.** In every field, every dimension of that width is constant past the lengths, sample by sample; or the
-   field is the same for all samples (positions, a causal mask). One that is not holds something real there.
+3. **No veto.** Every field is constant past the lengths along each dimension of that width, sample by sample, or is
+   the same for all samples (positions, a causal mask). A field that is neither holds something real there.
 
-A width that fails is left as it is, on that side; so is one that only the costs call padded on both sides. Where costs
-are counts of real columns, nothing real is cut off on the padded side, whatever the values are: a length that is
-believed is never below its cost. On the other side it would take samples that begin, or end, in runs of one value just
-as long as the costs want them.
-
-What is not known here is whether the model looks at padding; see `split_by_cost`.
+A width that fails is left as it is on that side; so is one that only the costs call padded on both sides. Where costs
+count real columns, a believed length is never below its cost, so nothing real is cut off on the padded side, whatever
+the values are. On the other side that would take samples that begin, or end, in runs of one value exactly as long as
+the costs suggest. Whether the model looks at padding is not known here; see `split_by_cost`.
 """
 
 from __future__ import annotations
@@ -41,20 +39,18 @@ MASKS = ("attention_mask", "decoder_attention_mask")  # Hugging Face's: 1 is rea
 CHUNK = 2**20  # elements compared at once: a square mask must not be there twice, nor leave the cache
 
 
-class Side(Enum):
-    """Where padding is."""
-
+class _Side(Enum):
     LEFT = "left"
     RIGHT = "right"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """Where a batch is padded.
+    """The columns of a batch that are real, where the others are padding with certainty.
 
     Attributes:
-        real: by width: for each row the first real column, and the one after the last, ``[rows]`` each. What is not in
-            it is not padded, or not certainly.
+        real: for each width that is padded: of each row the first real column, and the one after the last, ``[rows]``
+            each.
         doubt: why a padding that seemed to be there is not believed; empty where there was none.
     """
 
@@ -64,11 +60,11 @@ class Padding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Claim:
-    """What one dimension of one field says of the lengths of all samples."""
+    """The lengths of all samples, as one dimension of one field shows them."""
 
     field: Tensor
     dim: int
-    side: Side
+    side: _Side
     lengths: list[int]
     is_named: bool
 
@@ -78,18 +74,20 @@ class _Claim:
 
 
 def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
-    """Reads where the batch is padded, for every width it has. On a device it waits for it, some times a field.
+    """Reads where the batch is padded, for every width it has.
+
+    On a device this synchronises a few times for each field.
 
     Args:
         batch: at least one row.
-        costs: of each row.
+        costs: the cost of each row.
     """
     fields = _fields(batch)
     if fields is None:
         return Padding(real={}, doubt="the batch holds tensors that are not strided")
     claims = list(_claims(batch, fields, costs))
-    lengths: dict[tuple[int, Side], list[int]] = {}
-    by_name: dict[int, bool] = {}
+    lengths: dict[tuple[int, _Side], list[int]] = {}
+    named: set[tuple[int, _Side]] = set()
     doubt = ""
     for width, side in dict.fromkeys((claim.width, claim.side) for claim in claims):
         here = [claim for claim in claims if (claim.width, claim.side) == (width, side)]
@@ -99,28 +97,28 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
             doubt = doubt or f"the costs do not go with the lengths that are seen along a dimension of {width}"
             continue
         longest = [max(of_row) for of_row in zip(*(claim.lengths for claim in believed), strict=True)]
-        others = [(field, dim) for field, dim in _dims(fields, width)
-                  if not any(field is claim.field and dim == claim.dim for claim in believed)]  # fmt: skip
+        others = [(field, dim) for field, dim in _dims(fields) if field.shape[dim] == width
+                  and not any(field is claim.field and dim == claim.dim for claim in believed)]  # fmt: skip
         veto = next((field for field, dim in others if not _is_padded(field, dim, side, longest)), None)
         if veto is not None:
             doubt = f"a field of shape {tuple(veto.shape)} is not constant where others are padded"
-        else:
-            lengths[width, side] = longest
-            by_name[width] = by_name.get(width, True) and any(claim.is_named for claim in believed)
-    for width, is_certain in by_name.items():
-        if not is_certain and all((width, side) in lengths for side in Side):
-            doubt = f"the costs go with lengths along a dimension of {width} from the left and from the right"
-            del lengths[width, Side.LEFT], lengths[width, Side.RIGHT]
+            continue
+        lengths[width, side] = longest
+        if any(claim.is_named for claim in believed):
+            named.add((width, side))
     real: dict[int, tuple[Tensor, Tensor]] = {}
-    for width in {width for width, _ in lengths}:
+    for width in dict.fromkeys(width for width, _ in lengths):
+        left, right = (width, _Side.LEFT), (width, _Side.RIGHT)
+        if {left, right} <= lengths.keys() and not {left, right} <= named:
+            doubt = f"the costs go with lengths along a dimension of {width} from the left and from the right"
+            continue
         full = [width] * len(costs)
-        real[width] = (width - torch.tensor(lengths.get((width, Side.LEFT), full)),
-                       torch.tensor(lengths.get((width, Side.RIGHT), full)))  # fmt: skip
+        real[width] = width - torch.tensor(lengths.get(left, full)), torch.tensor(lengths.get(right, full))
     return Padding(real=real, doubt=doubt)
 
 
 def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
-    """The given rows, less the columns that are padding in all of them, in every field; at least one column stays."""
+    """Takes the given rows without the columns that are padding in all of them; at least one column stays."""
     spans: dict[int, slice] = {}
     for width, (starts, stops) in padding.real.items():
         start = min(int(starts[rows].min()), width - 1)
@@ -138,15 +136,8 @@ def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
 
 
 def _fields(batch: Any) -> list[Tensor] | None:
-    """Every tensor and array with columns; None where one cannot be looked at column by column."""
-    fields: list[Any] = []
-
-    def visit(leaf: Any) -> Any:
-        if len(getattr(leaf, "shape", ())) > 1:
-            fields.append(leaf)
-        return leaf
-
-    tree.map_leaves(batch, visit)
+    """Returns every tensor and array with columns; None where one cannot be compared column by column."""
+    fields = [leaf for _, leaf in tree.named_leaves(batch, "batch") if len(getattr(leaf, "shape", ())) > 1]
     try:
         tensors = [field if isinstance(field, Tensor) else torch.tensor(field) for field in fields]
     except (TypeError, ValueError):  # an array of strings, or of negative strides
@@ -154,12 +145,10 @@ def _fields(batch: Any) -> list[Tensor] | None:
     return tensors if all(field.layout is torch.strided for field in tensors) else None
 
 
-def _dims(fields: Sequence[Tensor], width: int | None = None) -> Iterator[tuple[Tensor, int]]:
-    """Every field with every dimension of the given width; by default, with all that can be trimmed."""
+def _dims(fields: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Yields every field with every dimension of it that could be trimmed."""
     for field in fields:
-        for dim in range(1, field.dim()):
-            if field.numel() and (field.shape[dim] > 1 if width is None else field.shape[dim] == width):
-                yield field, dim
+        yield from ((field, dim) for dim in range(1, field.dim()) if field.numel() and field.shape[dim] > 1)
 
 
 # -------------------------------------------------------------------------------------------------------- 1. the claims
@@ -168,37 +157,37 @@ def _claims(batch: Any, fields: Sequence[Tensor], costs: Sequence[float]) -> Ite
     named = [batch[name] for name in MASKS if name in batch] if isinstance(batch, Mapping) else []
     for field, dim in _dims(fields):
         is_named = any(field is mask for mask in named) and _is_mask(field)
-        for side in Side:
+        for side in _Side:
             width = field.shape[dim]
             if is_named:
                 pad = torch.zeros((1, 1, 1), dtype=field.dtype, device=field.device)
             else:
                 row = field[cheapest : cheapest + 1]
                 if int(_lengths(row, dim, side)) > width - MIN_PADDED:
-                    continue  # of most fields that are not padded one row tells
-                pad = _by_column(row, dim)[:, -1 if side is Side.RIGHT else 0, None]
+                    continue  # for most fields that are not padded, one row is enough to know
+                pad = _by_column(row, dim)[:, -1 if side is _Side.RIGHT else 0, None]
             lengths = _lengths(field, dim, side, pad).tolist()
             if min(lengths) < width:
                 yield _Claim(field=field, dim=dim, side=side, lengths=lengths, is_named=is_named)
 
 
-def _lengths(field: Tensor, dim: int, side: Side, pad: Tensor | None = None) -> Tensor:
-    """Of each row: the columns that remain without the run of ``pad``, or of its own last column, at its side.
+def _lengths(field: Tensor, dim: int, side: _Side, pad: Tensor | None = None) -> Tensor:
+    """Counts the columns of each row that remain without the run of one column at its side.
 
     Args:
         field: ``[rows, ...]``.
-        dim: along which the columns lie.
+        dim: the dimension along which the columns lie.
         side: where the run is.
-        pad: ``[1, 1, elements of a column]``; None for each row's own.
+        pad: the column that the run repeats, ``[1, 1, elements of a column]``; None for each row's own outermost one.
     """
     width = field.shape[dim]
     count = torch.arange(1, width + 1, dtype=torch.int32, device=field.device)
-    if side is Side.LEFT:
+    if side is _Side.LEFT:
         count = count.flip(0)
     lengths: list[Tensor] = []
     for part in field.split(max(1, CHUNK * field.shape[0] // field.numel())):
         columns = _by_column(part, dim)
-        differs = columns != (columns[:, -1 if side is Side.RIGHT else 0, None] if pad is None else pad)
+        differs = columns != (columns[:, -1 if side is _Side.RIGHT else 0, None] if pad is None else pad)
         differs = differs.view(torch.uint8).amax(2)  # a tenth of the time of any(2)
         lengths.append((differs * count).amax(1))
     return torch.cat(lengths)
@@ -215,20 +204,19 @@ def _is_mask(field: Tensor) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- 2. what bears out
 def _is_believed(claim: _Claim, costs: Sequence[float], elsewhere: Sequence[_Claim]) -> bool:
+    costs_without_others = (
+        [cost - length for cost, length in zip(costs, other.lengths, strict=True)] for other in elsewhere
+    )
     return (
         claim.is_named
         or _is_explained(claim, costs)
-        or any(_is_explained(claim, _costs_without(other, costs)) for other in elsewhere)
+        or any(_is_explained(claim, rest) for rest in costs_without_others)
         or _is_ranked(claim, costs)
     )
 
 
-def _costs_without(claim: _Claim, costs: Sequence[float]) -> list[float]:
-    return [cost - length for cost, length in zip(costs, claim.lengths, strict=True)]
-
-
 def _is_explained(claim: _Claim, costs: Sequence[float]) -> bool:
-    """Whether each length is  min(cost + constant, width),  the constant not negative; an empty sample's is 0."""
+    """Whether each length is min(cost + constant, width), the constant not negative; or 0, for an empty sample."""
     width, lengths = claim.width, claim.lengths
     inside = {length - cost for cost, length in zip(costs, lengths, strict=True) if 0 < length < width} or {0}
     constant = inside.pop()
@@ -254,7 +242,7 @@ def _is_ranked(claim: _Claim, costs: Sequence[float]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------- 3. the veto
-def _is_padded(field: Tensor, dim: int, side: Side, lengths: Sequence[int]) -> bool:
+def _is_padded(field: Tensor, dim: int, side: _Side, lengths: Sequence[int]) -> bool:
     own = _lengths(field, dim, side)
     if bool((own <= torch.tensor(lengths, device=own.device)).all()):
         return True

@@ -14,8 +14,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from gradaccum.errors import LossError, WindowError
-from gradaccum.split.by_groups import split_by_groups
-from gradaccum.split.by_samples import split_by_samples
+from gradaccum.split.by_samples import split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.runner import Runner

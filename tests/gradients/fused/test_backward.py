@@ -149,53 +149,59 @@ def patched(model: Any) -> nn.Module:
 
 BOTH = frozenset({"0.weight", "2.weight"})
 W = frozenset({"w"})
+NONE: frozenset[str] = frozenset()
+
+
+def on_layers(forward: Forward, in_place: frozenset[str] = BOTH) -> Case:
+    return Case(make=layers, forward=forward, in_place=in_place)
+
+
+def on_matrix(forward: Forward, in_place: frozenset[str] = W, make: Callable[[], nn.Module] = Matrix) -> Case:
+    return Case(make=make, forward=forward, in_place=in_place)
+
+
+def on_words(make: Callable[[], nn.Module], *in_place: str) -> Case:
+    return Case(make=make, reads="words", in_place=frozenset(in_place))
+
 
 IN_PLACE: dict[str, Case] = {
     "linear": Case(make=layers, in_place=BOTH),
     "linear without bias, so that the first is on the way to nothing": Case(
         make=lambda: layers(bias=False), in_place=BOTH
     ),
-    "one sample without a batch": Case(make=layers, forward=lambda m, x: m(x[0]), in_place=BOTH),
-    "three dimensions": Case(make=layers, forward=lambda m, x: m(x.expand(2, ROWS, WIDTH)), in_place=BOTH),
-    "four dimensions": Case(make=layers, forward=lambda m, x: m(x.expand(2, 3, ROWS, WIDTH) + 1), in_place=BOTH),
-    "no rows": Case(make=layers, forward=lambda m, x: m(x[:0]), in_place=BOTH),
-    "strided input": Case(make=layers, forward=lambda m, x: m(x.repeat(1, 2)[:, ::2]), in_place=BOTH),
-    "transposed input": Case(make=layers, forward=lambda m, x: m(x.t().contiguous().t()), in_place=BOTH),
-    "strided gradient": Case(make=layers, forward=lambda m, x: m(x).t()[::2], in_place=BOTH),
-    "input that requires a gradient": Case(make=layers, forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH),
+    "one sample without a batch": on_layers(lambda m, x: m(x[0])),
+    "three dimensions": on_layers(lambda m, x: m(x.expand(2, ROWS, WIDTH))),
+    "four dimensions": on_layers(lambda m, x: m(x.expand(2, 3, ROWS, WIDTH) + 1)),
+    "no rows": on_layers(lambda m, x: m(x[:0])),
+    "strided input": on_layers(lambda m, x: m(x.repeat(1, 2)[:, ::2])),
+    "transposed input": on_layers(lambda m, x: m(x.t().contiguous().t())),
+    "strided gradient": on_layers(lambda m, x: m(x).t()[::2]),
+    "input that requires a gradient": on_layers(lambda m, x: m(x.requires_grad_())),
     "frozen bias": Case(make=lambda: frozen(layers(), "0.bias", "2.bias"), in_place=BOTH),
     "frozen weight before": Case(make=lambda: frozen(layers(), "0.weight"), in_place=frozenset({"2.weight"})),
     "frozen weight after": Case(make=lambda: frozen(layers(), "2.weight"), in_place=frozenset({"0.weight"})),
-    "functional linear": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: F.linear(x, m.w), in_place=W),
-    "x W": Case(make=Matrix, forward=lambda m, x: x @ m.w, in_place=W),
-    "W x": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: m.w @ x.t(), in_place=W),
-    "W.T x": Case(make=Matrix, forward=lambda m, x: m.w.T @ x.t(), in_place=W),
-    "x W.mT": Case(make=lambda: Matrix(4, WIDTH), forward=lambda m, x: x @ m.w.mT, in_place=W),
-    "x transposed twice": Case(make=Matrix, forward=lambda m, x: x @ m.w.transpose(-1, 0).permute(-1, -2), in_place=W),
-    "addmm, as HF's Conv1D": Case(make=Matrix, forward=lambda m, x: torch.addmm(m.b, x, m.w), in_place=W),
-    "addmm with factors": Case(
-        make=Matrix, forward=lambda m, x: torch.addmm(m.b, x, m.w, alpha=0.3, beta=2), in_place=W
-    ),
-    "parameter with strides": Case(
-        make=lambda: Matrix(transposed=True), forward=lambda m, x: torch.tanh(x @ m.w), in_place=W
-    ),
+    "functional linear": on_matrix(lambda m, x: F.linear(x, m.w), make=lambda: Matrix(4, WIDTH)),
+    "x W": on_matrix(lambda m, x: x @ m.w),
+    "W x": on_matrix(lambda m, x: m.w @ x.t(), make=lambda: Matrix(4, WIDTH)),
+    "W.T x": on_matrix(lambda m, x: m.w.T @ x.t()),
+    "x W.mT": on_matrix(lambda m, x: x @ m.w.mT, make=lambda: Matrix(4, WIDTH)),
+    "x transposed twice": on_matrix(lambda m, x: x @ m.w.transpose(-1, 0).permute(-1, -2)),
+    "addmm, as HF's Conv1D": on_matrix(lambda m, x: torch.addmm(m.b, x, m.w)),
+    "addmm with factors": on_matrix(lambda m, x: torch.addmm(m.b, x, m.w, alpha=0.3, beta=2)),
+    "parameter with strides": on_matrix(lambda m, x: torch.tanh(x @ m.w), make=lambda: Matrix(transposed=True)),
     "both factors are weights": Case(
         make=lambda: nn.ParameterList([torch.randn(WIDTH, 3), torch.randn(3, 2)]),
         forward=lambda m, x: x @ (m[0] @ m[1]),
         in_place=frozenset({"0", "1"}),
     ),
-    "a matrix times itself": Case(make=lambda: Matrix(WIDTH, WIDTH), forward=lambda m, x: x @ (m.w @ m.w), in_place=W),
-    "cast": Case(make=Matrix, forward=lambda m, x: x.float() @ m.w.float(), in_place=W),
+    "a matrix times itself": on_matrix(lambda m, x: x @ (m.w @ m.w), make=lambda: Matrix(WIDTH, WIDTH)),
+    "cast": on_matrix(lambda m, x: x.float() @ m.w.float()),
     "experts": Case(make=Experts, in_place=frozenset({"w", "back"})),
     "used twice": Case(make=Twice, in_place=frozenset({"layer.weight"})),
-    "embedding": Case(make=lambda: nn.Embedding(WORDS, 4), reads="words", in_place=frozenset({"weight"})),
-    "embedding with padding": Case(
-        make=lambda: nn.Embedding(WORDS, 4, padding_idx=2), reads="words", in_place=frozenset({"weight"})
-    ),
-    "embedding with padding counted from the end": Case(
-        make=lambda: nn.Embedding(WORDS, 4, padding_idx=-1), reads="words", in_place=frozenset({"weight"})
-    ),
-    "tied": Case(make=Tied, reads="words", in_place=frozenset({"table.weight", "body.weight"})),
+    "embedding": on_words(lambda: nn.Embedding(WORDS, 4), "weight"),
+    "embedding with padding": on_words(lambda: nn.Embedding(WORDS, 4, padding_idx=2), "weight"),
+    "embedding with padding counted from the end": on_words(lambda: nn.Embedding(WORDS, 4, padding_idx=-1), "weight"),
+    "tied": on_words(Tied, "table.weight", "body.weight"),
     "attention": Case(
         make=lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
         forward=lambda m, x: m(x[None, :, :4]),
@@ -208,27 +214,21 @@ IN_PLACE: dict[str, Case] = {
         forward=lambda m, x: m(x)[0],
         in_place=frozenset({"weight_ih_l0", "weight_hh_l0"}),
     ),
-    "over samples by vmap": Case(make=layers, forward=over_samples, in_place=BOTH),
-    "checkpoint": Case(make=layers, forward=checkpointed, in_place=BOTH),
-    "checkpoint, input with gradient": Case(
-        make=layers, forward=lambda m, x: checkpointed(m, x.requires_grad_()), in_place=BOTH
+    "over samples by vmap": on_layers(over_samples),
+    "checkpoint": on_layers(checkpointed),
+    "checkpoint, input with gradient": on_layers(lambda m, x: checkpointed(m, x.requires_grad_())),
+    "checkpoint of a checkpoint": on_layers(nested),
+    "sparse adjacency under a checkpoint": on_matrix(
+        lambda m, x: checkpoint(lambda x: (ADJACENCY @ m.w) * x[:, :4], x, use_reentrant=False)
     ),
-    "checkpoint of a checkpoint": Case(make=layers, forward=nested, in_place=BOTH),
-    "sparse adjacency under a checkpoint": Case(
-        make=Matrix,
-        forward=lambda m, x: checkpoint(lambda x: (ADJACENCY @ m.w) * x[:, :4], x, use_reentrant=False),
-        in_place=W,
+    "compressed sparse adjacency under a checkpoint": on_matrix(
+        lambda m, x: checkpoint(lambda x: (ADJACENCY.to_sparse_csr() @ m.w) * x[:, :4], x, use_reentrant=False)
     ),
-    "compressed sparse adjacency under a checkpoint": Case(
-        make=Matrix,
-        forward=lambda m, x: checkpoint(lambda x: (ADJACENCY.to_sparse_csr() @ m.w) * x[:, :4], x, use_reentrant=False),
-        in_place=W,
-    ),
-    "checkpoint without early stop": Case(make=layers, forward=not_stopped_early, in_place=BOTH),
+    "checkpoint without early stop": on_layers(not_stopped_early),
     "checkpointed embedding": Case(
         make=Tied, forward=checkpointed, reads="words", in_place=frozenset({"table.weight", "body.weight"})
     ),
-    "hooks on outputs": Case(make=layers, forward=hooked_output, in_place=BOTH),
+    "hooks on outputs": on_layers(hooked_output),
     "hooks on modules": Case(
         make=lambda: hooked_modules(layers()), forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH
     ),
@@ -292,61 +292,49 @@ def offloaded(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-NONE: frozenset[str] = frozenset()
-
 ASIDE: dict[str, Case] = {
     "parametrised": Case(
         make=lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, 4)), nn.Linear(4, 2)),
         in_place=frozenset({"1.weight"}),
     ),
     "orthogonal": Case(make=lambda: parametrizations.orthogonal(nn.Linear(WIDTH, 4)), in_place=NONE),
-    "masked": Case(make=Matrix, forward=lambda m, x: x @ (m.w * (m.w > 0)), in_place=NONE),
+    "masked": on_matrix(lambda m, x: x @ (m.w * (m.w > 0)), NONE),
     "hook on the weight": Case(make=lambda: hooked(layers()), in_place=frozenset({"2.weight"})),
     "parameter of another class": Case(make=OfAKind, forward=lambda m, x: x @ m.w, in_place=NONE),
-    "gradient penalty": Case(make=layers, forward=penalised, in_place=BOTH),
-    "gradient of a weight in the loss": Case(make=layers, forward=with_weight_gradient, in_place=BOTH),
-    "function of its own": Case(make=Matrix, forward=lambda m, x: Doubled.apply(x, m.w), in_place=NONE),
-    "weight decay in the loss": Case(
-        make=Matrix, forward=lambda m, x: torch.cat([(x @ m.w).flatten(), m.w.flatten()]), in_place=NONE
+    "gradient penalty": on_layers(penalised),
+    "gradient of a weight in the loss": on_layers(with_weight_gradient),
+    "function of its own": on_matrix(lambda m, x: Doubled.apply(x, m.w), NONE),
+    "weight decay in the loss": on_matrix(lambda m, x: torch.cat([(x @ m.w).flatten(), m.w.flatten()]), NONE),
+    "part of a weight": on_matrix(lambda m, x: x @ m.w[:, 1:], NONE),
+    "weight with its dimensions turned": on_matrix(
+        lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.permute(0, 2, 1).mT), make=lambda: Matrix(2, WIDTH, 3)
     ),
-    "part of a weight": Case(make=Matrix, forward=lambda m, x: x @ m.w[:, 1:], in_place=NONE),
-    "weight with its dimensions turned": Case(
-        make=lambda: Matrix(2, WIDTH, 3),
-        forward=lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.permute(0, 2, 1).mT),
-        in_place=W,
+    "batch dimension turned": on_matrix(
+        lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.transpose(0, 1)), NONE, lambda: Matrix(WIDTH, 2, 3)
     ),
-    "batch dimension turned": Case(
-        make=lambda: Matrix(WIDTH, 2, 3),
-        forward=lambda m, x: torch.bmm(x.expand(2, ROWS, WIDTH), m.w.transpose(0, 1)),
-        in_place=NONE,
+    "matrix as the summand": on_matrix(
+        lambda m, x: torch.addmm(m.w, x, x.t() @ m.w.detach()), NONE, lambda: Matrix(ROWS, 4)
     ),
-    "matrix as the summand": Case(
-        make=lambda: Matrix(ROWS, 4), forward=lambda m, x: torch.addmm(m.w, x, x.t() @ m.w.detach()), in_place=NONE
-    ),
-    "vector": Case(make=Matrix, forward=lambda m, x: torch.mv(x, m.w[:, 0]) + m.b.sum(), in_place=NONE),
-    "einsum": Case(make=Matrix, forward=lambda m, x: torch.einsum("ri,io->ro", x, m.w), in_place=NONE),
+    "vector": on_matrix(lambda m, x: torch.mv(x, m.w[:, 0]) + m.b.sum(), NONE),
+    "einsum": on_matrix(lambda m, x: torch.einsum("ri,io->ro", x, m.w), NONE),
     "complex": Case(
         make=lambda: nn.ParameterList([torch.randn(WIDTH, 3, dtype=torch.complex64)]),
         forward=lambda m, x: torch.view_as_real(x.to(m[0].dtype) @ m[0]),
         in_place=NONE,
     ),
-    "sparse embedding": Case(make=lambda: nn.Embedding(WORDS, 4, sparse=True), reads="words", in_place=NONE),
-    "embedding scaled by frequency": Case(
-        make=lambda: nn.Embedding(WORDS, 4, scale_grad_by_freq=True), reads="words", in_place=NONE
-    ),
-    "bag of embeddings": Case(make=lambda: nn.EmbeddingBag(WORDS, 4), reads="words", in_place=NONE),
-    "sparse input": Case(make=Matrix, forward=lambda m, x: torch.sparse.mm(x.to_sparse(), m.w), in_place=NONE),
+    "sparse embedding": on_words(lambda: nn.Embedding(WORDS, 4, sparse=True)),
+    "embedding scaled by frequency": on_words(lambda: nn.Embedding(WORDS, 4, scale_grad_by_freq=True)),
+    "bag of embeddings": on_words(lambda: nn.EmbeddingBag(WORDS, 4)),
+    "sparse input": on_matrix(lambda m, x: torch.sparse.mm(x.to_sparse(), m.w), NONE),
     "convolution": Case(
         make=lambda: nn.Conv1d(1, 3, 2, stride=2, padding=1), forward=lambda m, x: m(x[:, None]), in_place=NONE
     ),
-    "saved tensors given out once": Case(make=layers, forward=offloaded, in_place=NONE),
-    "reentrant checkpoint": Case(
-        make=layers, forward=lambda m, x: m[2](checkpoint(m[:2], x.requires_grad_(), use_reentrant=True)), in_place=NONE
+    "saved tensors given out once": on_layers(offloaded, NONE),
+    "reentrant checkpoint": on_layers(
+        lambda m, x: m[2](checkpoint(m[:2], x.requires_grad_(), use_reentrant=True)), NONE
     ),
-    "compiled": Case(make=layers, forward=lambda m, x: torch.compile(m, backend="aot_eager")(x), in_place=NONE),
-    "compiled in full": Case(
-        make=layers, forward=lambda m, x: torch.compile(m, backend="aot_eager", fullgraph=True)(x), in_place=NONE
-    ),
+    "compiled": on_layers(lambda m, x: torch.compile(m, backend="aot_eager")(x), NONE),
+    "compiled in full": on_layers(lambda m, x: torch.compile(m, backend="aot_eager", fullgraph=True)(x), NONE),
 }
 
 

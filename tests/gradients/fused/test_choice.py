@@ -29,34 +29,32 @@ def test_off_is_no_choice() -> None:
     assert choice_of(False) is None
 
 
-def test_everywhere_takes_every_matrix() -> None:
-    assert choice(True).may_pay(weight(1, 1))
-    assert choice(True).may_pay(weight(2, 3, 4))
-    assert choice(True).pays(weight(1, 1), 10**9)
+@pytest.mark.parametrize(
+    ("fused", "parameter", "may_pay"),
+    [
+        pytest.param(True, weight(1, 1), True, id="everywhere: a matrix"),
+        pytest.param(True, weight(2, 3, 4), True, id="everywhere: matrices"),
+        pytest.param(True, weight(1 << 30), False, id="everywhere: a vector"),
+        pytest.param(True, weight(1024, 1024, 3, 3), False, id="everywhere: a kernel"),
+        pytest.param("auto", weight(1 << 30), False, id="a vector"),
+        pytest.param("auto", weight(1024, 1024, 3, 3), False, id="a kernel"),
+        pytest.param("auto", nn.Parameter(torch.empty(768, 768)), True, id="large on the host"),
+        pytest.param("auto", nn.Parameter(torch.empty(512, 512)), False, id="small on the host"),
+        pytest.param("auto", nn.Parameter(torch.empty(16, 4096)), False, id="LoRA on the host"),
+        pytest.param("auto", weight(64, 8192), False, id="LoRA on a device"),
+        pytest.param("auto", weight(4096, 4096), False, id="large for a host, on a device"),
+        pytest.param("auto", weight(8192, 8192), True, id="large on a device"),
+    ],
+)
+def test_which_weights_may_pay(fused: FusedOption, parameter: nn.Parameter, may_pay: bool) -> None:
+    assert choice(fused).may_pay(parameter) == may_pay
 
 
-@pytest.mark.parametrize("fused", ["auto", True])
-def test_vectors_and_kernels_are_never_taken(fused: FusedOption) -> None:
-    assert not choice(fused).may_pay(weight(1 << 30))
-    assert not choice(fused).may_pay(weight(1024, 1024, 3, 3))
-
-
-def test_auto_takes_large_weights_that_see_few_rows() -> None:
+def test_for_how_many_rows_it_pays() -> None:
     on_host = nn.Parameter(torch.empty(768, 768))
-    assert choice("auto").may_pay(on_host)
     assert choice("auto").pays(on_host, 1024)
     assert not choice("auto").pays(on_host, 16_384)
-    assert not choice("auto").may_pay(nn.Parameter(torch.empty(512, 512)))
-
-
-def test_auto_does_not_take_the_matrices_of_lora() -> None:
-    assert not choice("auto").may_pay(nn.Parameter(torch.empty(16, 4096)))
-    assert not choice("auto").may_pay(weight(64, 8192))
-
-
-def test_auto_takes_larger_ones_on_devices() -> None:
-    assert not choice("auto").may_pay(weight(4096, 4096))
-    assert choice("auto").may_pay(weight(8192, 8192))
+    assert choice(True).pays(weight(1, 1), 10**9)
 
 
 def test_auto_leaves_a_micro_batch_of_many_rows_to_torch() -> None:

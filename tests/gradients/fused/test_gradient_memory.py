@@ -13,7 +13,7 @@ import gradaccum as ga
 from gradaccum.gradients.fused.gradient_memory import GradientMemory
 
 
-def kept(dtype: torch.dtype = torch.float32) -> tuple[GradientMemory, nn.Parameter, int]:
+def kept() -> tuple[GradientMemory, nn.Parameter, int]:
     """A memory with the gradient of one parameter, the parameter, and where the gradient was."""
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.ones(2, 3)
@@ -24,15 +24,11 @@ def kept(dtype: torch.dtype = torch.float32) -> tuple[GradientMemory, nn.Paramet
     return memory, parameter, where
 
 
-def test_what_nobody_holds_is_used_again() -> None:
+def test_what_nobody_holds_is_used_again_but_once() -> None:
     memory, parameter, where = kept()
-    assert memory.take(parameter, torch.float32).data_ptr() == where
-
-
-def test_but_once() -> None:
-    memory, parameter, _ = kept()
     first = memory.take(parameter, torch.float32)
-    assert memory.take(parameter, torch.float32).data_ptr() != first.data_ptr()
+    assert first.data_ptr() == where
+    assert memory.take(parameter, torch.float32).data_ptr() != where
 
 
 HOLDS: dict[str, Callable[[Tensor], Any]] = {
@@ -86,7 +82,7 @@ def test_nothing_is_kept_when_it_is_freed() -> None:
     assert not memory._kept
 
 
-def windows(hold: list[Tensor | None], *, micro_batches: int) -> list[int]:
+def windows(hold: list[Tensor | None]) -> list[int]:
     """Where the weight's gradient is in each of three windows."""
     model = nn.Linear(64, 32, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -100,19 +96,16 @@ def windows(hold: list[Tensor | None], *, micro_batches: int) -> list[int]:
             hold.append(gradient)
 
     optimizer.register_step_pre_hook(look)
-    accumulator = ga.Accumulator(model, optimizer, micro_batches=micro_batches, fused=True)
-    for x in accumulator.over([torch.randn(3, 64) for _ in range(3 * micro_batches)]):
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2, fused=True)
+    for x in accumulator.over([torch.randn(3, 64) for _ in range(6)]):
         accumulator.backward(model(x).pow(2).mean())
     return places
 
 
-def test_windows_write_to_the_same_place() -> None:
-    assert len(set(windows([], micro_batches=2))) == 1
-
-
-def test_a_gradient_that_a_user_collects_is_not_overwritten() -> None:
+def test_windows_write_to_the_same_place_but_over_no_gradient_that_a_user_collects() -> None:
+    assert len(set(windows([]))) == 1
     collected: list[Tensor | None] = [None]
-    assert len(set(windows(collected, micro_batches=2))) == 3
+    assert len(set(windows(collected))) == 3
     values = [gradient for gradient in collected if gradient is not None]
     assert not torch.equal(values[0], values[1])
 

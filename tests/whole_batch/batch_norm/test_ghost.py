@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
-from gradaccum.split.by_groups import split_by_groups
+from gradaccum.split.by_samples import split_by_groups
 from normed import (
     CLASSES,
     NORMED,
