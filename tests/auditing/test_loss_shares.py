@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,14 +32,17 @@ def runs_of(model: nn.Module, loss: zoo.LossFunction, batch: object) -> Runs:
     return Runs(make_task(model, loss, batch), is_double=True)
 
 
-@pytest.mark.parametrize("where", ["outputs", "parameters"])
-@pytest.mark.parametrize(("model", "loss", "batch", "over"), CASES.values(), ids=CASES.keys())
-def test_what_a_loss_is_a_mean_over(
-    model: object, loss: zoo.LossFunction, batch: object, over: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if where == "parameters":
+@pytest.fixture(params=["outputs", "parameters"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "parameters":
         monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
-    found = find_loss_shares(runs_of(model(), loss, batch()), SIZES, AS_IT_IS)  # type: ignore[operator]
+    return request.param
+
+
+@pytest.mark.usefixtures("where")
+@pytest.mark.parametrize(("model", "loss", "batch", "over"), CASES.values(), ids=CASES.keys())
+def test_what_a_loss_is_a_mean_over(model: Any, loss: zoo.LossFunction, batch: Any, over: str) -> None:
+    found = find_loss_shares(runs_of(model(), loss, batch()), SIZES, AS_IT_IS)
     assert found is not None
     assert (found.is_coupled, found.over) == (False, over)
     assert found.residual < 1e-12
@@ -51,11 +56,8 @@ def test_the_shares_themselves() -> None:
     assert found.shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-12)
 
 
-@pytest.mark.parametrize("where", ["outputs", "parameters"])
 @pytest.mark.parametrize("loss", [zoo.dice, zoo.hardest, zoo.root], ids=["dice", "hardest", "root"])
-def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where == "parameters":
-        monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
+def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str) -> None:
     found = find_loss_shares(runs_of(zoo.mlp(), loss, zoo.vectors()), [4, 3, 3, 3], AS_IT_IS)
     assert found is not None
     assert found.is_coupled

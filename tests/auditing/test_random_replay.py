@@ -64,20 +64,18 @@ def test_rows_of_the_whole_batch(draw: Callable[[Tensor], Tensor]) -> None:
     assert len(batch.unique(dim=0)) > 1  # something was drawn, and not the same for all
 
 
-def test_samples_in_the_second_dimension_and_flattened_ones() -> None:
-    x = torch.ones(ROWS, 4, 5)
-    batch, parts, draws = drawn(lambda x: F.dropout(x.transpose(0, 1), 0.5), x)
-    assert torch.equal(torch.cat(parts, 1), batch)
-    batch, parts, more = drawn(lambda x: F.dropout(x.flatten(0, 1), 0.5), x)
-    assert torch.equal(torch.cat(parts), batch)
-    assert not draws.not_replayed
-    assert not more.not_replayed
-
-
-def test_as_many_rows_as_the_data_has() -> None:
-    x = torch.tensor([1.0, 0, 2, 3, 0, 4, 5])
-    batch, parts, draws = drawn(lambda x: F.dropout(x[x > 0], 0.5), x)
-    assert torch.equal(torch.cat(parts), batch)
+@pytest.mark.parametrize(
+    ("draw", "x", "dimension"),
+    [
+        (lambda x: F.dropout(x.transpose(0, 1), 0.5), torch.ones(ROWS, 4, 5), 1),
+        (lambda x: F.dropout(x.flatten(0, 1), 0.5), torch.ones(ROWS, 4, 5), 0),
+        (lambda x: F.dropout(x[x > 0], 0.5), torch.tensor([1.0, 0, 2, 3, 0, 4, 5]), 0),
+    ],
+    ids=["samples in the second dimension", "flattened samples", "as many rows as the data has"],
+)
+def test_rows_that_are_found_by_shape(draw: Callable[[Tensor], Tensor], x: Tensor, dimension: int) -> None:
+    batch, parts, draws = drawn(draw, x)
+    assert torch.equal(torch.cat(parts, dimension), batch)
     assert not draws.not_replayed
 
 

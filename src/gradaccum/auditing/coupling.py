@@ -17,6 +17,7 @@ Not seen: outputs without a dimension of the batch (a loss inside of the model),
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,20 +55,21 @@ def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]
     """
     rows = runs.task.rows
     clean: dict[_Place, list[Tensor]] = {}
-    shapes: dict[_Place, list[tuple[int, ...]]] = {}
+    fewer_rows: dict[_Place, list[Tensor]] = {}
 
-    def keep(place: _Place, value: Any, _: str) -> None:
-        # Copies: an activation may be overwritten in place by what follows.
-        clean[place] = [tensor.detach().clone() for tensor in _floats(value)]
+    def keep_in(kept: dict[_Place, list[Tensor]]) -> _Observer:
+        def keep(place: _Place, value: Any, _: str) -> None:
+            # Copies: an activation may be overwritten in place by what follows.
+            kept[place] = [tensor.detach().clone() for tensor in _floats(value)]
 
-    def keep_shapes(place: _Place, value: Any, _: str) -> None:
-        shapes[place] = [tuple(tensor.shape) for tensor in _floats(value)]
+        return keep
 
-    with runs.running(substitutions) as run, _BatchNorms(_observe(run, keep)) as norms:
+    with runs.running(substitutions) as run, _BatchNorms(_observe(run, keep_in(clean))) as norms:
         _forward(run, run.whole_batch)
     with runs.running(substitutions) as run:
-        _observe(run, keep_shapes)
+        _observe(run, keep_in(fewer_rows))
         _forward(run, tree.take(run.whole_batch, slice(0, max(rows // 2, 1))), is_whole=False)
+    shapes = {place: [tuple(tensor.shape) for tensor in kept] for place, kept in fewer_rows.items()}
     found: dict[str, None] = {}
     for replacing, factor in _replacements(rows):
         kept = (replacing == torch.arange(rows)).nonzero().flatten()
@@ -104,12 +106,8 @@ def _forward(run: Run, batch: Any, *, is_whole: bool = True) -> None:
     task = run.task
     function = task.loss_fn or task.forward
     assert function is not None
-    with torch.no_grad():
-        if is_whole:
-            with run.forward(whole(task.rows)):
-                function(task.model, batch)
-        else:
-            function(task.model, batch)
+    with torch.no_grad(), run.forward(whole(task.rows)) if is_whole else nullcontext():
+        function(task.model, batch)
 
 
 def _observe(run: Run, observer: _Observer) -> list[str]:
