@@ -37,9 +37,9 @@ from gradaccum.types import GhostBatch, Job, Update
 from gradaccum.whole_batch.lockstep.gather import gather
 
 if _typing.TYPE_CHECKING:
-    from gradaccum.auditing.audit import audit
     from gradaccum.auditing.audit_report import Report
     from gradaccum.auditing.culprits import Culprit
+    from gradaccum.auditing.make_audit import audit
     from gradaccum.fit.make_plan import plan
     from gradaccum.fit.plan import Plan
 
@@ -91,7 +91,7 @@ def __getattr__(name: str) -> _typing.Any:
     elif name == "Plan":
         from gradaccum.fit.plan import Plan as found
     elif name == "audit":
-        from gradaccum.auditing.audit import audit as found
+        from gradaccum.auditing.make_audit import audit as found
     elif name == "Report":
         from gradaccum.auditing.audit_report import Report as found
     elif name == "Culprit":

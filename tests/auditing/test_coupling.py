@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from gradaccum.auditing.audit import make_task
+from gradaccum.auditing.audit_run import AS_IT_IS, Runs
 from gradaccum.auditing.coupling import coupled_modules
-from gradaccum.auditing.run import AS_IT_IS, Runs
+from gradaccum.auditing.make_audit import make_task
 
 
 def coupled(

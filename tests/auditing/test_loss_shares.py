@@ -10,9 +10,9 @@ from torch import nn
 
 import zoo
 from gradaccum.auditing import loss_shares
-from gradaccum.auditing.audit import make_task
+from gradaccum.auditing.audit_run import AS_IT_IS, Runs
 from gradaccum.auditing.loss_shares import find_loss_shares
-from gradaccum.auditing.run import AS_IT_IS, Runs
+from gradaccum.auditing.make_audit import make_task
 
 SIZES = [5, 4, 4]
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradaccum import tree
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions
 from gradaccum.auditing.pieces import copied, whole
-from gradaccum.auditing.run import Run, Runs, Substitutions
 
 _ENLARGED = 3.0
 # What sums in another order may differ by, of the largest value: 64 roundings. In shorter dtypes one step would hide a

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from gradaccum import tree
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions, loss_value
 from gradaccum.auditing.compare import Gradients, flat
 from gradaccum.auditing.in_double import no_modes
 from gradaccum.auditing.pieces import Piece, pieces, whole
-from gradaccum.auditing.run import Run, Runs, Substitutions, loss_value
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.meaning import means_in
 

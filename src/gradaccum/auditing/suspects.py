@@ -17,12 +17,12 @@ from functools import partial
 from torch import nn
 
 from gradaccum.auditing import coupling, culprits
+from gradaccum.auditing.audit_run import AS_IT_IS, RunResult, Runs, Substitutions
 from gradaccum.auditing.compare import different_buffers, relative_error
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import A_SUM, LossFinding, find_loss_shares
 from gradaccum.auditing.random_ops import ONCE, UNMATCHED
-from gradaccum.auditing.run import AS_IT_IS, RunResult, Runs, Substitutions
 
 # Layers judged one by one; more are judged together, a whole batch and its micro-batches being run for each.
 _MOST_SINGLE = 8

@@ -13,12 +13,12 @@ from torch.nn.parameter import is_lazy
 from gradaccum import tree
 from gradaccum.auditing import culprits
 from gradaccum.auditing.audit_report import Report
+from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions
 from gradaccum.auditing.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
 from gradaccum.auditing.pieces import equal_sizes, ragged_sizes
 from gradaccum.auditing.random_ops import UNMATCHED
-from gradaccum.auditing.run import RunResult, Runs, Substitutions
 from gradaccum.auditing.suspects import buffer_culprits, find_culprits, first_line
 from gradaccum.auditing.task import Task
 from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
