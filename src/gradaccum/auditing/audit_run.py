@@ -129,10 +129,6 @@ class Run:
         named = guards.named_parameters(self.task.models)
         return {name: parameter.grad for name, parameter in named if parameter.requires_grad}
 
-    def buffers(self) -> Buffers:
-        """Returns copies of the models' buffers."""
-        return copy_buffers(self.task.modules())
-
     def keep_outputs(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook of the models."""
         self.outputs += [tensor for tensor in tree.tensors(output) if tensor.is_floating_point()]
@@ -200,7 +196,7 @@ class Runs:
                     value = run.batch_loss(task.forward(task.model, batch))
             divisor = _divisor(value)
             is_inside = any(output.requires_grad and output.dim() == 0 for output in run.outputs)
-            return RunResult(run.gradients(value), run.buffers(), is_inside, divisor)
+            return RunResult(run.gradients(value), copy_buffers(task.modules()), is_inside, divisor)
 
     def accumulated(self, sizes: Sequence[int], substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the gradient of the batch in micro-batches of these sizes."""
@@ -213,7 +209,7 @@ class Runs:
                     raise
                 self.refused = error
             else:
-                return RunResult(run.accumulated_gradients(), run.buffers())
+                return RunResult(run.accumulated_gradients(), copy_buffers(self.task.modules()))
         return self.accumulated(sizes, substitutions)
 
     def _train_step(self, run: Run, sizes: Sequence[int]) -> TrainStep:

@@ -41,8 +41,8 @@ class ParameterVerdict:
 
 def compare(made: Gradients, expected: Gradients, *, tolerance: float) -> tuple[ParameterVerdict, ...]:
     """Returns a verdict for each parameter, in the model's order."""
-    sizes = [_rms(gradient) for gradient in expected.values() if gradient is not None and gradient.numel()]
-    usual = max(sizes, default=0.0)
+    present = [gradient for gradient in expected.values() if gradient is not None and gradient.numel()]
+    usual = max((_norm(gradient) / math.sqrt(gradient.numel()) for gradient in present), default=0.0)
     return tuple(
         _verdict(name, made.get(name), gradient, tolerance=tolerance, usual=usual)
         for name, gradient in expected.items()
@@ -108,7 +108,3 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _norm(tensor: Tensor) -> float:
     return flat(tensor).norm().item()
-
-
-def _rms(tensor: Tensor) -> float:
-    return _norm(tensor) / math.sqrt(tensor.numel())

@@ -17,7 +17,6 @@ Not seen: outputs without a dimension of the batch (a loss inside of the model),
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradaccum import tree
 from gradaccum.auditing.audit_run import Run, Runs, Substitutions
-from gradaccum.auditing.pieces import copied, whole
+from gradaccum.auditing.pieces import Piece, copied, whole
 
 _ENLARGED = 3.0
 # What sums in another order may differ by, of the largest value: 64 roundings. In shorter dtypes one step would hide a
@@ -65,17 +64,18 @@ def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]
         return keep
 
     with runs.running(substitutions) as run, _BatchNorms(_observe(run, keep_in(clean))) as norms:
-        _forward(run, run.whole_batch)
+        _forward(run, whole(rows), run.whole_batch)
     with runs.running(substitutions) as run:
         _observe(run, keep_in(fewer_rows))
-        _forward(run, tree.take(run.whole_batch, slice(0, max(rows // 2, 1))), is_whole=False)
+        half = Piece(1, 0, rows // 2)
+        _forward(run, half, run.cut(half))
     shapes = {place: [tuple(tensor.shape) for tensor in kept] for place, kept in fewer_rows.items()}
     found: dict[str, None] = {}
     for replacing, factor in _replacements(rows):
         kept = (replacing == torch.arange(rows)).nonzero().flatten()
         with runs.running(substitutions) as run:
             _observe(run, _Comparison(clean, shapes, kept, rows, found))
-            _forward(run, _replaced(run.whole_batch, replacing, factor))
+            _forward(run, whole(rows), _replaced(run.whole_batch, replacing, factor))
     order = {place.name: i for i, place in enumerate(clean)}
     return {name: name in norms.names for name in sorted(found, key=lambda name: order.get(name, -1))}
 
@@ -101,12 +101,12 @@ def _replaced(batch: Any, replacing: Tensor, factor: float) -> Any:
     return tree.map_leaves(copied(tree.take(batch, replacing)), enlarge)
 
 
-def _forward(run: Run, batch: Any, *, is_whole: bool = True) -> None:
+def _forward(run: Run, piece: Piece, batch: Any) -> None:
     """The forward and the loss; without a graph, since only values are compared."""
     task = run.task
     function = task.loss_fn or task.forward
     assert function is not None
-    with torch.no_grad(), run.forward(whole(task.rows)) if is_whole else nullcontext():
+    with torch.no_grad(), run.forward(piece):
         function(task.model, batch)
 
 
