@@ -37,8 +37,9 @@ from gradaccum.types import GhostBatch, Job, Update
 from gradaccum.whole_batch.lockstep.gather import gather
 
 if _typing.TYPE_CHECKING:
-    from gradaccum.auditing.make import audit
-    from gradaccum.auditing.report import Culprit, Report
+    from gradaccum.auditing.audit_report import Report
+    from gradaccum.auditing.culprits import Culprit
+    from gradaccum.auditing.make_audit import audit
     from gradaccum.fit.make_plan import plan
     from gradaccum.fit.plan import Plan
 
@@ -90,11 +91,11 @@ def __getattr__(name: str) -> _typing.Any:
     elif name == "Plan":
         from gradaccum.fit.plan import Plan as found
     elif name == "audit":
-        from gradaccum.auditing.make import audit as found
+        from gradaccum.auditing.make_audit import audit as found
     elif name == "Report":
-        from gradaccum.auditing.report import Report as found
+        from gradaccum.auditing.audit_report import Report as found
     elif name == "Culprit":
-        from gradaccum.auditing.report import Culprit as found
+        from gradaccum.auditing.culprits import Culprit as found
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

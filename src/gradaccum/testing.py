@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gradaccum.auditing.make import audit
-from gradaccum.auditing.report import Report
+from gradaccum.auditing.audit_report import Report
+from gradaccum.auditing.make_audit import audit
 
 
 def assert_exact(

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from gradaccum.auditing.audit_run import AS_IT_IS, Runs
 from gradaccum.auditing.coupling import coupled_modules
-from gradaccum.auditing.gradients import Runs
-from gradaccum.auditing.make import _task
-from gradaccum.auditing.task import NOTHING
+from gradaccum.auditing.make_audit import make_task
 
 
 def coupled(
     model: nn.Module, loss: zoo.LossFunction = zoo.classes, batch: object = None, *, is_double: bool = True
 ) -> dict[str, bool]:
-    task = _task(model, loss, zoo.vectors() if batch is None else batch, 4, None, None, "concat", None)
-    return coupled_modules(Runs(task, is_double=is_double), NOTHING)
+    task = make_task(model, loss, zoo.vectors() if batch is None else batch)
+    return coupled_modules(Runs(task, is_double=is_double), AS_IT_IS)
 
 
 class Outer(nn.Module):

@@ -16,10 +16,9 @@ Not seen: outputs without a dimension of the batch (a loss inside of the model),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +26,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradaccum import tree
-from gradaccum.auditing.bench import Bench
-from gradaccum.auditing.gradients import Runs
-from gradaccum.auditing.pieces import copied, whole
-from gradaccum.auditing.task import Without
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions
+from gradaccum.auditing.pieces import Piece, copied, whole
 
 _ENLARGED = 3.0
-_ROUNDING = {torch.float64: 64 * 2.0**-52, torch.float32: 64 * 2.0**-23}  # in others one step would hide a coupling
-"""What sums in another order may differ by, of the largest value: 64 roundings."""
+# What sums in another order may differ by, of the largest value: 64 roundings. In shorter dtypes one step would hide a
+# coupling.
+_ROUNDING = {torch.float64: 64 * 2.0**-52, torch.float32: 64 * 2.0**-23}
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
+class _Place(NamedTuple):
     """A place in the forward: what goes into a module, or comes out of it, and in which of its calls."""
 
     name: str
@@ -46,124 +43,100 @@ class _Key:
     is_input: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    """Which rows become which: row ``of[i]`` stands in the place of row i, times a factor where it is not itself."""
-
-    of: Tensor
-    factor: float = 1.0
-
-    @property
-    def kept(self) -> Tensor:
-        """Rows that stay what they are."""
-        is_own = self.of == torch.arange(len(self.of))
-        return is_own.nonzero().flatten()
+# Is shown each place, what is there, and the module whose code made it; may return something to stand there instead.
+_Observer = Callable[[_Place, Any, str], Any]
 
 
-def coupled_modules(runs: Runs, without: Without) -> dict[str, bool]:
-    """Names of the modules that couple samples, in the order they run; "" for code around all of them.
+def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]:
+    """Returns the names of the modules that couple samples, in the order they run; "" for code around all of them.
 
     The values tell whether it is the statistics of a batch normalisation in the module's own code.
     """
     rows = runs.task.rows
-    clean: dict[_Key, list[Tensor]] = {}
-    shapes: dict[_Key, list[tuple[int, ...]]] = {}
+    clean: dict[_Place, list[Tensor]] = {}
+    fewer_rows: dict[_Place, list[Tensor]] = {}
 
-    def keep(key: _Key, value: Any, _: str) -> None:
-        # Copies: an activation may be overwritten in place by what follows.
-        clean[key] = [tensor.detach().clone() for tensor in _floats(value)]
+    def keep_in(kept: dict[_Place, list[Tensor]]) -> _Observer:
+        def keep(place: _Place, value: Any, _: str) -> None:
+            # Copies: an activation may be overwritten in place by what follows.
+            kept[place] = [tensor.detach().clone() for tensor in _floats(value)]
 
-    def keep_shapes(key: _Key, value: Any, _: str) -> None:
-        shapes[key] = [tuple(tensor.shape) for tensor in _floats(value)]
+        return keep
 
-    with runs.running(without) as bench, _watched(runs, keep) as running, _BatchNorms(running) as norms:
-        _forward(runs, bench, bench.batch())
-    with runs.running(without) as bench, _watched(runs, keep_shapes):
-        _forward(runs, bench, tree.take(bench.batch(), slice(0, max(rows // 2, 1))), is_whole=False)
+    with runs.running(substitutions) as run, _BatchNorms(_observe(run, keep_in(clean))) as norms:
+        _forward(run, whole(rows), run.whole_batch)
+    with runs.running(substitutions) as run:
+        _observe(run, keep_in(fewer_rows))
+        half = Piece(1, 0, rows // 2)
+        _forward(run, half, run.cut(half))
+    shapes = {place: [tuple(tensor.shape) for tensor in kept] for place, kept in fewer_rows.items()}
     found: dict[str, None] = {}
-    for replacement in _replacements(rows):
-        with runs.running(without) as bench:
-            comparison = _Comparison(clean, shapes, replacement.kept, rows)
-            with _watched(runs, comparison):
-                _forward(runs, bench, _replaced(bench.batch(), replacement, rows))
-            found.update(comparison.found)
-    order = {key.name: i for i, key in enumerate(clean)}
+    for replacing, factor in _replacements(rows):
+        kept = (replacing == torch.arange(rows)).nonzero().flatten()
+        with runs.running(substitutions) as run:
+            _observe(run, _Comparison(clean, shapes, kept, rows, found))
+            _forward(run, whole(rows), _replaced(run.whole_batch, replacing, factor))
+    order = {place.name: i for i, place in enumerate(clean)}
     return {name: name in norms.names for name in sorted(found, key=lambda name: order.get(name, -1))}
 
 
-def _replacements(rows: int) -> list[_Replacement]:
-    own = torch.arange(rows)
-    neighbour, first_half, last_half = own.clone(), own.clone(), own.clone()
+def _replacements(rows: int) -> list[tuple[Tensor, float]]:
+    """Which row stands in the place of each, and a factor on those that are not themselves."""
+    neighbour, enlarged, first_half, last_half = torch.arange(rows).repeat(4, 1)
     neighbour[0] = 1
+    enlarged[-1] = 0
     first_half[: rows // 2] = rows - 1
     last_half[(rows + 1) // 2 :] = 0
-    enlarged = own.clone()
-    enlarged[-1] = 0
-    return [
-        _Replacement(neighbour), _Replacement(enlarged, _ENLARGED), _Replacement(first_half), _Replacement(last_half)
-    ]  # fmt: skip
+    return [(neighbour, 1.0), (enlarged, _ENLARGED), (first_half, 1.0), (last_half, 1.0)]
 
 
-def _replaced(batch: Any, replacement: _Replacement, rows: int) -> Any:
-    changed = replacement.of != torch.arange(rows)
+def _replaced(batch: Any, replacing: Tensor, factor: float) -> Any:
+    is_replaced = replacing != torch.arange(len(replacing))
 
     def enlarge(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point() and replacement.factor != 1:
-            leaf = leaf.clone()
-            leaf[changed.to(leaf.device)] *= replacement.factor
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point():
+            leaf[is_replaced.to(leaf.device)] *= factor
         return leaf
 
-    return tree.map_leaves(copied(tree.take(batch, replacement.of)), enlarge)
+    return tree.map_leaves(copied(tree.take(batch, replacing)), enlarge)
 
 
-def _forward(runs: Runs, bench: Bench, batch: Any, *, is_whole: bool = True) -> None:
+def _forward(run: Run, piece: Piece, batch: Any) -> None:
     """The forward and the loss; without a graph, since only values are compared."""
-    task = runs.task
-    if is_whole:
-        bench.begin(whole(task.rows))
-    with torch.no_grad():
-        if task.loss_fn is not None:
-            task.loss_fn(task.model, batch)
-        elif task.forward is not None:
-            task.forward(task.model, batch)
+    task = run.task
+    function = task.loss_fn or task.forward
+    assert function is not None
+    with torch.no_grad(), run.forward(piece):
+        function(task.model, batch)
 
 
-@contextmanager
-def _watched(runs: Runs, see: Callable[[_Key, Any, str], Any]) -> Iterator[list[str]]:
-    """Shows ``see`` what goes into every module and what comes out of it; it may return others in their place.
+def _observe(run: Run, observer: _Observer) -> list[str]:
+    """Shows the observer what goes into every module and what comes out of it, for the rest of a run.
 
-    Yields:
+    Returns:
         The modules that are running, the innermost last.
     """
     calls: dict[str, int] = {}
     running: list[str] = []
-    handles: list[Any] = []
 
-    def before(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def observe(name: str, module: nn.Module) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             calls[name] = calls.get(name, -1) + 1
             around = running[-1] if running else ""
             running.append(name)
-            return see(_Key(name, calls[name], is_input=True), (args, kwargs), around)
+            return observer(_Place(name, calls[name], is_input=True), (args, kwargs), around)
 
-        return hook
-
-    def after(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             while running and running.pop() != name:  # a module that raised, and was caught
                 pass
-            return see(_Key(name, calls[name], is_input=False), output, name)
+            return observer(_Place(name, calls[name], is_input=False), output, name)
 
-        return hook
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
 
-    for name, module in runs.task.modules().items():
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(after(name), with_kwargs=True))
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, module in run.task.modules().items():  # the hooks go with all attributes of the modules
+        observe(name, module)
+    return running
 
 
 class _BatchNorms(TorchFunctionMode):
@@ -188,34 +161,28 @@ def _floats(value: Any) -> list[Tensor]:
     return [tensor for tensor in tree.tensors(value) if tensor.is_floating_point()]
 
 
+@dataclass(frozen=True, slots=True)
 class _Comparison:
-    """One forward with replaced samples, held against the clean one.
+    """Observer that holds one forward with replaced samples against the clean one.
 
-    Args:
+    It compares the rows that were not replaced, mends them where they differ, and notes whose code made them.
+
+    Attributes:
         clean: what the clean one had, by place.
         shapes: the same for fewer rows, which tells the dimension of the samples.
         kept: rows that were not replaced.
         rows: of the batch.
+        found: is filled with modules that couple samples.
     """
 
-    def __init__(
-        self, clean: dict[_Key, list[Tensor]], shapes: dict[_Key, list[tuple[int, ...]]], kept: Tensor, rows: int
-    ) -> None:
-        self.found: dict[str, None] = {}
-        self._clean = clean
-        self._shapes = shapes
-        self._kept = kept
-        self._rows = rows
+    clean: dict[_Place, list[Tensor]]
+    shapes: dict[_Place, list[tuple[int, ...]]]
+    kept: Tensor
+    rows: int
+    found: dict[str, None]
 
-    def __call__(self, key: _Key, value: Any, blamed: str) -> Any:
-        """Compares the rows that were not replaced, and mends them where they differ.
-
-        Args:
-            key: where this is.
-            value: what goes into a module, or comes out of it.
-            blamed: the module whose code made it.
-        """
-        made, expected, shapes = _floats(value), self._clean.get(key, []), self._shapes.get(key, [])
+    def __call__(self, place: _Place, value: Any, made_by: str) -> Any:
+        made, expected, shapes = _floats(value), self.clean.get(place, []), self.shapes.get(place, [])
         if [one.shape for one in expected] != [one.shape for one in made]:
             return None
         mended: list[Tensor] = []
@@ -223,40 +190,34 @@ class _Comparison:
             fixed, is_coupled = self._mended(before, now, shapes[i] if len(shapes) == len(made) else None)
             mended.append(fixed)
             if is_coupled:
-                self.found[blamed] = None
+                self.found[made_by] = None
         if all(fixed is now for fixed, now in zip(mended, made, strict=True)):
             return None
         remaining = iter(mended)
         return tree.map_leaves(
-            value,
-            lambda leaf: next(remaining) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+            value, lambda leaf: next(remaining) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
         )
 
     def _mended(self, before: Tensor, now: Tensor, small: tuple[int, ...] | None) -> tuple[Tensor, bool]:
-        """The output with its kept rows as they were, and whether they were anything else, but for rounding."""
-        views = _views_by_row(before.shape, small, self._rows)
-        kept = self._kept.to(now.device)
-        both = [(view(before)[kept], view(now)[kept]) for view in views]
-        if not views or any(_is_same(theirs, ours) for theirs, ours in both):
+        """The tensor with its kept rows as they were, and whether they were anything else, but for rounding."""
+        kept = self.kept.to(now.device)
+        views = _views_by_row(before.shape, small, self.rows)
+        differences = [_difference(view(before)[kept], view(now)[kept]) for view in views]
+        if not views or min(differences) == 0:
             return now, False
-        rounded = [_is_same(theirs, ours, slack=_slack(before)) for theirs, ours in both]
-        view = views[rounded.index(True) if any(rounded) else 0]
+        slack = _ROUNDING.get(before.dtype, 0.0) * before.abs().nan_to_num(0.0, posinf=0.0).max().item()
+        is_rounding = [difference <= slack for difference in differences]
+        view = views[is_rounding.index(True) if any(is_rounding) else 0]
         mended = now.clone()
         view(mended).index_copy_(0, kept, view(before)[kept])
-        return mended, not any(rounded)
+        return mended, not any(is_rounding)
 
 
-def _is_same(theirs: Tensor, ours: Tensor, *, slack: float = 0.0) -> bool:
-    is_same = (theirs == ours) | (theirs.isnan() & ours.isnan())
-    if slack:
-        is_same = is_same | ((theirs - ours).abs() <= slack)
-    return bool(is_same.all())
-
-
-def _slack(tensor: Tensor) -> float:
-    """What the sums in a tensor may differ by for their rounding."""
-    largest = tensor.abs().nan_to_num(0.0, posinf=0.0).max().item() if tensor.numel() else 0.0
-    return _ROUNDING.get(tensor.dtype, 0.0) * largest
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two entries; those that are equal, or both not a number, have none."""
+    is_same = (one == other) | (one.isnan() & other.isnan())
+    apart = (one - other).abs().masked_fill(is_same, 0.0).nan_to_num(torch.inf)
+    return apart.max().item() if apart.numel() else 0.0
 
 
 def _views_by_row(shape: tuple[int, ...], small: tuple[int, ...] | None, rows: int) -> list[Callable[[Tensor], Tensor]]:

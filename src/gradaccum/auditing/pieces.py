@@ -29,28 +29,28 @@ class Piece:
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """The number of rows."""
         return self.stop - self.start
 
 
 def whole(rows: int) -> Piece:
-    """All rows in one piece."""
+    """Returns the piece that holds all rows."""
     return Piece(0, 0, rows)
 
 
 def pieces(sizes: Sequence[int]) -> list[Piece]:
-    """Consecutive pieces of the given sizes."""
+    """Returns consecutive pieces of the given sizes."""
     stops = list(accumulate(sizes))
     return [Piece(i, stop - size, stop) for i, (size, stop) in enumerate(zip(sizes, stops, strict=True), start=1)]
 
 
 def equal_sizes(rows: int, micro_batch_size: int) -> list[int]:
-    """As a batch is cut for training: at most so many rows each, as equal as can be, two pieces or more."""
+    """Returns sizes as in training: at most so many rows each, as equal as can be, and two pieces or more."""
     return _balanced(rows, max(-(-rows // micro_batch_size), 2))
 
 
 def ragged_sizes(rows: int, micro_batch_size: int) -> list[int]:
-    """At most so many rows each, and not all alike; single rows only where there is no other way.
+    """Returns sizes of at most so many rows that are not all alike; single rows only where there is no other way.
 
     Example:
         >>> ragged_sizes(16, 8), ragged_sizes(12, 6), ragged_sizes(13, 4)
@@ -71,23 +71,23 @@ def _balanced(rows: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FixedSplit:
-    """Cuts every batch into pieces of the same sizes; each micro-batch is in memory of its own."""
+    """A split into pieces of given sizes. Each micro-batch is a copy, since a loss function may write into it."""
 
     sizes: tuple[int, ...]
 
     def largest(self, batch: Any) -> int:
-        """The largest piece."""
+        """See `Split`."""
         return max(self.sizes)
 
     def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
-        """The pieces, whatever size is asked for."""
+        """See `Split`; the pieces are the same whatever size is asked for."""
         return [slice(piece.start, piece.stop) for piece in pieces(self.sizes)]
 
     def cut(self, batch: Any, rows: Rows) -> Any:
-        """A copy, since a loss function may write into its micro-batch."""
+        """See `Split`."""
         return copied(tree.take(batch, rows))
 
 
 def copied(batch: Any) -> Any:
-    """The same batch in memory of its own."""
+    """Returns the same batch with copies of its tensors."""
     return tree.map_leaves(batch, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)

@@ -1,4 +1,4 @@
-"""What is audited, and what may be taken out of it to see what difference that makes."""
+"""What is audited."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradaccum.whole_batch.runners import Combine
 from gradaccum.window.weights import WeightsFunction
@@ -49,27 +49,3 @@ class Task:
             for name, module in model.named_modules():
                 found[prefix + (name or type(module).__name__)] = module
         return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Without:
-    """Faults that are taken out of a run, on both sides.
-
-    Attributes:
-        layers: names of modules that are made to see one sample at a time (BatchNorm: its running statistics).
-        draws: what is drawn once for each forward is drawn alike in all of them.
-        states: buffers start every forward as they started the first.
-        shares: of the micro-batches' losses in the whole, in place of those that the library gives them.
-        pull: the gradient on the model's outputs that the whole batch's loss has, in place of each micro-batch's own.
-        nudge: no fault: by what part every parameter is moved, up or down, to see how far rounding may go.
-    """
-
-    layers: frozenset[str] = frozenset()
-    draws: bool = False
-    states: bool = False
-    shares: tuple[float, ...] | None = None
-    pull: tuple[Tensor, ...] | None = None
-    nudge: float = 0.0
-
-
-NOTHING = Without()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gradaccum as ga
-from gradaccum.auditing import words
+from gradaccum.auditing import audit_report
 from gradaccum.cli.target import load_job
 from gradaccum.report.html import Bar, Bars, Page, write_page
 from gradaccum.report.tables import Cell, Row, Table, Tone, print_table, print_text
@@ -33,13 +33,13 @@ def run_audit(target: str, *, micro_batch_size: int | None, html: Path | None) -
     )
     terminal = console()
     print_table(terminal, _table(report))
-    print_text(terminal, words.answer(report), _tone(report))
-    for i, group in enumerate(words.grouped(report.culprits), start=1):
+    print_text(terminal, audit_report.answer(report), _tone(report))
+    for i, group in enumerate(audit_report.grouped(report.culprits), start=1):
         terminal.print()
-        print_text(terminal, f"{i}. {words.title(group)}", Tone.BAD)
+        print_text(terminal, f"{i}. {audit_report.title(group)}", Tone.BAD)
         for line in _explanation(group):
             print_text(terminal, line)
-    for line in words.remarks(report):
+    for line in audit_report.remarks(report):
         terminal.print()
         print_text(terminal, line, Tone.QUIET)
     if html is not None:
@@ -55,7 +55,7 @@ def _tone(report: ga.Report) -> Tone:
 def _explanation(group: list[ga.Culprit]) -> list[str]:
     first = group[0]
     return [
-        f"Where: {', '.join(words.places(group))}",
+        f"Where: {', '.join(audit_report.places(group))}",
         f"Why: {first.what}",
         f"Type: {first.remedy}",
         f"Price: {first.price}",
@@ -64,21 +64,21 @@ def _explanation(group: list[ga.Culprit]) -> list[str]:
 
 def _table(report: ga.Report) -> Table:
     rows: list[Row] = []
-    for verdict, *numbers, _ in words.parameter_cells(report):
+    for verdict, *numbers, _ in audit_report.parameter_cells(report):
         tone = Tone.BAD if verdict in _BAD else Tone.PLAIN
         rows.append(Row(label=verdict, cells=tuple(Cell(text=text, tone=tone) for text in numbers)))
-    return Table(title=_TITLE, text=words.setting(report), columns=words.HEADS[1:-1], rows=tuple(rows))
+    return Table(title=_TITLE, text=audit_report.setting(report), columns=audit_report.HEADS[1:-1], rows=tuple(rows))
 
 
 def _page(report: ga.Report, target: str) -> Page:
-    groups = words.grouped(report.culprits)
+    groups = audit_report.grouped(report.culprits)
     largest = max((culprit.error for culprit in report.culprits if culprit.error != float("inf")), default=0.0)
     charts: tuple[Bars, ...] = ()
     if largest:
         bars = tuple(
             Bar(
                 label=f"{culprit.kind}, {culprit.where}",
-                text=words.percent(culprit.error),
+                text=audit_report.percent(culprit.error),
                 fraction=min(culprit.error / largest, 1.0),
                 tone=Tone.BAD,
             )
@@ -87,12 +87,12 @@ def _page(report: ga.Report, target: str) -> Page:
         charts = (Bars(title="What each does to the gradient by itself", bars=bars),)
     paragraphs: list[str] = []
     for i, group in enumerate(groups, start=1):
-        paragraphs += [f"{i}. {words.title(group)}", *_explanation(group)]
+        paragraphs += [f"{i}. {audit_report.title(group)}", *_explanation(group)]
     return Page(
         title=f"{_TITLE} {target}",
-        lead=Cell(text=words.answer(report), tone=_tone(report)),
+        lead=Cell(text=audit_report.answer(report), tone=_tone(report)),
         table=_table(report),
         bars=charts,
-        paragraphs=(*paragraphs, *words.remarks(report)),
+        paragraphs=(*paragraphs, *audit_report.remarks(report)),
         made_by=f"gradaccum {ga.__version__}",
     )

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 
 import gradaccum as ga
-from gradaccum.auditing import remedies, words
-from gradaccum.auditing.loss_weights import COUPLED, MEAN, SAMPLES, LossFinding
-from gradaccum.auditing.verdicts import ParameterVerdict
+from gradaccum.auditing import audit_report, culprits
+from gradaccum.auditing.compare import ParameterVerdict
 
 EXACT = ga.Report(
     exact=True, relative_error=1e-16, tolerance=1e-10, culprits=(), samples=13, micro_batch_sizes=(5, 4, 4),
     parameters=(ParameterVerdict(name="weight", verdict="rounding", error=1e-16),), equal_sizes_error=1e-16,
     dtype="float64", own_dtype="float32",
 )  # fmt: skip
-NORMS = tuple(remedies.batch_norm(f"layers.{i}.norm", 0.1 * (9 - i)) for i in range(8))
+NORMS = tuple(culprits.BATCH_NORM.found(0.1 * (9 - i), f"layers.{i}.norm") for i in range(8))
+
+IMPRECISE = culprits.PRECISION.found(0.02, dtype="bfloat16", accumulated="2%", whole="0.3%")
 
 
 def with_culprits(*culprits: ga.Culprit, error: float = 0.5) -> ga.Report:
@@ -48,11 +49,14 @@ SAID = {
     "off": (with_culprits(NORMS[0]), "Not exact: the accumulated gradient is off by 50% of the whole batch's."),
     "all of it": (with_culprits(NORMS[0], error=float("inf")), "off by all of it"),
     "state": (
-        with_culprits(remedies.buffer("norm", "running_mean", 0.1, moves_gradient=False), error=0.0),
+        with_culprits(culprits.BUFFER.found(0.1, "norm", buffers="running_mean", effect=""), error=0.0),
         "the gradient is the whole batch's, but what the update leaves in the model is not",
     ),
     "precision": (
-        replace(with_culprits(remedies.precision("bfloat16", 0.02, 0.003), error=0.0), own_dtype="bfloat16"),
+        replace(
+            with_culprits(IMPRECISE, error=0.0),
+            own_dtype="bfloat16",
+        ),
         "Exact in float64, and not in bfloat16",
     ),
 }
@@ -60,7 +64,7 @@ SAID = {
 
 @pytest.mark.parametrize(("report", "said"), SAID.values(), ids=SAID.keys())
 def test_the_answer(report: ga.Report, said: str) -> None:
-    assert said in words.answer(report)
+    assert said in audit_report.answer(report)
 
 
 def test_ratios_are_named() -> None:
@@ -75,18 +79,4 @@ def test_ratios_are_named() -> None:
 
 def test_many_micro_batches_are_cut_short() -> None:
     report = replace(EXACT, micro_batch_sizes=(1,) * 100, samples=100)
-    assert "1, 1, 1, 1, 1, 1, 1, 1, ... (100 in all); in float64." in words.setting(report)
-
-
-@pytest.mark.parametrize(
-    ("finding", "kind", "remedy"),
-    [
-        (LossFinding(kind=MEAN, over="tokens", instead="return x", taken=SAMPLES), "loss-weight", "return x"),
-        (LossFinding(kind=COUPLED, shares=(0.4, 0.7)), "coupled-loss", 'combine="sum"'),
-        (LossFinding(kind=COUPLED, residual=0.3), "coupled-loss", "forward=forward, batch_loss=batch_loss)"),
-    ],
-)
-def test_what_is_said_of_a_loss(finding: LossFinding, kind: str, remedy: str) -> None:
-    culprit = remedies.loss(finding, 0.1)
-    assert (culprit.kind, culprit.where) == (kind, "the loss")
-    assert remedy in culprit.remedy
+    assert "1, 1, 1, 1, 1, 1, 1, 1, ... (100 in all); in float64." in audit_report.setting(report)

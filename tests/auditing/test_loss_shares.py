@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import zoo
-from gradaccum.auditing import loss_weights
-from gradaccum.auditing.gradients import Runs
-from gradaccum.auditing.make import _task
-from gradaccum.auditing.task import NOTHING
+from gradaccum.auditing import loss_shares
+from gradaccum.auditing.audit_run import AS_IT_IS, Runs
+from gradaccum.auditing.loss_shares import find_loss_shares
+from gradaccum.auditing.make_audit import make_task
 
 SIZES = [5, 4, 4]
 
@@ -27,41 +29,44 @@ CASES = {
 
 
 def runs_of(model: nn.Module, loss: zoo.LossFunction, batch: object) -> Runs:
-    return Runs(_task(model, loss, batch, 5, None, None, "concat", None), is_double=True)
+    return Runs(make_task(model, loss, batch), is_double=True)
 
 
-@pytest.mark.parametrize("where", ["outputs", "parameters"])
+@pytest.fixture(params=["outputs", "parameters"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "parameters":
+        monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
+    return request.param
+
+
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(("model", "loss", "batch", "over"), CASES.values(), ids=CASES.keys())
-def test_what_a_loss_is_a_mean_over(
-    model: object, loss: zoo.LossFunction, batch: object, over: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if where == "parameters":
-        monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
-    found = loss_weights.find(runs_of(model(), loss, batch()), SIZES, NOTHING)  # type: ignore[operator]
-    assert (found.kind, found.over) == ("mean", over)
+def test_what_a_loss_is_a_mean_over(model: Any, loss: zoo.LossFunction, batch: Any, over: str) -> None:
+    found = find_loss_shares(runs_of(model(), loss, batch()), SIZES, AS_IT_IS)
+    assert found is not None
+    assert (found.is_coupled, found.over) == (False, over)
     assert found.residual < 1e-12
 
 
 def test_the_shares_themselves() -> None:
     batch = zoo.sequences()
-    found = loss_weights.find(runs_of(zoo._TOKENS(), zoo.tokens, batch), SIZES, NOTHING)
+    found = find_loss_shares(runs_of(zoo._TOKENS(), zoo.tokens, batch), SIZES, AS_IT_IS)
+    assert found is not None
     counts = torch.stack([(part != -100).sum() for part in batch[1].split(SIZES)]).double()
     assert found.shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-12)
 
 
-@pytest.mark.parametrize("where", ["outputs", "parameters"])
 @pytest.mark.parametrize("loss", [zoo.dice, zoo.hardest, zoo.root], ids=["dice", "hardest", "root"])
-def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where == "parameters":
-        monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
-    found = loss_weights.find(runs_of(zoo.mlp(), loss, zoo.vectors()), [4, 3, 3, 3], NOTHING)
-    assert found.kind == "coupled"
+def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str) -> None:
+    found = find_loss_shares(runs_of(zoo.mlp(), loss, zoo.vectors()), [4, 3, 3, 3], AS_IT_IS)
+    assert found is not None
+    assert found.is_coupled
     assert (found.shares is not None) == (loss is zoo.root)  # of which only the size depends on the others
-    assert (found.pull is not None) == (where == "outputs")
+    assert (found.output_gradients is not None) == (where == "outputs")
 
 
 def test_too_few_parameters_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_weights, "_on_outputs", lambda *_: None)
+    monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
     model = nn.Linear(zoo.FEATURES, 1, bias=False)
     runs = runs_of(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
-    assert loss_weights.find(runs, [3, 3, 3, 4], NOTHING).kind == "unknown"
+    assert find_loss_shares(runs, [3, 3, 3, 4], AS_IT_IS) is None

@@ -1,33 +1,83 @@
-"""A report in words: the answer first, then what is to blame and what to type, then the details."""
+"""The answer: exact or not, and how it reads: first the answer, then who is to blame and what to type, then details."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from gradaccum.auditing.report import Culprit, Report
-    from gradaccum.auditing.verdicts import ParameterVerdict
+from gradaccum.auditing.compare import BIASED, EQUAL, MISSING, ROUNDING, SCALED, ParameterVerdict
+from gradaccum.auditing.culprits import Culprit
+from gradaccum.errors import InexactError
 
 _WIDTH = 80
 _MOST_NAMES = 5
 _MOST_SIZES = 8
+_WORST_FIRST = (MISSING, BIASED, SCALED, ROUNDING, EQUAL)
 HEADS = ("gradient", "parameters", "worst error", "ratio", "the worst of them")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Whether accumulation makes the whole batch's update; made by `audit`. ``print(report)`` is meant to be read.
+
+    Attributes:
+        exact: the gradient, and what forwards leave in the buffers, are the whole batch's up to rounding.
+        relative_error: norm of the difference between the gradients over the norm of the whole batch's, in float64
+            where that was possible.
+        tolerance: what counts as rounding.
+        culprits: what makes the difference, the worst first; empty if exact.
+        parameters: a verdict for each parameter that is trained.
+        samples: rows of the batch.
+        micro_batch_sizes: how it was cut: ragged, since equal pieces hide what unequal ones show.
+        equal_sizes_error: the relative error in micro-batches that are as equal as can be.
+        dtype: what the comparison ran in.
+        own_dtype: the model's own.
+        own_error: in the model's own dtype, how far the accumulated gradient is off its exact value.
+        own_whole_error: the same for the whole batch in one piece: what the dtype costs anyway.
+        not_checked: what could not be looked at, and why.
+        notes: what else there is to know.
+    """
+
+    exact: bool
+    relative_error: float
+    tolerance: float
+    culprits: tuple[Culprit, ...]
+    parameters: tuple[ParameterVerdict, ...]
+    samples: int
+    micro_batch_sizes: tuple[int, ...]
+    equal_sizes_error: float
+    dtype: str
+    own_dtype: str
+    own_error: float | None = None
+    own_whole_error: float | None = None
+    not_checked: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def raise_if_inexact(self) -> None:
+        """Nothing if the accumulated update is the whole batch's; for tests, and before a long run.
+
+        Raises:
+            InexactError: it is not; the message is the report.
+        """
+        if not self.exact:
+            raise InexactError(str(self))
+
+    def __str__(self) -> str:
+        return text(self)
+
+
 def text(report: Report) -> str:
-    """All of a report, for a terminal of 80 columns or more; only qualified names may be longer."""
+    """Returns all of a report, for a terminal of 80 columns or more; only qualified names may be longer."""
     parts = [_wrapped(answer(report)), _wrapped(setting(report))]
     parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(report.culprits), 1)]
-    parts += [table([HEADS, *parameter_cells(report)])]
+    parts += [_table([HEADS, *parameter_cells(report)])]
     parts += [_wrapped(line) for line in remarks(report)]
     return "\n\n".join(parts)
 
 
 def answer(report: Report) -> str:
-    """Yes or no, in a sentence."""
+    """Returns the answer in a sentence."""
     if report.exact:
         return f"Exact: the accumulated gradient is the whole batch's, to {number(report.relative_error)}."
     if report.relative_error <= report.tolerance:
@@ -39,7 +89,7 @@ def answer(report: Report) -> str:
 
 
 def setting(report: Report) -> str:
-    """What was compared."""
+    """Returns a sentence about what was compared."""
     count = len(report.micro_batch_sizes)
     shown = ", ".join(map(str, report.micro_batch_sizes[:_MOST_SIZES]))
     more = f", ... ({count} in all)" if count > _MOST_SIZES else ""
@@ -47,29 +97,32 @@ def setting(report: Report) -> str:
 
 
 def parameter_cells(report: Report) -> list[tuple[str, ...]]:
-    """A row for each verdict, with how many parameters it is of."""
-    order = ["missing", "biased", "scaled", "rounding", "equal"]
-    verdicts = sorted(report.parameters, key=lambda one: order.index(one.verdict))
+    """Returns a row for each verdict, with how many parameters it is of; see `HEADS`."""
     rows: list[tuple[str, ...]] = []
-    for verdict, members in groupby(verdicts, key=lambda one: one.verdict):
-        group = sorted(members, key=lambda one: -one.error)
-        rows.append((verdict, str(len(group)), number(group[0].error), ratio(report, group), group[0].name))
+    for verdict in _WORST_FIRST:
+        group = sorted((one for one in report.parameters if one.verdict == verdict), key=lambda one: -one.error)
+        if group:
+            rows.append((verdict, str(len(group)), number(group[0].error), _ratio(report, group), group[0].name))
     return rows
 
 
-def ratio(report: Report, group: Sequence[ParameterVerdict]) -> str:
+def _ratio(report: Report, group: Sequence[ParameterVerdict]) -> str:
     """How many times as large, and which count of the run that is."""
-    verdict = group[0].verdict
-    if verdict not in ("scaled", "biased"):
-        return "1" if verdict != "missing" else "-"
+    if group[0].verdict not in (SCALED, BIASED):
+        return "1" if group[0].verdict != MISSING else "-"
     low, high = min(one.ratio for one in group), max(one.ratio for one in group)
     if high - low > 1e-3 * abs(high):
         return f"{low:.3g} to {high:.3g}"
-    return f"{high:.3f}{_named(report, high)}"
+    count, samples = len(report.micro_batch_sizes), report.samples
+    known = {
+        "the number of micro-batches": count, "1 / the number of micro-batches": 1 / count,
+        "the number of samples": samples, "1 / the number of samples": 1 / samples,
+    }  # fmt: skip
+    return ", ".join([f"{high:.3f}", *[words for words, one in known.items() if abs(high - one) <= 1e-6 * one][:1]])
 
 
 def grouped(culprits: Sequence[Culprit]) -> list[list[Culprit]]:
-    """Culprits of one kind and one remedy together, in order."""
+    """Returns groups of culprits of one kind and one remedy, in order."""
     found: dict[tuple[str, str], list[Culprit]] = {}
     for culprit in culprits:
         found.setdefault((culprit.kind, culprit.remedy), []).append(culprit)
@@ -77,7 +130,7 @@ def grouped(culprits: Sequence[Culprit]) -> list[list[Culprit]]:
 
 
 def remarks(report: Report) -> list[str]:
-    """Precision, notes, and what was not checked."""
+    """Returns lines about precision, notes, and what was not checked."""
     lines: list[str] = []
     if report.own_error is not None and report.own_whole_error is not None:
         lines.append(
@@ -92,32 +145,31 @@ def remarks(report: Report) -> list[str]:
 
 
 def places(group: Sequence[Culprit]) -> list[str]:
-    """Where they are, at most a few, and how many more."""
+    """Returns where the culprits of a group are, at most a few, and how many more."""
     which = [culprit.where for culprit in group]
     more = len(which) - _MOST_NAMES
     return [*which[:_MOST_NAMES], *([f"and {more} more"] if more > 0 else [])]
 
 
 def title(group: Sequence[Culprit]) -> str:
-    """What it is, and what it does by itself."""
+    """Returns the kind of a group of culprits, and how much the worst of them does alone."""
     worst = percent(max(culprit.error for culprit in group))
     return f"{group[0].kind}: {worst} by itself" + (", the worst of them" if len(group) > 1 else "")
 
 
 def percent(error: float) -> str:
-    """An error as a part of the whole."""
+    """Formats a relative error as a percentage; very small ones as they are."""
     if error == float("inf"):
         return "all of it"
     return f"{100 * error:.3g}%" if error >= 1e-4 else number(error)
 
 
 def number(error: float) -> str:
-    """A small number."""
+    """Formats an error."""
     return "0" if error == 0 else f"{error:.1e}" if error < 0.01 else f"{error:.3g}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns; numbers to the right."""
+def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines: list[str] = []
     for row in rows:
@@ -137,17 +189,6 @@ def _explained(position: int, group: Sequence[Culprit]) -> list[str]:
 def _set_in(head: str, paragraph: str) -> str:
     lines = textwrap.wrap(paragraph, _WIDTH - 10, break_long_words=False, break_on_hyphens=False)
     return "\n".join(f"   {head if i == 0 else ' ' * len(head)}{line}" for i, line in enumerate(lines))
-
-
-def _named(report: Report, value: float) -> str:
-    count, samples = len(report.micro_batch_sizes), report.samples
-    known = {
-        float(count): ", the number of micro-batches",
-        1 / count: ", 1 / the number of micro-batches",
-        float(samples): ", the number of samples",
-        1 / samples: ", 1 / the number of samples",
-    }
-    return next((text for one, text in known.items() if abs(value - one) <= 1e-6 * one), "")
 
 
 def _wrapped(paragraph: str) -> str:

@@ -11,15 +11,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradaccum import tree
-from gradaccum.auditing import remedies, search
-from gradaccum.auditing.bench import Gradients, Run
-from gradaccum.auditing.gradients import Runs
+from gradaccum.auditing import culprits
+from gradaccum.auditing.audit_report import Report
+from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions
+from gradaccum.auditing.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
+from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
 from gradaccum.auditing.pieces import equal_sizes, ragged_sizes
-from gradaccum.auditing.report import Culprit, Report
-from gradaccum.auditing.states import differences
-from gradaccum.auditing.task import NOTHING, Task, Without
-from gradaccum.auditing.verdicts import BIASED, MISSING, SCALED, compare, relative_error
+from gradaccum.auditing.random_ops import UNMATCHED
+from gradaccum.auditing.suspects import buffer_culprits, find_culprits, first_line
+from gradaccum.auditing.task import Task
 from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
 from gradaccum.whole_batch.runners import Combine
 from gradaccum.window import guards
@@ -31,6 +32,8 @@ _EXACT = 1e-10
 # How much more than a change of every parameter in its last bit rounding may move a gradient: it happens in every
 # operation of a forward and backward.
 _OPERATIONS = 1000
+# Rounding may not excuse more than this.
+_MOST_ROUNDING = 1e-3
 # Where float64 is not possible: by dtype, above what summation orders and kinks of ReLU were seen to do.
 _INEXACT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # How many times the whole batch's own rounding the accumulated gradient's may be, before adding up is to blame.
@@ -81,61 +84,62 @@ def audit(
         >>> report.exact, [(culprit.kind, culprit.where) for culprit in report.culprits]
         (False, [('batch-norm', '1')])
     """
-    task = _task(model, loss_fn, batch, micro_batch_size, forward, batch_loss, combine, weights)
+    _check_micro_batch_size(micro_batch_size)
+    task = make_task(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, combine=combine, weights=weights)
     sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
-    not_checked = _blind_spots(task)
+    not_checked = _hooked_parameters(task)
     runs, whole = _first_run(task, not_checked)
     _check_finite(whole)
     own_dtype = _own_dtype(task)
     accumulated = runs.accumulated(sizes)
     error = relative_error(accumulated.gradients, whole.gradients)
     tolerance = _tolerance(runs, whole, own_dtype, error)
-    culprits: list[Culprit] = []
     if error > tolerance:
-        culprits += search.find(runs, sizes, tolerance=tolerance, not_checked=not_checked)
-    elif differences(whole.after, accumulated.after, tolerance=tolerance):
-        culprits += search.buffers(runs, sizes, NOTHING, lambda _: 0.0, tolerance, known=set())
+        found = find_culprits(runs, sizes, tolerance=tolerance, not_checked=not_checked)
+    else:
+        found = buffer_culprits(task.modules(), whole, accumulated, moved=0.0, tolerance=tolerance)
     compared, equal_error = accumulated.gradients, error
     if error > tolerance and equal != sizes:
         again = runs.accumulated(equal).gradients
         equal_error = relative_error(again, whole.gradients)
         if _is_scaled(again, whole.gradients, tolerance):  # ragged pieces hide it: they are not scaled alike
             compared, error, sizes = again, equal_error, equal
-    own, own_whole, imprecise = _precision(task, runs, sizes, whole, own_dtype, not_checked)
-    culprits += imprecise
+    own_errors = _own_errors(runs, sizes, whole, own_dtype, not_checked)
+    if own_errors is not None and _is_imprecise(task, *own_errors):
+        ours, theirs = (f"{100 * error:.2g}%" for error in own_errors)
+        named = {"dtype": _name(own_dtype), "accumulated": ours, "whole": theirs}
+        found.append(culprits.PRECISION.found(own_errors[0], "the gradients", **named))
     return Report(
-        exact=not culprits,
+        exact=not found,
         relative_error=error,
         tolerance=tolerance,
-        culprits=tuple(culprits),
+        culprits=tuple(found),
         parameters=compare(compared, whole.gradients, tolerance=tolerance),
         samples=task.rows,
         micro_batch_sizes=tuple(sizes),
         equal_sizes_error=equal_error,
         dtype=_name(torch.float64 if runs.is_double else own_dtype),
         own_dtype=_name(own_dtype),
-        own_error=own,
-        own_whole_error=own_whole,
+        own_error=own_errors and own_errors[0],
+        own_whole_error=own_errors and own_errors[1],
         not_checked=tuple(not_checked),
-        notes=tuple(_notes(task, runs, whole, culprits, micro_batch_size)),
+        notes=tuple(_notes(task, runs, whole, found, micro_batch_size)),
     )
 
 
-def _task(
-    model: Any,
-    loss_fn: Any,
-    batch: Any,
-    micro_batch_size: Any,
-    forward: Any,
-    batch_loss: Any,
-    combine: Combine,
-    weights: Any,
-) -> Task:
+def _check_micro_batch_size(micro_batch_size: Any) -> None:
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise WindowError(
             f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
             "least 1. Where it is found while training, pass a size that was found."
         )
+
+
+def make_task(
+    model: Any, loss_fn: Any, batch: Any, *, forward: Any = None, batch_loss: Any = None, combine: Combine = "concat",
+    weights: WeightsFunction | None = None,
+) -> Task:  # fmt: skip
+    """Checks what `audit` was called with; see there for the arguments and errors."""
     if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
         raise WindowError(
             f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
@@ -170,69 +174,61 @@ def _task(
     )  # fmt: skip
 
 
-def _first_run(task: Task, not_checked: list[str]) -> tuple[Runs, Run]:
+def _first_run(task: Task, not_checked: list[str]) -> tuple[Runs, RunResult]:
     """The whole batch's gradient in float64; where that cannot be, in the model's own dtype."""
     runs = Runs(task, is_double=True)
     try:
         return runs, runs.whole()
     except Exception as error:  # noqa: BLE001  # a mistake of the user's own comes again in the other dtype
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = first_line(error)
     runs = Runs(task, is_double=False)
     whole = runs.whole()
     not_checked.append(f"float64, in which rounding would not hide small faults; the model cannot run in it: {reason}")
     return runs, whole
 
 
-def _check_finite(whole: Run) -> None:
-    wrong = [
-        name
-        for name, gradient in whole.gradients.items()
-        if gradient is not None
-        and not bool((gradient.coalesce().values() if gradient.is_sparse else gradient).isfinite().all())
-    ]
+def _check_finite(whole: RunResult) -> None:
+    gradients = whole.gradients
+    wrong = [name for name, one in gradients.items() if one is not None and not bool(flat(one).isfinite().all())]
     if wrong:
         raise LossError(
-            f"The whole batch's own gradient is not finite, in {len(wrong)} of {len(whole.gradients)} parameters "
+            f"The whole batch's own gradient is not finite, in {len(wrong)} of {len(gradients)} parameters "
             f"({wrong[0]}), so there is nothing to compare with. Pass a batch on which the loss and its gradient are "
             "finite."
         )
 
 
-def _tolerance(runs: Runs, whole: Run, own_dtype: torch.dtype, error: float) -> float:
+def _tolerance(runs: Runs, whole: RunResult, own_dtype: torch.dtype, error: float) -> float:
     """What counts as rounding; where it is close, by how the gradient answers to a change in the last bit."""
     if not runs.is_double:
         return _INEXACT.get(own_dtype, _EXACT)
-    if not _EXACT < error < 1e-3:
+    if not _EXACT < error < _MOST_ROUNDING:
         return _EXACT
-    nudged = runs.whole(Without(nudge=torch.finfo(torch.float64).eps))
-    moved = relative_error(nudged.gradients, whole.gradients)
-    return max(_EXACT, min(_OPERATIONS * moved, 1e-3))
+    changed = runs.whole(Substitutions(parameter_change=torch.finfo(torch.float64).eps))
+    moved = relative_error(changed.gradients, whole.gradients)
+    return max(_EXACT, min(_OPERATIONS * moved, _MOST_ROUNDING))
 
 
-def _precision(
-    task: Task, runs: Runs, sizes: Sequence[int], whole: Run, own_dtype: torch.dtype, not_checked: list[str]
-) -> tuple[float | None, float | None, list[Culprit]]:
-    """What the model's own dtype does to both gradients, each against itself in float64."""
+def _own_errors(
+    runs: Runs, sizes: Sequence[int], whole: RunResult, own_dtype: torch.dtype, not_checked: list[str]
+) -> tuple[float, float] | None:
+    """What the model's own dtype does to both gradients, accumulated and whole, each against itself in float64."""
     if not runs.is_double or own_dtype not in SHORTER:
-        return None, None, []
-    own = Runs(task, is_double=False)
+        return None
+    own = Runs(runs.task, is_double=False)
     own.refused = runs.refused
     try:
-        own_whole = relative_error(own.whole().gradients, whole.gradients)
-        own_error = relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients)
+        own_whole_error = relative_error(own.whole().gradients, whole.gradients)
+        return relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients), own_whole_error
     except Exception as error:  # noqa: BLE001  # float64 runs, and this does not: half precision without its kernels
-        reason = (str(error) or repr(error)).splitlines()[0]
-        not_checked.append(f"{_name(own_dtype)}, the model's own dtype: {reason}")
-        return None, None, []
-    is_short = any(_is_short(parameter.dtype) for _, parameter in guards.named_parameters(task.models))
-    is_worse = not own_error <= _MORE_ROUNDING * own_whole
-    if is_short and is_worse and math.isfinite(own_whole):
-        return own_error, own_whole, [remedies.precision(_name(own_dtype), own_error, own_whole)]
-    return own_error, own_whole, []
+        not_checked.append(f"{_name(own_dtype)}, the model's own dtype: {first_line(error)}")
+        return None
 
 
-def _is_short(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
+def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
+    parameters = [parameter for _, parameter in guards.named_parameters(task.models)]
+    is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+    return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
 
 
 def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
@@ -241,7 +237,7 @@ def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
 
 
 def _own_dtype(task: Task) -> torch.dtype:
-    """Of the most elements."""
+    """The dtype that most of the trained numbers have."""
     counts: dict[torch.dtype, int] = {}
     for _, parameter in guards.named_parameters(task.models):
         if parameter.requires_grad:
@@ -249,23 +245,21 @@ def _own_dtype(task: Task) -> torch.dtype:
     return max(counts, key=counts.__getitem__)
 
 
-def _blind_spots(task: Task) -> list[str]:
-    """What these runs do not show."""
+def _hooked_parameters(task: Task) -> list[str]:
+    """Hooks on parameters, which these runs do not show."""
     hooked = [
         name
         for name, parameter in guards.named_parameters(task.models)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     ]
-    if not hooked:
-        return []
-    shown = f"{hooked[0]} and {len(hooked) - 1} more" if len(hooked) > 1 else hooked[0]
+    shown = f"{hooked[0]} and {len(hooked) - 1} more" if len(hooked) > 1 else "".join(hooked)
     return [
         f"hooks on parameters ({shown}), which run once for each micro-batch: clipping or noise in them is not that of "
         "the batch's gradient."
-    ]
+    ][: len(hooked)]
 
 
-def _notes(task: Task, runs: Runs, whole: Run, culprits: Sequence[Culprit], micro_batch_size: int) -> list[str]:
+def _notes(task: Task, runs: Runs, whole: RunResult, found: Sequence[Culprit], micro_batch_size: int) -> list[str]:
     notes: list[str] = []
     count = len(equal_sizes(task.rows, micro_batch_size))
     if whole.divisor is not None and abs(whole.divisor - count) < 1e-9:
@@ -281,7 +275,7 @@ def _notes(task: Task, runs: Runs, whole: Run, culprits: Sequence[Culprit], micr
         notes.append(
             f"micro_batch_size={micro_batch_size} takes the whole batch in one piece; it was cut all the same."
         )
-    if runs.draws.unmatched and not culprits:
+    if UNMATCHED in runs.draws.not_replayed.values() and not found:
         notes.append("some random draws could not be told apart by sample; they made no difference.")
     return notes
 

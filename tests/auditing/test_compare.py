@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradaccum.auditing.verdicts import compare, relative_error
+from gradaccum.auditing.compare import compare, different_buffers, relative_error
 
 TOLERANCE = 1e-10
 ONE = torch.tensor([3.0, 4.0], dtype=torch.float64)
@@ -54,3 +54,10 @@ def test_the_error_over_all_parameters() -> None:
     assert relative_error({"a": None, "b": None, "c": ZERO}, expected) == pytest.approx(1)
     assert relative_error({"a": ONE * math.nan, "b": None, "c": ZERO}, expected) == math.inf
     assert relative_error({"a": ONE}, {"a": ZERO}) == math.inf
+
+
+def test_buffers_that_differ() -> None:
+    expected = {("norm", "mean"): ONE, ("norm", "calls"): torch.tensor(3), ("cache", "keys"): ZERO}
+    made = {("norm", "mean"): ONE * (1 + 1e-14), ("norm", "calls"): torch.tensor(6), ("cache", "keys"): ONE[:1]}
+    found = different_buffers(made, expected, TOLERANCE)
+    assert found == {("norm", "calls"): 1.0, ("cache", "keys"): math.inf}

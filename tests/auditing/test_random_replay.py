@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradaccum.auditing.pieces import pieces, whole
-from gradaccum.auditing.replay import Draws, Replay
+from gradaccum.auditing.random_ops import ONCE, Draws
+from gradaccum.auditing.random_replay import RandomReplay
 
 ROWS, SIZES = 7, (3, 2, 2)
 
 
-def drawn(draw: Callable[[Tensor], Any], x: Tensor, *, shares: bool = False) -> tuple[Any, list[Any], Draws]:
+def drawn(draw: Callable[[Tensor], Any], x: Tensor, *, is_alike: bool = False) -> tuple[Any, list[Any], Draws]:
     """What the whole batch draws, and what its pieces do."""
-    draws = Draws()
+    draws = Draws(ROWS)
     made: list[Any] = []
     for cut in ([whole(ROWS)], pieces(SIZES)):
-        replay = Replay(draws, {}, rows=ROWS, shares=shares)
+        replay = RandomReplay(draws, {}, is_alike=is_alike)
         with replay:
             for piece in cut:
-                replay.begin(piece)
-                made.append(draw(x[piece.start : piece.stop]))
-                replay.end()
+                with replay.forward(piece):
+                    made.append(draw(x[piece.start : piece.stop]))
     return made[0], made[1:], draws
 
 
@@ -60,29 +60,26 @@ def test_rows_of_the_whole_batch(draw: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(ROWS, 4, 5)
     batch, parts, draws = drawn(draw, x)
     torch.testing.assert_close(torch.cat(parts), batch, rtol=1e-5, atol=1e-6)  # float32, in other shapes
-    assert not draws.once
-    assert not draws.unmatched
+    assert not draws.not_replayed
     assert len(batch.unique(dim=0)) > 1  # something was drawn, and not the same for all
 
 
-def test_samples_in_the_second_dimension_and_flattened_ones() -> None:
-    x = torch.ones(ROWS, 4, 5)
-    batch, parts, draws = drawn(lambda x: F.dropout(x.transpose(0, 1), 0.5), x)
-    assert torch.equal(torch.cat(parts, 1), batch)
-    batch, parts, more = drawn(lambda x: F.dropout(x.flatten(0, 1), 0.5), x)
-    assert torch.equal(torch.cat(parts), batch)
-    assert not draws.unmatched
-    assert not more.unmatched
+@pytest.mark.parametrize(
+    ("draw", "x", "dimension"),
+    [
+        (lambda x: F.dropout(x.transpose(0, 1), 0.5), torch.ones(ROWS, 4, 5), 1),
+        (lambda x: F.dropout(x.flatten(0, 1), 0.5), torch.ones(ROWS, 4, 5), 0),
+        (lambda x: F.dropout(x[x > 0], 0.5), torch.tensor([1.0, 0, 2, 3, 0, 4, 5]), 0),
+    ],
+    ids=["samples in the second dimension", "flattened samples", "as many rows as the data has"],
+)
+def test_rows_that_are_found_by_shape(draw: Callable[[Tensor], Tensor], x: Tensor, dimension: int) -> None:
+    batch, parts, draws = drawn(draw, x)
+    assert torch.equal(torch.cat(parts, dimension), batch)
+    assert not draws.not_replayed
 
 
-def test_as_many_rows_as_the_data_has() -> None:
-    x = torch.tensor([1.0, 0, 2, 3, 0, 4, 5])
-    batch, parts, draws = drawn(lambda x: F.dropout(x[x > 0], 0.5), x)
-    assert torch.equal(torch.cat(parts), batch)
-    assert not draws.unmatched
-
-
-ONCE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+DRAWN_ONCE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number": (lambda x: torch.rand(()), "torch.rand"),
     "a beta": (lambda x: torch.distributions.Beta(0.4, 0.4).sample(), "a Beta or Dirichlet"),
     "of the features": (lambda x: F.dropout(x[0], 0.5), "dropout or torch.bernoulli"),
@@ -91,15 +88,14 @@ ONCE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("draw", "said"), ONCE.values(), ids=ONCE.keys())
+@pytest.mark.parametrize(("draw", "said"), DRAWN_ONCE.values(), ids=DRAWN_ONCE.keys())
 def test_once_for_each_forward(draw: Callable[[Tensor], Any], said: str) -> None:
     x = torch.ones(ROWS, 40)
     _, parts, draws = drawn(draw, x)
-    assert list(draws.once) == [("the loss", said)]
-    assert not draws.unmatched
+    assert draws.not_replayed == {("the loss", said): ONCE}
     if said != "torch.randperm":
         assert not torch.equal(parts[1], parts[2])  # anew in each
-    _, shared, _ = drawn(draw, x, shares=True)
+    _, shared, _ = drawn(draw, x, is_alike=True)
     assert torch.equal(shared[1], shared[2])
 
 
@@ -109,27 +105,24 @@ def test_the_module_that_draws_is_named() -> None:
             return x * torch.rand(())
 
     model = nn.Sequential(nn.Linear(3, 3), Draws1())
-    draws = Draws()
+    draws = Draws(ROWS)
     for piece in (whole(ROWS), pieces(SIZES)[0]):
-        replay = Replay(draws, {"": model, "1": model[1]}, rows=ROWS)
-        with replay:
-            replay.begin(piece)
+        replay = RandomReplay(draws, {"": model, "1": model[1]})
+        with replay, replay.forward(piece):
             model(torch.ones(piece.rows, 3))
-    assert list(draws.once) == [("1", "torch.rand")]
+    assert draws.not_replayed == {("1", "torch.rand"): ONCE}
 
 
 @pytest.mark.parametrize("source", ["random", "numpy"])
 def test_generators_that_no_operation_shows(source: str) -> None:
     numpy = pytest.importorskip("numpy")
     _, _, draws = drawn(lambda x: random.random() if source == "random" else numpy.random.rand(), torch.ones(ROWS))
-    assert list(draws.once) == [("the loss", "Python's random or NumPy")]
+    assert draws.not_replayed == {("the loss", "Python's random or NumPy"): ONCE}
 
 
 def test_the_same_numbers_again_when_the_random_state_is_put_back() -> None:
-    draws = Draws()
-    replay = Replay(draws, {}, rows=ROWS)
-    with replay:
-        replay.begin(whole(ROWS))
+    replay = RandomReplay(Draws(ROWS), {})
+    with replay, replay.forward(whole(ROWS)):
         torch.rand(ROWS)
         state = torch.get_rng_state()
         first = torch.rand(ROWS)
@@ -140,9 +133,8 @@ def test_the_same_numbers_again_when_the_random_state_is_put_back() -> None:
 
 def test_draws_are_of_the_right_law() -> None:
     """1,000 rows of 100: means within 5 standard errors of what they should be."""
-    replay = Replay(Draws(), {}, rows=1000)
-    with replay:
-        replay.begin(whole(1000))
+    replay = RandomReplay(Draws(1000), {})
+    with replay, replay.forward(whole(1000)):
         uniform, normal = torch.rand(1000, 100), torch.randn(1000, 100)
         kept = F.dropout(torch.ones(1000, 100), 0.25)
     assert abs(uniform.mean() - 0.5) < 5 * (1 / 12 / 1e5) ** 0.5

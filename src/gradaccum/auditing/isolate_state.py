@@ -1,0 +1,56 @@
+"""The surroundings of a run: nothing of it is left behind, and nothing that would hide a fault is in its way.
+
+Parameters and buffers are copies, and random state, attributes and modes (train or eval) of every module come back (see
+`on_copies`). Compiled models run eagerly and attention without fused kernels, since both draw random numbers where no
+dispatch mode sees them. Warnings and the logger of the library are silent: what training reports, an audit reports in
+words of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradaccum.auditing.borrowing import on_copies
+from gradaccum.auditing.compare import Buffers
+from gradaccum.auditing.in_double import InDouble
+
+
+@contextmanager
+def isolated_state(models: Sequence[nn.Module], *, is_double: bool) -> Iterator[None]:
+    """Context manager in which models run on copies of their tensors, in float64 or in their own dtype."""
+    logger = logging.getLogger("gradaccum")
+    with ExitStack() as stack:
+        stack.enter_context(on_copies(models, is_double=is_double))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(setattr, logger, "disabled", logger.disabled)
+        logger.disabled = True
+        if any(type(module).__name__ == "OptimizedModule" for model in models for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if is_double:
+            stack.enter_context(InDouble())
+        yield
+
+
+def copy_buffers(modules: Mapping[str, nn.Module]) -> Buffers:
+    """Returns copies of all buffers; a buffer of several modules counts under its first name."""
+    first: dict[int, tuple[tuple[str, str], Tensor]] = {}
+    for where, module in modules.items():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                first.setdefault(id(buffer), ((where, name), buffer))
+    return {key: buffer.detach().clone() for key, buffer in first.values()}
+
+
+def put_back_buffers(modules: Mapping[str, nn.Module], buffers: Buffers) -> None:
+    """Gives buffers the values they had, in tensors of their own: a graph may need those that are there."""
+    for (where, name), buffer in buffers.items():
+        modules[where]._buffers[name] = buffer.clone()

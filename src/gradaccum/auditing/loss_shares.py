@@ -1,0 +1,273 @@
+r"""What is each micro-batch's share of the whole batch's loss? Solved from gradients, not read off a signature.
+
+    grad L  =  \sum_j  a_j * grad l_j            a_j: the share of micro-batch j
+
+If shares a_j exist, the loss is a mean (or a sum) over something, and comparing them with counts tells over what:
+rows, targets that are not ignored, class weights, a mask. If shares exist that fit no count, or none exist at all,
+samples meet in the loss itself: it is a function of the whole batch.
+
+Two places to look at gradients. On the model's *outputs* the model does not matter: the whole batch's outputs are put
+in the place of a micro-batch's, cut into rows, and the shares solved one micro-batch at a time. Where that cannot be
+(the model computes the loss itself, or is called in parts) on the *parameters*, by least squares, with the layers that
+couple samples isolated first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradaccum import tree
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions, loss_value
+from gradaccum.auditing.compare import Gradients, flat
+from gradaccum.auditing.in_double import no_modes
+from gradaccum.auditing.pieces import Piece, pieces, whole
+from gradaccum.losses.loss import Loss
+from gradaccum.losses.meaning import means_in
+
+# What is left of a gradient that shares do not explain, in float64: rounding leaves 1e-14, a coupled loss 1e-2.
+_EXPLAINED = 1e-7
+# Shares are compared with counts to this part: class weights in float32 add up to 1e-7.
+_SAME = 1e-6
+_MOST_COORDINATES = 1 << 20
+_IGNORED = (-100, -1, 0)
+
+A_SUM, SAMPLES = "a plain sum", "a mean over samples"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossFinding:
+    """What the loss is.
+
+    Attributes:
+        is_coupled: whether samples meet in it; otherwise it is a mean or a sum over something.
+        shares: of each micro-batch in the whole; None where there are none.
+        over: what the shares are proportional to, in words; "" where to nothing that is known.
+        instead: what to return in place of the loss.
+        taken: how the library takes it, in words.
+        residual: what shares leave unexplained, of the gradient.
+        output_gradients: the whole batch's gradient on the outputs, where it was seen.
+    """
+
+    is_coupled: bool
+    shares: tuple[float, ...] | None = None
+    over: str = ""
+    instead: str = ""
+    taken: str = ""
+    residual: float = 0.0
+    output_gradients: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What one micro-batch's loss shows of itself.
+
+    Attributes:
+        means: what its graph says that means were taken over: the count, the words, what to return instead.
+        declared: the count it was returned with; None where there was none.
+        taken: how the library takes it, in words.
+    """
+
+    means: tuple[tuple[float, str, str], ...]
+    declared: float | None
+    taken: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """Shares, what they leave unexplained, what each micro-batch shows, and the gradient on outputs if they were seen.
+
+    ``is_inside``: whether the model computes the loss, where no criterion can be put in its place.
+    """
+
+    shares: tuple[float, ...]
+    residual: float
+    counts: list[_Counts]
+    output_gradients: tuple[Tensor, ...] | None = None
+    is_inside: bool = False
+
+
+def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
+    """Finds out what the loss is, with other suspects taken out; None where it cannot be seen."""
+    try:
+        solved = _solve_on_outputs(runs, sizes, substitutions)
+    except Exception:  # noqa: BLE001  # a loss function that writes into outputs, or calls parts of the model as well
+        solved = None
+    solved = solved or _solve_on_parameters(runs, sizes, substitutions)
+    if solved is None:
+        return None
+    on_outputs = solved.output_gradients
+    if solved.residual > _EXPLAINED:
+        return LossFinding(is_coupled=True, residual=solved.residual, output_gradients=on_outputs)
+    over, instead = _meaning(runs.task.batch, sizes, solved)
+    return LossFinding(
+        is_coupled=not over, shares=solved.shares, over=over, instead=instead, taken=solved.counts[0].taken,
+        residual=solved.residual, output_gradients=on_outputs,
+    )  # fmt: skip
+
+
+class _CutOutputs:
+    """Forward hook that cuts the graph behind the models' outputs.
+
+    Attributes:
+        leaves: stand for the outputs of the last forward, those that had a graph.
+        served: where it is set, rows of the whole batch's outputs, to stand in place of a piece's own.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[Tensor] = []
+        self.served: Iterator[Tensor] | None = None
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        return tree.map_leaves(output, self._cut)
+
+    def _cut(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.requires_grad:
+            return leaf
+        leaf = (leaf if self.served is None else next(self.served)).detach().clone().requires_grad_()
+        self.leaves.append(leaf)
+        return leaf
+
+
+def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
+    task, rows = runs.task, runs.task.rows
+    hook = _CutOutputs()
+    with runs.running(substitutions) as run:
+        for model in task.models:  # the hooks go with all attributes of the modules
+            model.register_forward_hook(hook)
+
+        _, value = _forward(run, whole(rows))
+        outputs = hook.leaves
+        if not outputs or not all(one.dim() and one.shape[0] == rows and rows not in one.shape[1:] for one in outputs):
+            return None
+        parameters = [one for model in task.models for one in model.parameters() if one.requires_grad]
+        of_whole, around = _gradients(value, outputs), _gradients(value, parameters)
+        if any(one.any() for one in around) or not any(one.any() for one in of_whole):
+            return None  # the loss depends on parameters other than through the outputs, or on nothing
+        shares: list[float] = []
+        counts: list[_Counts] = []
+        unexplained = 0.0
+        for piece in pieces(sizes):
+            hook.served, hook.leaves = iter([output[piece.start : piece.stop] for output in outputs]), []
+            loss, value = _forward(run, piece)
+            own = torch.cat([flat(one) for one in _gradients(value, hook.leaves)]).nan_to_num(0.0, 0.0, 0.0)
+            expected = torch.cat([flat(one[piece.start : piece.stop]) for one in of_whole])
+            square = (own @ own).item()
+            shares.append((own @ expected).item() / square if square > 0 else 0.0)
+            unexplained += (expected - shares[-1] * own).square().sum().item()
+            counts.append(_counts(loss, value))
+        size = sum(flat(one).square().sum().item() for one in of_whole)
+        copies = tuple(one.clone() for one in of_whole)
+        return _Solved(tuple(shares), math.sqrt(unexplained / size), counts, copies)
+
+
+def _forward(run: Run, piece: Piece) -> tuple[Any, Tensor]:
+    """What the loss function returns for a piece, and the number that it stands for."""
+    assert run.task.loss_fn is not None
+    with run.forward(piece):
+        loss = run.task.loss_fn(run.task.model, run.cut(piece))
+    return loss, loss_value(loss, piece.rows)
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [one.detach() for one in found]
+
+
+def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
+    """Least squares over the parameters' gradients, at as many coordinates as are cheap to keep."""
+    whole_batch = runs.whole(substitutions)
+    names = [name for name, gradient in whole_batch.gradients.items() if gradient is not None]
+    expected = _sampled(whole_batch.gradients, names)
+    each: list[Tensor] = []
+    counts: list[_Counts] = []
+    with runs.running(substitutions) as run:
+        for piece in pieces(sizes):
+            loss, value = _forward(run, piece)
+            counts.append(_counts(loss, value))
+            each.append(_sampled(run.gradients(value), names).nan_to_num(0.0, 0.0, 0.0))
+    if len(expected) < 2 * len(each) or not expected.norm() > 0:
+        return None
+    columns = torch.stack(each, dim=1)
+    scale = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    shares = torch.linalg.lstsq(columns / scale, expected, driver="gelsd").solution / scale
+    residual = ((expected - columns @ shares).norm() / expected.norm()).item()
+    return _Solved(tuple(shares.tolist()), residual, counts, is_inside=whole_batch.is_loss_inside)
+
+
+def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
+    present = [gradient for name in names if (gradient := gradients[name]) is not None]
+    step = max(1, -(-sum(one.numel() for one in present) // _MOST_COORDINATES))
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(flat(one)[::step].cpu() for one in present)])
+
+
+def _counts(loss: Any, value: Tensor) -> _Counts:
+    declared, taken = None, SAMPLES
+    if isinstance(loss, Loss):
+        declared = None if loss.weight is None else float(loss.weight)
+        taken = A_SUM if loss.weight is None else "a mean over the count it was returned with"
+    elif isinstance(loss, Mapping):
+        taken = "terms with the counts they were returned with"
+    with no_modes():
+        found = [(float(mean.count), mean.what, mean.instead) for mean in means_in(value)]
+    return _Counts(tuple(found), declared, taken)
+
+
+def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, str]:
+    """What shares are proportional to, and what to return instead; empty where to nothing that is known."""
+    shares, counts = solved.shares, solved.counts
+    if all(abs(share - 1) <= _SAME for share in shares):
+        return A_SUM, "return ga.Loss.sum(loss)"
+    if abs(sum(shares) - 1) > _SAME:
+        return "", ""
+
+    def fits(candidate: Sequence[float]) -> bool:
+        total = sum(candidate)
+        pairs = zip(shares, candidate, strict=True)
+        return total > 0 and all(abs(share - count / total) <= _SAME for share, count in pairs)
+
+    if all(one.declared is not None for one in counts) and fits([one.declared or 0.0 for one in counts]):
+        return "what it says", ""
+    if fits(sizes):
+        return "samples", "return the loss as a plain tensor, which is taken as a mean over samples"
+    of_graph = [
+        (means[0][1], f"return {_assigned(means[0][2])}", [count for count, _, _ in means])
+        for means in zip(*(one.means for one in counts), strict=False)
+    ]
+    of_batch = [
+        (words, f"return ga.Loss.mean(loss, over={code})", of_pieces)
+        for words, code, of_pieces in _counts_of_batch(batch, sizes)
+    ]
+    candidates = [*of_batch, *of_graph] if solved.is_inside else [*of_graph, *of_batch]
+    return next(((words, instead) for words, instead, candidate in candidates if fits(candidate)), ("", ""))
+
+
+def _assigned(instead: str) -> str:
+    """The way a guard words it, after "return"."""
+    return instead.removeprefix("criterion = ").replace(" and criterion(", "(") if " and " in instead else instead
+
+
+def _counts_of_batch(batch: Any, sizes: Sequence[int]) -> Iterator[tuple[str, str, list[float]]]:
+    """Counts that a loss may be taken over, from what is in the batch: labels that are not ignored, then masks."""
+    columns = [
+        (path, leaf.split(list(sizes)))
+        for path, leaf in tree.named_leaves(batch, "micro_batch")
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == sum(sizes) and not leaf.is_complex()
+    ]
+    for ignored in _IGNORED:
+        for path, parts in columns:
+            if parts[0].is_floating_point() or parts[0].dtype == torch.bool:
+                continue
+            said = f"entries of {path} that are not {ignored}"
+            yield said, f"({path} != {ignored}).sum()", [float((part != ignored).sum()) for part in parts]
+            if parts[0].dim() > 1:  # the model predicts the next token, and the first one is predicted from nothing
+                counts = [float((part[:, 1:] != ignored).sum()) for part in parts]
+                said = f"entries of {path}, after the first of each sample, that are not {ignored}"
+                yield said, f"({path}[:, 1:] != {ignored}).sum()", counts
+    for path, parts in columns:
+        yield f"the sum of {path}", f"{path}.sum()", [float(part.sum()) for part in parts]
