@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _bars import Bar, Group, Role, draw_ratios
 from _common import FOLDER
-
-from gradaccum.report.bars import Bar, Group, Role, draw_ratios
 
 PICTURE = FOLDER.parent / "docs" / "images" / "benchmarks.png"
 TEXTBOOK = "textbook loop"

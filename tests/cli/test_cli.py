@@ -2,82 +2,135 @@
 
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import gradaccum as ga
-from gradaccum.cli import main
+
+Command = Callable[..., Any]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gradaccum", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code  # type: ignore[return-value]
+def test_version(gradaccum: Command) -> None:
+    done = gradaccum("--version")
+    assert (done.status, done.out) == (0, f"gradaccum {ga.__version__}, torch {torch.__version__}\n")
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out == f"gradaccum {ga.__version__}, torch {torch.__version__}\n"
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_the_commands(option: str, gradaccum: Command) -> None:
+    done = gradaccum(option)
+    assert done.status == 0
+    for expected in ("demo", "audit", "plan", "bench", "--version"):
+        assert expected in done.out
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("-h",)])
-def test_help_names_the_commands(
-    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *arguments) == 0
-    out = capsys.readouterr().out
-    assert "demo" in out
-    assert "--version" in out
+@pytest.mark.parametrize(
+    ("command", "exit_status", "options"),
+    [
+        ("demo", "0 if the library is exact, 1 if it is not, 2 if the demo could not run.", "--plot FILE"),
+        ("audit", "0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.",
+         "--html FILE,--micro-batch-size N"),
+        ("plan", "0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.",
+         "--memory SIZE,--estimate,--device DEVICE,--html FILE"),
+        ("bench", "0, or 2 if it could not run.", "--json FILE"),
+    ],
+)  # fmt: skip
+def test_help_tells_the_exit_status(command: str, exit_status: str, options: str, gradaccum: Command) -> None:
+    done = gradaccum(command, "--help")
+    assert done.status == 0
+    assert f"Exit status: {exit_status}" in done.text
+    for option in options.split(","):
+        assert option in done.text
 
 
-def test_help_of_the_demo_tells_its_exit_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "demo", "--help") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "Exit status: 0 if the library is exact, 1 if it is not, 2 if the demo could not run." in out
-    assert "--plot FILE" in out
-
-
-@pytest.mark.parametrize("arguments", [("nonsense",), ("demo", "--nonsense")])
-def test_a_wrong_command_could_not_run(
-    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *arguments) == 2
-    assert "nonsense" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "nonsense"),
+        (("demo", "--nonsense"), "nonsense"),
+        (("audit",), "Missing argument 'TARGET'"),
+        (("plan",), "Missing argument 'TARGET'"),
+        (("plan", "gone.py:job"), "There is no file"),
+    ],
+)
+def test_a_wrong_command_could_not_run(arguments: tuple[str, ...], message: str, gradaccum: Command) -> None:
+    done = gradaccum(*arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.error
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
-def test_a_missing_extra_is_named(
-    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_extra_is_named(module: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command) -> None:
     monkeypatch.delitem(sys.modules, "gradaccum.cli.app", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    assert run(monkeypatch, "demo") == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == (
+    done = gradaccum("demo")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
         f"gradaccum: The command line needs {module!r}, which is not installed. Type: pip install 'gradaccum[cli]'\n"
     )
 
 
-def test_a_crash_is_not_taken_for_bad_news(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def crash(**_: object) -> bool:
-        raise RuntimeError("something broke")
-
-    monkeypatch.setattr(importlib.import_module("gradaccum.cli.demo.command"), "run_demo", crash)
-    assert run(monkeypatch, "demo") == 2
-    assert "RuntimeError: something broke" in capsys.readouterr().err
-
-
-def test_an_error_of_the_library_is_a_message_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        pytest.param(RuntimeError("something broke"), "RuntimeError: something broke\n", id="a crash is no bad news"),
+        pytest.param(ga.WindowError("It is wrong."), "gradaccum: It is wrong.\n", id="ours, without a traceback"),
+    ],
+)
+def test_an_error_could_not_run(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
 ) -> None:
-    def refuse(**_: object) -> bool:
-        raise ga.WindowError("The window is wrong.")
+    def fail(**_: object) -> bool:
+        raise error
 
-    monkeypatch.setattr(importlib.import_module("gradaccum.cli.demo.command"), "run_demo", refuse)
-    assert run(monkeypatch, "demo") == 2
-    assert capsys.readouterr().err == "gradaccum: The window is wrong.\n"
+    monkeypatch.setattr(importlib.import_module("gradaccum.cli.demo"), "run_demo", fail)
+    done = gradaccum("demo")
+    assert done.status == 2
+    assert done.err.endswith(message)
+    assert ("Traceback" in done.err) is not isinstance(error, ga.GradAccumError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo --plot a.docx", "a picture ends in .png, .svg, .pdf"),
+        ("demo --plot a", "a picture ends in .png, .svg, .pdf"),
+        ("demo --plot no/such/a.png", "there is no folder no/such"),
+        ("audit a.py:f --html no/such/a.html", "there is no folder no/such"),
+        ("plan a.py:f --html no/such/a.html", "there is no folder no/such"),
+        ("bench --json no/such/a.json", "there is no folder no/such"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+) -> None:
+    for command in ("demo", "audit", "plan", "bench"):
+        module = importlib.import_module(f"gradaccum.cli.{command}")
+        monkeypatch.setattr(module, f"run_{command}", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = gradaccum(*arguments.split())
+    assert (done.status, done.out) == (2, "")
+    assert message in done.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [
+        ("demo --plot a.png", "matplotlib", "plot"),
+        ("audit a.py:f --html a.html", "jinja2", "cli"),
+        ("plan a.py:f --html a.html", "jinja2", "cli"),
+    ],
+)
+def test_what_an_option_needs_is_named_before_the_work(
+    arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+) -> None:
+    monkeypatch.setattr(importlib.import_module("gradaccum.cli.demo"), "tasks", lambda: pytest.fail("the work began"))
+    monkeypatch.setitem(sys.modules, module, None)
+    done = gradaccum(*arguments.split())
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
+        f"gradaccum: The option {arguments.split()[-2]} needs {module!r}, which is not installed. "
+        f"Type: pip install 'gradaccum[{extra}]'\n"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import gradaccum as ga
-from gradaccum.report.plots import Mark, Panel, Series, draw, supported_suffixes
+from gradaccum.report.plots import SUFFIXES, Mark, Panel, Series, draw
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,21 +18,17 @@ def panel(**changes: object) -> Panel:
     return Panel(**{"series": series, "title": "T", "x_label": "update", "y_label": "loss", **changes})  # type: ignore[arg-type]
 
 
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data.startswith(PNG)
-    return struct.unpack(">II", data[16:24])
-
-
 def test_a_png(tmp_path: Path) -> None:
     draw([[panel(), panel()], [panel(), panel()]], tmp_path / "a.png")
-    width, height = png_size(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert data.startswith(PNG)
+    width, height = struct.unpack(">II", data[16:24])
     assert width > height > 500
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_every_format_that_is_promised(suffix: str, tmp_path: Path) -> None:
-    assert suffix in supported_suffixes()
+    assert suffix in SUFFIXES
     draw([[panel()]], tmp_path / f"a{suffix}")
     starts = {".png": PNG, ".svg": b"<?xml", ".pdf": b"%PDF"}
     assert (tmp_path / f"a{suffix}").read_bytes().startswith(starts[suffix])

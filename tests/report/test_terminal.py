@@ -1,13 +1,29 @@
 import io
+import re
 
 import pytest
+from rich.console import Console
 
-from gradaccum.report.terminal import console, print_error, progress
+from gradaccum.report.terminal import Cell, Row, Table, Tone, console, print_table, print_text
+
+TABLE = Table(
+    title="A title",
+    text="What is compared, in so many words that they do not fit into a single line of eighty columns or fewer.",
+    columns=("whole batch", "gradaccum"),
+    rows=(
+        Row(label="loss", cells=(Cell(text="1.0000000000"), Cell(text="1.0000000001")), ends_section=True),
+        Row(label="verdict", cells=(Cell(text="-", tone=Tone.QUIET), Cell(text="exact", tone=Tone.GOOD))),
+    ),
+)
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def printed(table: Table, *, encoding: str = "utf-8", width: int | None = None, terminal: bool = False) -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    color = "truecolor" if terminal else None
+    out = Console(file=file, width=width, force_terminal=terminal, color_system=color, highlight=False, _environ={})
+    print_table(out, table)
+    file.seek(0)
+    return file.read()
 
 
 def test_results_go_to_stdout_and_numbers_get_no_colour(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,36 +31,43 @@ def test_results_go_to_stdout_and_numbers_get_no_colour(capsys: pytest.CaptureFi
     assert capsys.readouterr() == ("loss 1.5\n", "")
 
 
-def test_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error("It did not run.")
-    assert capsys.readouterr() == ("", "gradaccum: It did not run.\n")
+def test_everything_is_said_in_80_columns() -> None:
+    text = printed(TABLE)
+    words = text.split()
+    for word in ("title", "compared,", "gradaccum", "1.0000000001", "verdict", "exact"):
+        assert word in words
+    assert max(map(len, text.splitlines())) <= 80
 
 
-def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("Training", total=2, unit="updates") as advance:
-        advance()
-        advance()
-    assert capsys.readouterr() == ("", "")
+def test_cells_stand_under_their_heads() -> None:
+    lines = printed(TABLE).splitlines()
+    head, cells = (next(line.rstrip() for line in lines if word in line) for word in ("whole batch", "1.0000000001"))
+    assert len(head) == len(cells)
 
 
-@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
-def test_a_bar_on_stderr_of_a_terminal(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    terminal = _Terminal()
-    monkeypatch.setenv("TERM", kind)
-    monkeypatch.setattr("sys.stderr", terminal)
-    with progress("Training", total=2, unit="updates") as advance:
-        advance()
-    assert capsys.readouterr().out == ""
-    if kind == "dumb":
-        assert terminal.getvalue() == ""
-    else:
-        assert "Training" in terminal.getvalue()
-        assert "1/2" in terminal.getvalue()
+def test_a_pipe_gets_no_colours() -> None:
+    assert "\x1b" not in printed(TABLE)
 
 
-def test_the_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr", _Terminal())
-    with pytest.raises(ZeroDivisionError), progress("Training", total=2, unit="updates"):
-        1 / 0  # noqa: B018
+def test_a_terminal_gets_them() -> None:
+    assert re.search(r"\x1b\[1;32m *exact", printed(TABLE, terminal=True))
+
+
+def test_an_output_that_only_knows_ascii_gets_ascii() -> None:
+    text = printed(TABLE, encoding="ascii")
+    assert text.isascii()
+    assert text.split() == printed(TABLE).replace("─", "-").split()  # the same, with rules of other characters
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_other_widths(width: int) -> None:
+    text = printed(TABLE, width=width)
+    assert max(map(len, text.splitlines())) <= min(width, 80)
+    assert "1.0000000001" in text
+
+
+def test_brackets_are_text_not_markup() -> None:
+    file = io.StringIO()
+    print_text(Console(file=file, width=80), "pip install 'gradaccum[plot]' and [bold]nothing[/bold]")
+    assert "gradaccum[plot]" in file.getvalue()
+    assert "[bold]nothing[/bold]" in file.getvalue()

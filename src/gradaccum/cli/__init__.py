@@ -1,4 +1,14 @@
-"""The command line. `main` is the entry point; everything else is imported only when a command runs."""
+"""The command line. `main` is the entry point; everything else is imported only when a command runs.
+
+| file | idea |
+| --- | --- |
+| `app.py` | what can be typed: commands, options, help, exit status |
+| `target.py` | from ``file.py:function`` to a job |
+| `audit.py`, `plan.py` | what is shown of a report and of a plan |
+| `demo.py` | the linear regression of the tutorial, trained three ways |
+| `bench.py` | times of the library and of a hand-written loop on this machine |
+| `__main__.py` | ``python -m gradaccum.cli`` |
+"""
 
 from __future__ import annotations
 
@@ -7,8 +17,7 @@ import sys
 import traceback
 
 from gradaccum.errors import GradAccumError
-from gradaccum.report.extras import extra_needed
-from gradaccum.report.terminal import print_error
+from gradaccum.report import extra_needed
 
 COULD_NOT_RUN = 2  # exit status; 0 is good news and 1 is bad news, which a crash must not be taken for
 
@@ -21,7 +30,7 @@ def main() -> None:
             from gradaccum.cli.app import app
         app()
     except GradAccumError as error:
-        print_error(str(error))
+        sys.stderr.write(f"gradaccum: {error}\n")  # not by rich, which may be what is missing
         sys.exit(COULD_NOT_RUN)
     except Exception:  # noqa: BLE001  # Python would exit with 1
         traceback.print_exc()

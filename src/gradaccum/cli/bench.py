@@ -1,8 +1,8 @@
-"""The command: this machine, the library against a hand-written loop.
+"""``gradaccum bench``: this machine, the library against a hand-written loop.
 
-Two jobs. The smallest there is, so that nothing is measured but the loop itself; and layers of large weights with few
-rows, where adding up weight gradients in place pays. Runs of both loops alternate, and the median of the ratios within
-a round is what counts, so that a machine that is busy for a while disturbs both alike.
+The smallest case there is measures nothing but the loop itself; in layers of large parameters and few rows, adding up
+gradients in place pays. Runs of both loops alternate, and the median of the ratios within a round is what counts, so
+that a machine that is busy for a while disturbs both alike.
 """
 
 from __future__ import annotations
@@ -15,33 +15,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
-from gradaccum.report.bars import Bar, Group, draw_ratios
-from gradaccum.report.tables import Cell, Row, Table, Tone, print_table, print_text
-from gradaccum.report.terminal import console
+from gradaccum.report.terminal import Cell, Row, Table, Tone, console, print_table, print_text
 
 _MICRO_BATCHES = 8
-_SMALL_UPDATES = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What both loops train.
-
-    Attributes:
-        name: for the table.
-        width: of its layers.
-        layers: how many.
-        rows: of a micro-batch.
-        updates: in one run.
-        rounds: how many runs of each loop.
-    """
+class Case:
+    """What both loops train: ``layers`` of ``width``, ``rows`` of a micro-batch, ``updates`` in one of the rounds."""
 
     name: str
     width: int
@@ -51,72 +38,47 @@ class Job:
     rounds: int
 
 
-JOBS = (
-    Job(name="the loop itself", width=2, layers=1, rows=10, updates=_SMALL_UPDATES, rounds=41),
-    Job(name="large layers", width=1024, layers=6, rows=16, updates=1, rounds=9),
+CASES = (
+    Case(name="the loop itself", width=2, layers=1, rows=10, updates=50, rounds=41),
+    Case(name="large layers", width=1024, layers=6, rows=16, updates=1, rounds=9),
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Times of one job.
-
-    Attributes:
-        textbook: seconds a micro-step of the hand-written loop, the median over the runs.
-        library: of the library's.
-        ratio: the median of the library's to the textbook's, run by run.
-    """
-
-    textbook: float
-    library: float
-    ratio: float
-
-
-def run_bench(*, json_path: Path | None, plot: Path | None = None, jobs: tuple[Job, ...] = JOBS) -> None:
-    """Measures, prints a table, and writes and draws the figures if asked to."""
-    results = {job.name: measure(job) for job in jobs}
+def run_bench(*, json_path: Path | None, cases: tuple[Case, ...] = CASES) -> None:
+    """Measures, prints a table, and writes the figures down if asked to."""
+    results = {case.name: measure(case) for case in cases}
     terminal = console()
     print_table(terminal, _table(results))
     print_text(terminal, f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU.", Tone.QUIET)
     if json_path is not None:
-        json_path.write_text(json.dumps(_as_json(results), indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(_figures(results), indent=2) + "\n", encoding="utf-8")
         print_text(terminal, f"Figures: {json_path}", Tone.QUIET)
-    if plot is not None:
-        draw_ratios(_groups(results), plot, title="gradaccum on this machine", base="textbook loop")
-        print_text(terminal, f"Picture: {plot}", Tone.QUIET)
 
 
-def measure(job: Job) -> Result:
-    """Runs both loops in turn, the textbook loop first."""
-    textbook, library = _textbook(job), _library(job)
+def measure(case: Case) -> dict[str, float]:
+    """Runs both loops in turn, and returns medians over the rounds: seconds a micro-batch of either, and the ratio."""
+    textbook, library = _textbook(case), _library(case)
     textbook()
     library()
-    times: list[tuple[float, float]] = [(_seconds(textbook, job), _seconds(library, job)) for _ in range(job.rounds)]
-    return Result(
-        textbook=statistics.median(first for first, _ in times),
-        library=statistics.median(second for _, second in times),
-        ratio=statistics.median(second / first for first, second in times),
-    )
+    times = [(_seconds(textbook, case), _seconds(library, case)) for _ in range(case.rounds)]
+    return {
+        "textbook_seconds": statistics.median(first for first, _ in times),
+        "gradaccum_seconds": statistics.median(second for _, second in times),
+        "ratio": statistics.median(second / first for first, second in times),
+    }
 
 
-def _seconds(loop: Callable[[], None], job: Job) -> float:
+def _seconds(loop: Callable[[], None], case: Case) -> float:
     start = time.perf_counter()
     loop()
-    return (time.perf_counter() - start) / (job.updates * _MICRO_BATCHES)
+    return (time.perf_counter() - start) / (case.updates * _MICRO_BATCHES)
 
 
-def _made(job: Job) -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(2, _MICRO_BATCHES, job.rows, job.width, generator=generator)
-    model = nn.Sequential(*(nn.Linear(job.width, job.width) for _ in range(job.layers)))
-    return model, torch.optim.SGD(model.parameters(), lr=1e-4), list(zip(data[0], data[1], strict=True))
-
-
-def _textbook(job: Job) -> Callable[[], None]:
-    model, optimizer, micro_batches = _made(job)
+def _textbook(case: Case) -> Callable[[], None]:
+    model, optimizer, micro_batches = _training(case)
 
     def train() -> None:
-        for _ in range(job.updates):
+        for _ in range(case.updates):
             running = 0.0
             for x, y in micro_batches:
                 loss = F.mse_loss(model(x), y) / _MICRO_BATCHES
@@ -128,12 +90,12 @@ def _textbook(job: Job) -> Callable[[], None]:
     return train
 
 
-def _library(job: Job) -> Callable[[], None]:
-    model, optimizer, micro_batches = _made(job)
+def _library(case: Case) -> Callable[[], None]:
+    model, optimizer, micro_batches = _training(case)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=_MICRO_BATCHES)
 
     def train() -> None:
-        for x, y in accumulator.over(micro_batches * job.updates):
+        for x, y in accumulator.over(micro_batches * case.updates):
             update = accumulator.backward(F.mse_loss(model(x), y))
             if update:
                 update.loss.item()
@@ -141,32 +103,29 @@ def _library(job: Job) -> Callable[[], None]:
     return train
 
 
-def _table(results: dict[str, Result]) -> Table:
-    rows = tuple(
-        Row(
-            label=name,
-            cells=(
-                Cell(text=f"{result.textbook * 1e6:,.0f}"),
-                Cell(text=f"{result.library * 1e6:,.0f}"),
-                Cell(text=f"{result.ratio:.2f}", tone=Tone.GOOD if result.ratio <= 1 else Tone.PLAIN),
-            ),
-        )
-        for name, result in results.items()
-    )
+def _training(case: Case) -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2, _MICRO_BATCHES, case.rows, case.width, generator=generator)
+    model = nn.Sequential(*(nn.Linear(case.width, case.width) for _ in range(case.layers)))
+    return model, torch.optim.SGD(model.parameters(), lr=1e-4), list(zip(data[0], data[1], strict=True))
+
+
+def _table(results: dict[str, dict[str, float]]) -> Table:
+    rows: list[Row] = []
+    for name, result in results.items():
+        times = (Cell(text=f"{1e6 * result[loop]:,.0f}") for loop in ("textbook_seconds", "gradaccum_seconds"))
+        ratio = Cell(text=f"{result['ratio']:.2f}", tone=Tone.GOOD if result["ratio"] <= 1 else Tone.PLAIN)
+        rows.append(Row(label=name, cells=(*times, ratio)))
     return Table(
         title="This machine",
         text="Microseconds a micro-batch: the textbook loop, and gradaccum with its default options. A ratio below 1 "
         "is time saved. Run it on an idle machine.",
         columns=("textbook loop", "gradaccum", "ratio"),
-        rows=rows,
+        rows=tuple(rows),
     )
 
 
-def _groups(results: dict[str, Result]) -> list[Group]:
-    return [Group(title=name, bars=(Bar(label="gradaccum", ratio=of.ratio),)) for name, of in results.items()]
-
-
-def _as_json(results: dict[str, Result]) -> dict[str, Any]:
+def _figures(results: dict[str, dict[str, float]]) -> dict[str, object]:
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -175,12 +134,5 @@ def _as_json(results: dict[str, Result]) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "gradaccum": ga.__version__},
-        "jobs": {
-            name: {
-                "textbook_seconds": result.textbook,
-                "gradaccum_seconds": result.library,
-                "ratio": result.ratio,
-            }
-            for name, result in results.items()
-        },
+        "jobs": results,
     }

@@ -39,9 +39,13 @@ def load_job(target: str) -> Job:
             f"{target!r} does not name a function. Write path/to/file.py:function or package.module:function; the "
             "function takes no arguments and returns ga.Job(model, loss_fn, batch)."
         )
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    function = _function(module, name, place)
-    job = function()
+    path = Path(place).absolute()
+    is_file = place.endswith(".py")
+    folder = str(path.parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = _file(path) if is_file else _module(place)
+    job = _function(module, name, place)()
     if not isinstance(job, Job):
         raise TargetError(
             f"{target} returned {type(job).__name__}, and has to return a job: ga.Job(model, loss_fn, batch, "
@@ -51,13 +55,10 @@ def load_job(target: str) -> Job:
 
 
 def _file(path: Path) -> ModuleType:
-    path = path.absolute()
     if not path.is_file():
         raise TargetError(f"There is no file {path}. The part of the target before the last colon is its path.")
-    _look_in(path.parent)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None, "the suffix .py has a loader"
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None, "the suffix .py has a loader"  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     before = sys.modules.get(path.stem)
     sys.modules[path.stem] = module  # dataclasses and pickle look modules up by their name
@@ -73,7 +74,6 @@ def _file(path: Path) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType:
-    _look_in(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -83,11 +83,6 @@ def _module(name: str) -> ModuleType:
             f"There is no module {error.name!r}, neither installed nor in {Path.cwd()}. For a file write its path with "
             f".py: {name.replace('.', '/')}.py:function"
         ) from error
-
-
-def _look_in(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 
 def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:

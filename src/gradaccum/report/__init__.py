@@ -1,5 +1,46 @@
-"""What people see: tables in a terminal and pictures in a file. The only place that prints or draws.
+"""Tables in a terminal, pages and pictures in files. Besides `gradaccum.cli`, only this folder prints or draws.
 
-It knows how to show a table or a curve, and nothing about what is in it: whoever has results turns them into a
-`Table` or `Panel` of plain words and numbers and hands these over.
+It knows how to show a table or a curve, and nothing about what is in it: whoever has results turns them into a `Table`,
+a `Page` or a `Panel` of plain words and numbers.
+
+| file | idea |
+| --- | --- |
+| `terminal.py` | tables and paragraphs in at most 80 columns |
+| `page.py`, `page.html.jinja` | one result: printed, and written as an HTML page that needs nothing else |
+| `plots.py` | curves in a picture, and what all pictures share |
+| `bars.py` | ratios in a picture |
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradaccum.errors import MissingExtraError
+
+
+@contextmanager
+def extra_needed(extra: str, purpose: str) -> Iterator[None]:
+    """Context manager that turns a failed import into an error that says what to install.
+
+    Args:
+        extra: name of the extra, as in ``pip install 'gradaccum[extra]'``.
+        purpose: what cannot be done without it, as the subject of a sentence.
+
+    Raises:
+        MissingExtraError: a module other than our own was not found.
+
+    Example:
+        >>> with extra_needed("plot", "A picture"):
+        ...     import nobody_has_this
+        Traceback (most recent call last):
+        gradaccum.errors.MissingExtraError: A picture needs 'nobody_has_this', ... pip install 'gradaccum[plot]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == "gradaccum":
+            raise  # a mistake in this package, which installing an extra would not mend
+        raise MissingExtraError(
+            f"{purpose} needs {error.name!r}, which is not installed. Type: pip install 'gradaccum[{extra}]'"
+        ) from error

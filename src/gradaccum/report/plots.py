@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import enum
-import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradaccum.report.extras import extra_needed
+from gradaccum.report import extra_needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+INK, PALE = "#24292f", "#d0d7de"
+BLUE, ORANGE, GREY = "#0b57d0", "#e8590c", "#8b949e"  # told apart by the colour-blind too
+
+SUFFIXES = (".png", ".svg", ".pdf")  # how the name of a picture may end
 _INCHES_PER_PANEL = (4.2, 2.9)
 _DOTS_PER_INCH = 160
 _LIMITS = (1e-17, 1.0)  # of a logarithmic axis: from below float64's rounding to all wrong, the same in every panel
-_INK = "#24292f"
-_PALE = "#d0d7de"
-
-
-class Mark(enum.Enum):
-    """How a curve is drawn; its colour means the same in every panel, and survives colour blindness."""
-
-    REFERENCE = enum.auto()
-    BAD = enum.auto()
-    GOOD = enum.auto()
-    BEST = enum.auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +32,13 @@ class _Style:
     dashes: tuple[float, ...] = ()
 
 
-_STYLES = {  # widths fall in drawing order, so that curves on top of each other are all seen
-    Mark.REFERENCE: _Style(color="#b6bec8", width=7.0, layer=2),
-    Mark.BAD: _Style(color="#e8590c", width=3.6, layer=3),
-    Mark.GOOD: _Style(color="#0b57d0", width=1.5, layer=4),
-    Mark.BEST: _Style(color="#0b57d0", width=1.8, layer=4, dashes=(1, 1.2)),
-}
+class Mark(enum.Enum):
+    """Whose a curve is. Widths fall in drawing order, so that curves on top of each other are all seen."""
+
+    REFERENCE = _Style(color="#b6bec8", width=7.0, layer=2)
+    BAD = _Style(color=ORANGE, width=3.6, layer=3)
+    GOOD = _Style(color=BLUE, width=1.5, layer=4)
+    BEST = _Style(color=BLUE, width=1.8, layer=4, dashes=(1, 1.2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +56,9 @@ class Panel:
 
     series: tuple[Series, ...]
     title: str = ""
-    subtitle: str = ""
     x_label: str = ""
     y_label: str = ""
     is_logarithmic: bool = False
-
-
-def supported_suffixes() -> tuple[str, ...]:
-    """How the name of a picture may end."""
-    importlib.import_module("matplotlib")  # a picture that cannot be drawn is to be refused before the work
-    return (".png", ".svg", ".pdf")
 
 
 def draw(grid: Sequence[Sequence[Panel]], path: Path) -> None:
@@ -81,14 +69,9 @@ def draw(grid: Sequence[Sequence[Panel]], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with extra_needed("plot", "A picture"):
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
     rows, columns = len(grid), len(grid[0])
     width, height = _INCHES_PER_PANEL
-    with rc_context({"font.size": 10, "svg.fonttype": "path"}):
-        figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained", dpi=_DOTS_PER_INCH)
+    with new_picture(path, width=width * columns, height=height * rows + 0.4) as figure:
         all_axes = figure.subplots(rows, columns, squeeze=False)
         for row, panels in enumerate(grid):
             for column, panel in enumerate(panels):
@@ -102,13 +85,12 @@ def draw(grid: Sequence[Sequence[Panel]], path: Path) -> None:
         figure.legend(
             entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), frameon=False, fontsize=11
         )
-        figure.savefig(path, facecolor="white")
 
 
 def _draw_panel(axes: Axes, panel: Panel, *, with_y_label: bool) -> None:
     for series in panel.series:
         values = [max(value, _LIMITS[0]) for value in series.values] if panel.is_logarithmic else series.values
-        style = _STYLES[series.mark]
+        style = series.mark.value
         axes.plot(
             range(1, len(values) + 1),
             values,
@@ -122,15 +104,35 @@ def _draw_panel(axes: Axes, panel: Panel, *, with_y_label: bool) -> None:
     if panel.is_logarithmic:
         axes.set_yscale("log")
         axes.set_ylim(*_LIMITS)
-    axes.set_title(panel.title, fontsize=12, fontweight="bold", color=_INK, pad=22 if panel.subtitle else None)
-    if panel.subtitle:
-        axes.text(0.5, 1.04, panel.subtitle, transform=axes.transAxes, ha="center", fontsize=9.5, color=_INK)
-    axes.set_xlabel(panel.x_label, color=_INK)
+    axes.set_title(panel.title, fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(panel.x_label, color=INK)
     if with_y_label:
-        axes.set_ylabel(panel.y_label, color=_INK)
-    axes.grid(axis="y", color=_PALE, linewidth=0.6)
-    axes.tick_params(color=_PALE, labelcolor=_INK)
+        axes.set_ylabel(panel.y_label, color=INK)
+    finish_axes(axes, grid="y")
+
+
+@contextmanager
+def new_picture(path: Path, *, width: float, height: float, font_size: float = 10) -> Iterator[Figure]:
+    """Context manager that yields an empty figure of that many inches, and at the end writes it into ``path``.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with extra_needed("plot", "A picture"):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+    with rc_context({"font.size": font_size, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=_DOTS_PER_INCH)
+        yield figure
+        figure.savefig(path, facecolor="white")
+
+
+def finish_axes(axes: Axes, *, grid: str) -> None:
+    """Leaves of the frame only the bottom, and draws pale lines across the axis ``grid``, ``"x"`` or ``"y"``."""
+    axes.grid(axis=grid, color=PALE, linewidth=0.6)  # type: ignore[arg-type]
+    axes.tick_params(color=PALE, labelcolor=INK)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_PALE)
+        spine.set_color(PALE)

@@ -1,47 +1,106 @@
-"""The terminal: results to stdout, everything that comes and goes to stderr."""
+"""Results in the terminal, in at most 80 columns, without colour as good as with it.
+
+Rich draws the rules in ASCII where the output cannot encode anything better, so our own words stay ASCII too.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import enum
+import textwrap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_WIDTH = 80  # columns: what a pipe, a dumb terminal and the smallest window have
+_INDENT = 2
+
+
+class Tone(enum.Enum):
+    """How a cell or a paragraph is meant; the value is rich's style for it."""
+
+    PLAIN = ""
+    QUIET = "dim"
+    GOOD = "bold green"
+    BAD = "bold red"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Text with a tone: an entry of a table, or a paragraph.
+
+    A ``fraction`` from 0 to 1 is drawn as a bar of that length on a page, and is not shown in the terminal.
+    """
+
+    text: str
+    tone: Tone = Tone.PLAIN
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a table; ``ends_section`` draws a rule below it."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    ends_section: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What is shown under one heading.
+
+    Attributes:
+        title: the heading.
+        text: what is being compared, in a sentence or two.
+        columns: the heads of the cells' columns; the labels' column has none.
+        rows: each with as many cells as there are columns.
+    """
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
 
 def console() -> Console:
-    """Where results are printed: coloured in a terminal, plain in a pipe, no colour of its own for numbers."""
+    """Returns rich's console on stdout: coloured in a terminal, plain in a pipe, no colour of its own for numbers."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
-def print_error(message: str) -> None:
-    """Prints to stderr, and needs nothing installed: it has to be able to say what is missing."""
-    sys.stderr.write(f"gradaccum: {message}\n")
+def print_table(console: Console, table: Table) -> None:
+    """Prints the heading, the text and the table."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.rule import Rule
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Rich's own substitute would put bars between the columns. A box is 8 lines: the third is the rule below the heads.
+    rules = box.Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]), ascii=True)
+    shape = rules if console.options.ascii_only else box.SIMPLE_HEAD
+    body = RichTable(box=shape, header_style="bold", show_edge=False, pad_edge=False)
+    body.add_column("")
+    for column in table.columns:
+        body.add_column(column, justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [Text(cell.text, style=cell.tone.value) for cell in row.cells]
+        body.add_row(Text(row.label), *cells, end_section=row.ends_section)
+    width = min(_WIDTH, console.width)
+    console.print(Rule(Text(table.title, style="bold"), align="left", style=Tone.QUIET.value), width=width)
+    print_text(console, table.text, Tone.QUIET)
+    console.print()
+    console.print(Padding(body, (0, 0, 0, _INDENT), expand=False), width=width)
+    console.print()
 
 
-@contextmanager
-def progress(what: str, *, total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that is gone when it is done; nothing where stderr is no terminal, or one that cannot erase.
+def print_text(console: Console, text: str, tone: Tone = Tone.PLAIN) -> None:
+    """Prints a paragraph, broken into lines of at most 80 columns and set in a little."""
+    from rich.text import Text
 
-    Yields:
-        To be called once for each of ``total`` units.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    stderr = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-    )
-    can_erase = stderr.is_terminal and not stderr.is_dumb_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=not can_erase) as bars:
-        bar = bars.add_task(what, total=total)
-        yield lambda: bars.advance(bar)
+    width = min(_WIDTH, console.width) - _INDENT
+    for line in textwrap.wrap(text, width):
+        console.print(Text(" " * _INDENT + line, style=tone.value), soft_wrap=True)

@@ -12,25 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradaccum.report.extras import extra_needed
+from gradaccum.report.plots import BLUE, GREY, INK, ORANGE, finish_axes, new_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _INCHES_PER_LINE, _INCHES_BESIDES = 7.6, 0.235, 0.9
-_DOTS_PER_INCH = 160
-_INK, _PALE = "#24292f", "#d0d7de"
 _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 _ROOM_FOR_NUMBERS = 1.18  # beyond the longest bars, as a factor
 _LEAST_REACH = 1.5  # what the axis shows on either side of 1 at least
 
 
 class Role(enum.Enum):
-    """Whose a bar is; the value is its colour, and the three are told apart by the colour-blind too."""
+    """Whose a bar is; the value is its colour."""
 
-    OURS = "#0b57d0"
-    PEER = "#e8590c"
-    REFERENCE = "#8b949e"
+    OURS = BLUE
+    PEER = ORANGE
+    REFERENCE = GREY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,27 +53,20 @@ def draw_ratios(groups: Sequence[Group], path: Path, *, title: str, base: str) -
 
     Args:
         groups: one or more, each of one bar or more.
-        path: ends in one of `plots.supported_suffixes`.
+        path: ends in .png, .svg or .pdf.
         title: of the picture.
         base: what 1 is, in a word or two.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with extra_needed("plot", "A picture"):
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
     lines = sum(len(group.bars) for group in groups) + 1.6 * len(groups)
-    with rc_context({"font.size": 9, "svg.fonttype": "path"}):
-        figure = Figure(
-            figsize=(_WIDTH, lines * _INCHES_PER_LINE + _INCHES_BESIDES), layout="constrained", dpi=_DOTS_PER_INCH
-        )
+    height = lines * _INCHES_PER_LINE + _INCHES_BESIDES
+    with new_picture(path, width=_WIDTH, height=height, font_size=9) as figure:
         axes = figure.subplots()
         _draw_groups(axes, groups)
-        _finish(axes, [bar.ratio for group in groups for bar in group.bars], base)
-        figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK)
-        figure.savefig(path, facecolor="white")
+        _draw_axis(axes, [bar.ratio for group in groups for bar in group.bars], base)
+        figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
 
 
 def _draw_groups(axes: Axes, groups: Sequence[Group]) -> None:
@@ -89,7 +80,7 @@ def _draw_groups(axes: Axes, groups: Sequence[Group]) -> None:
             transform=axes.get_yaxis_transform(),
             va="center",
             fontweight="bold",
-            color=_INK,
+            color=INK,
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # no line of the grid goes through it
         )
@@ -106,26 +97,22 @@ def _draw_groups(axes: Axes, groups: Sequence[Group]) -> None:
                 textcoords="offset points",
                 ha="left" if is_longer else "right",
                 va="center",
-                color=_INK,
+                color=INK,
             )
         line += 1
-    axes.set_yticks(places, names, color=_INK)
+    axes.set_yticks(places, names, color=INK)
     axes.set_ylim(line - 0.4, -0.7)
 
 
-def _finish(axes: Axes, ratios: Sequence[float], base: str) -> None:
+def _draw_axis(axes: Axes, ratios: Sequence[float], base: str) -> None:
     low = min(*ratios, 1 / _LEAST_REACH) / _ROOM_FOR_NUMBERS
     high = max(*ratios, _LEAST_REACH) * _ROOM_FOR_NUMBERS
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     shown = [tick for tick in _TICKS if low <= tick <= high]
-    axes.set_xticks(shown, [f"{tick:g}" for tick in shown], color=_INK)
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown], color=INK)
     axes.minorticks_off()
-    axes.axvline(1, color=_INK, linewidth=1, zorder=4)
-    axes.set_xlabel(f"time, as a multiple of the {base}'s (1.00): bars to the left save time", color=_INK)
-    axes.grid(axis="x", color=_PALE, linewidth=0.6)
-    axes.tick_params(color=_PALE, length=0)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_PALE)
+    axes.axvline(1, color=INK, linewidth=1, zorder=4)
+    axes.set_xlabel(f"time, as a multiple of the {base}'s (1.00): bars to the left save time", color=INK)
+    finish_axes(axes, grid="x")
+    axes.tick_params(length=0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import gradaccum as ga
-from gradaccum.report.html import Bar, Bars, Page, write_page
-from gradaccum.report.tables import Cell, Row, Table, Tone
+from gradaccum.report.page import Page, show_page
+from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 PAGE = Page(
     title="What <fits> & what not",
@@ -16,18 +16,15 @@ PAGE = Page(
         title="not shown",
         text="A table.",
         columns=("peak", "fits"),
-        rows=(Row(label="1", cells=(Cell(text="9 GiB"), Cell(text="no", tone=Tone.BAD))),),
-    ),
-    bars=(
-        Bars(
-            title="Memory", bars=(Bar(label="1", text="9 GiB", fraction=0.375, tone=Tone.BAD),), limit=0.5,
-            limit_label="24 GiB",
+        rows=(
+            Row(label="1", cells=(Cell(text="9 GiB", fraction=0.375, tone=Tone.BAD), Cell(text="no", tone=Tone.BAD))),
         ),
-        Bars(title="Speed", bars=(Bar(label="1", text="10", fraction=1.0),)),
     ),
-    paragraphs=("First.", "Second <b>."),
-    made_by="gradaccum",
-)  # fmt: skip
+    sections=(
+        (Cell(text="First.", tone=Tone.QUIET), Cell(text="Second <b>.")),
+        (Cell(text="Third.", fraction=1.0),),
+    ),
+)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -53,7 +50,7 @@ class _Balanced(HTMLParser):
 
 def written(tmp_path: Path) -> str:
     path = tmp_path / "page.html"
-    write_page(PAGE, path)
+    show_page(PAGE, path)
     return path.read_text(encoding="utf-8")
 
 
@@ -66,36 +63,34 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "http" not in text
     words = " ".join(parser.text)
-    for expected in (
-        "What <fits> & what not",
-        "Take 4.",
-        "A table.",
-        "9 GiB",
-        "First.",
-        "Second <b>.",
-        "24 GiB",
-        "gradaccum",
-    ):
+    for expected in ["What <fits> & what not", "Take 4.", "A table.", "9 GiB", "First.", "Second <b>.", "Third."]:
         assert expected in words
-
-
-def test_text_is_not_markup(tmp_path: Path) -> None:
-    text = written(tmp_path)
+    assert f"gradaccum {ga.__version__}" in words
     assert "What &lt;fits&gt; &amp; what not" in text
     assert "Second &lt;b&gt;." in text
 
 
 def test_bars_and_tones(tmp_path: Path) -> None:
     text = written(tmp_path)
-    assert re.search(r'class="bar bad" style="width: 37\.50%"', text)
-    assert text.count('class="limit"') == 1
-    assert "left: 50.00%" in text
+    assert re.search(r'<td class="bad">9 GiB<span class="bar bad" style="width: 37\.50%"', text)
+    assert re.search(r'<p class="plain">Third\.<span class="bar plain" style="width: 100\.00%"', text)
+    assert text.count('class="bar ') == 2, "no bar without a fraction"
     assert '<p class="lead good">' in text
     assert '<td class="bad">no</td>' in text
+    assert '<p class="quiet">First.</p>' in text
+
+
+def test_the_terminal_has_the_same_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    show_page(PAGE, None)
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[lines.index("Take 4.") :] == ["Take 4.", "", "First.", "Second <b>.", "", "Third."]
+    assert "What <fits>" not in out, "the table has a title of its own"
 
 
 def test_without_jinja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ga.MissingExtraError, match=r"An HTML page needs 'jinja2'.*pip install 'gradaccum\[cli\]'"):
-        write_page(PAGE, tmp_path / "page.html")
+        show_page(PAGE, tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
