@@ -39,7 +39,7 @@ from gradaccum.whole_batch.lockstep.gather import gather
 if _typing.TYPE_CHECKING:
     from gradaccum.auditing.make import audit
     from gradaccum.auditing.report import Culprit, Report
-    from gradaccum.fit.make_plan import plan
+    from gradaccum.fit.planner import plan
     from gradaccum.fit.plan import Plan
 
 __version__ = "0.1.0"
@@ -86,7 +86,7 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     """Tools are imported when they are first asked for: training does not wait for them."""
     if name == "plan":
-        from gradaccum.fit.make_plan import plan as found
+        from gradaccum.fit.planner import plan as found
     elif name == "Plan":
         from gradaccum.fit.plan import Plan as found
     elif name == "audit":

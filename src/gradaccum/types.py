@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradaccum.errors import WindowError
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""Floating-point types of 16 bits."""
 
 Activations = Literal["device", "host", "recompute"]
 """Where the activations of a batch in lockstep wait for the backward."""

@@ -25,7 +25,7 @@ import copy, json, resource, sys
 import torch
 from torch import nn
 import gradaccum as ga
-from gradaccum.fit import fitting
+from gradaccum.fit import transaction
 
 torch.set_num_threads(1)
 rows, room = int(sys.argv[1]), int(sys.argv[2])
@@ -60,11 +60,11 @@ except RuntimeError as error:
 capped.zero_grad()
 
 made["failed"] = []
-is_out_of_memory = fitting.is_out_of_memory
+is_out_of_memory = transaction.is_out_of_memory
 def seen(error):
     made["failed"].append(str(error))
     return is_out_of_memory(error)
-fitting.is_out_of_memory = seen
+transaction.is_out_of_memory = seen
 
 made["capped"] = trained(capped, "auto")
 made["relative difference"] = max(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gradaccum
-from gradaccum.fit.reserve import state_reserved
+from gradaccum.fit.transaction import _state_reserved
 from gradaccum.memory.live_bytes import LiveBytes
 
 pytest.importorskip("resource", reason="this system cannot cap a process's address space")
@@ -23,7 +23,7 @@ import json, resource, sys
 import torch
 from torch import nn
 import gradaccum as ga
-from gradaccum.fit import fitting
+from gradaccum.fit import transaction
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -45,11 +45,11 @@ with open("/proc/self/status") as status:
     mapped = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (150 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 failed = []
-is_out_of_memory = fitting.is_out_of_memory
+is_out_of_memory = transaction.is_out_of_memory
 def seen(error):
     failed.append(len(updates))
     return is_out_of_memory(error)
-fitting.is_out_of_memory = seen
+transaction.is_out_of_memory = seen
 updates = []
 step = ga.TrainStep(model, optimizer, loss_fn)
 for _ in range(6):
@@ -74,34 +74,34 @@ def test_a_size_that_fits_the_first_update_fits_the_next_ones() -> None:
 
 
 def test_as_much_is_held_as_the_state_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.reserve._ends_in_an_error", lambda device: True)
+    monkeypatch.setattr("gradaccum.fit.transaction._ends_in_an_error", lambda device: True)
     model = nn.Linear(1000, 100)
     optimizer = torch.optim.Adam(model.parameters())
     device = torch.device("cpu")
     with LiveBytes() as live:
-        with state_reserved([optimizer], device):
+        with _state_reserved([optimizer], device):
             held = live.current
         assert live.current == 0
     assert 2 * 4 * 100_100 <= held <= 2 * 4 * 100_100 + 64, "two moments, and two counts of steps"
     model(torch.randn(2, 1000)).sum().backward()
     optimizer.step()
-    with LiveBytes() as live, state_reserved([optimizer], device):
+    with LiveBytes() as live, _state_reserved([optimizer], device):
         assert live.current == 0, "the state is there"
 
 
 def test_more_than_there_is_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.reserve._ends_in_an_error", lambda device: True)
+    monkeypatch.setattr("gradaccum.fit.transaction._ends_in_an_error", lambda device: True)
 
     def refused(*args: object, **options: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     optimizer = torch.optim.Adam(nn.Linear(3, 3).parameters())
     monkeypatch.setattr(torch, "empty", refused)
-    with state_reserved([optimizer], torch.device("cpu")):
+    with _state_reserved([optimizer], torch.device("cpu")):
         pass
 
 
 def test_where_memory_ends_in_no_error_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.reserve._occupied", pytest.fail)
-    with state_reserved([torch.optim.Adam(nn.Linear(3, 3).parameters())], torch.device("cpu")):
+    monkeypatch.setattr("gradaccum.fit.transaction._occupied", pytest.fail)
+    with _state_reserved([torch.optim.Adam(nn.Linear(3, 3).parameters())], torch.device("cpu")):
         pass

@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from gradaccum.memory.live_bytes import AllocatorBytes, LiveBytes, measured_peak, storages_of
+from gradaccum.memory.live_bytes import AllocatorBytes, LiveBytes, graph_bytes, measured_peak, storages_of
 
 KB = 1000  # bytes of 250 floats
 
@@ -309,13 +309,25 @@ def test_one_inside_another() -> None:
 
 
 def test_torch_is_left_as_it_was() -> None:
-    before = UntypedStorage.resize_
+    before, there = UntypedStorage.resize_, vector()
     with LiveBytes():
-        assert UntypedStorage.resize_ is not before
-    with pytest.raises(ZeroDivisionError), LiveBytes():
-        raise ZeroDivisionError
-    assert UntypedStorage.resize_ is before
-    assert "resize_" not in vars(UntypedStorage)
+        made = there.add(1).untyped_storage()
+        assert "resize_" in vars(made)
+        assert UntypedStorage.resize_ is before
+        with suppress(ZeroDivisionError), LiveBytes():
+            there.add_(1)
+            raise ZeroDivisionError
+    assert "resize_" not in {*vars(made), *vars(there.untyped_storage()), *vars(UntypedStorage)}
+
+
+def test_a_storage_that_was_there_is_given_back() -> None:
+    x, y = vector(), vector()
+    with LiveBytes() as live:
+        x.add(y)
+        x.untyped_storage().resize_(0)
+        assert live.current == -KB
+        x.untyped_storage().resize_(KB)
+        assert live.current == 0
 
 
 def test_the_peak_outlives_the_meter() -> None:
@@ -344,6 +356,40 @@ def test_gradients_in_two_ways_are_the_same() -> None:
             model(x).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])  # type: ignore[union-attr]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- what a graph has saved
+def test_each_storage_counts_once_and_what_is_there_anyway_not_at_all() -> None:
+    x = torch.randn(3, 5)
+    layer = nn.Linear(5, 7)
+    with graph_bytes([*layer.parameters(), x]) as saved:
+        y = layer(x).sigmoid()
+        z = y * y  # keeps y twice, which the sigmoid has kept already
+    assert saved.count == 3 * 7 * 4
+    z.sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_without_a_graph_nothing_is_kept() -> None:
+    with torch.no_grad(), graph_bytes([]) as saved:
+        nn.Linear(5, 7)(torch.randn(3, 5)).sigmoid()
+    assert saved.count == 0
+
+
+def test_a_checkpoint_keeps_its_input_only() -> None:
+    layer = nn.Sequential(nn.Linear(5, 500), nn.Tanh(), nn.Linear(500, 5))
+    x = torch.randn(3, 5, requires_grad=True)
+    with graph_bytes(layer.parameters()) as saved:
+        y = checkpoint(layer, x, use_reentrant=False)
+    assert saved.count <= 3 * 5 * 4
+    y.sum().backward()
+
+
+def test_views_count_their_whole_storage() -> None:
+    x = torch.randn(100, requires_grad=True)
+    with graph_bytes([]) as saved:
+        (x.exp()[:10] ** 2).sum()
+    assert saved.count == 100 * 4
 
 
 @pytest.mark.gpu

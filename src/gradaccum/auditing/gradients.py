@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradaccum import tree
 from gradaccum.auditing.bench import Bench, Gradients, Run, value_of
-from gradaccum.auditing.borrowing import on_copies
 from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.neutral import neutralised
 from gradaccum.auditing.pieces import FixedSplit, copied, pieces, whole
 from gradaccum.auditing.replay import Draws, Replay
 from gradaccum.auditing.task import NOTHING, Task, Without
 from gradaccum.errors import MeanError
+from gradaccum.fit.borrowed_model import on_copies
 from gradaccum.losses.loss import Loss
 from gradaccum.train_step import TrainStep
 from gradaccum.window import guards
@@ -112,7 +112,7 @@ class Runs:
         """The model on copies, random draws replayed, faults taken out."""
         task = self.task
         with ExitStack() as stack:
-            stack.enter_context(on_copies(task.models, is_double=self.is_double))
+            stack.enter_context(on_copies(task.models, cast=in_double if self.is_double else None))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # training tells of them, and the audit does in its own words
             stack.enter_context(_quiet("gradaccum"))
