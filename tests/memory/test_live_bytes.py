@@ -48,27 +48,6 @@ def frees(live: LiveBytes) -> Tensor:
     return y
 
 
-def views(live: LiveBytes) -> list[Tensor]:
-    x = vector()
-    return [x.view(10, 25), x[5:], x.unsqueeze(0).expand(7, 250), x.detach(), x.view(10, 25).t()]
-
-
-def last_view_keeps_all(live: LiveBytes) -> Tensor:
-    return vector()[:1]
-
-
-def in_place(live: LiveBytes) -> Tensor:
-    return vector().add_(1).mul_(2).relu_()
-
-
-def out_of_nothing(live: LiveBytes) -> Tensor:
-    return torch.add(vector(), 1, out=torch.empty(0))
-
-
-def resized(live: LiveBytes) -> Tensor:
-    return torch.empty(0).resize_(750)
-
-
 def storage_given_back(live: LiveBytes) -> Tensor:
     x = vector()
     x.untyped_storage().resize_(0)
@@ -83,27 +62,10 @@ def storage_taken_again(live: LiveBytes) -> Tensor:
     return x
 
 
-def shared_by_set(live: LiveBytes) -> tuple[Tensor, Tensor]:
-    x, y = vector(), vector()
-    return x, y.set_(x)
-
-
 def data_replaced(live: LiveBytes) -> Tensor:
     x = vector()
     x.data = torch.zeros(500)
     return x
-
-
-def two_outputs(live: LiveBytes) -> tuple[Tensor, Tensor]:
-    return torch.max(torch.zeros(10, 25), dim=1)  # 10 floats and 10 int64
-
-
-def list_of_outputs(live: LiveBytes) -> object:
-    return torch._foreach_add([vector(), vector()], 1)
-
-
-def dtypes(live: LiveBytes) -> object:
-    return [torch.zeros(10, dtype=dtype) for dtype in (torch.bool, torch.float16, torch.float64, torch.complex64)]
 
 
 def cycle(live: LiveBytes) -> None:
@@ -113,21 +75,30 @@ def cycle(live: LiveBytes) -> None:
     gc.collect()
 
 
+DTYPES = (torch.bool, torch.float16, torch.float64, torch.complex64)
 PROGRAMS: dict[str, tuple[Callable[[LiveBytes], object], int, int]] = {
     "nothing": (lambda live: None, 0, 0),
     "frees": (frees, KB, 2 * KB),
-    "views": (views, KB, KB),
-    "the last view keeps all": (last_view_keeps_all, KB, KB),
-    "in place": (in_place, KB, KB),
-    "out= grows": (out_of_nothing, KB, 2 * KB),
-    "resize_": (resized, 3 * KB, 3 * KB),
+    "views": (
+        lambda live: [x := vector(), x.view(10, 25), x[5:], x.expand(7, 250), x.detach(), x.view(10, 25).t()],
+        KB,
+        KB,
+    ),
+    "the last view keeps all": (lambda live: vector()[:1], KB, KB),
+    "in place": (lambda live: vector().add_(1).mul_(2).relu_(), KB, KB),
+    "out= grows": (lambda live: torch.add(vector(), 1, out=torch.empty(0)), KB, 2 * KB),
+    "resize_": (lambda live: torch.empty(0).resize_(750), 3 * KB, 3 * KB),
     "a storage given back": (storage_given_back, 0, KB),
     "a storage taken again": (storage_taken_again, KB, KB),
-    "two tensors, one storage": (shared_by_set, KB, 2 * KB),
+    "two tensors, one storage": (lambda live: [x := vector(), vector().set_(x)], KB, 2 * KB),
     "data replaced": (data_replaced, 2 * KB, 3 * KB),
-    "two outputs": (two_outputs, 120, KB + 120),
-    "a list of outputs": (list_of_outputs, 2 * KB, 4 * KB),
-    "dtypes": (dtypes, 10 * (1 + 2 + 8 + 8), 10 * (1 + 2 + 8 + 8)),
+    "two outputs": (lambda live: torch.max(torch.zeros(10, 25), dim=1), 120, KB + 120),  # 10 floats and 10 int64
+    "a list of outputs": (lambda live: torch._foreach_add([vector(), vector()], 1), 2 * KB, 4 * KB),
+    "dtypes": (
+        lambda live: [torch.zeros(10, dtype=dtype) for dtype in DTYPES],
+        10 * (1 + 2 + 8 + 8),
+        10 * (1 + 2 + 8 + 8),
+    ),
     "a cycle": (cycle, 0, KB),
 }
 
