@@ -39,8 +39,8 @@ from gradaccum.whole_batch.lockstep.gather import gather
 if _typing.TYPE_CHECKING:
     from gradaccum.auditing.make import audit
     from gradaccum.auditing.report import Culprit, Report
+    from gradaccum.fit.plan_result import Plan
     from gradaccum.fit.planner import plan
-    from gradaccum.fit.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -88,7 +88,7 @@ def __getattr__(name: str) -> _typing.Any:
     if name == "plan":
         from gradaccum.fit.planner import plan as found
     elif name == "Plan":
-        from gradaccum.fit.plan import Plan as found
+        from gradaccum.fit.plan_result import Plan as found
     elif name == "audit":
         from gradaccum.auditing.make import audit as found
     elif name == "Report":

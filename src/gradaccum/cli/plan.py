@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradaccum as ga
 from gradaccum.cli.target import load_job
-from gradaccum.fit import plan as words
+from gradaccum.fit import plan_result as words
 from gradaccum.fit.units import in_words
 from gradaccum.report.html import Bar, Bars, Page, write_page
 from gradaccum.report.tables import Cell, Row, Table, Tone, print_table, print_text

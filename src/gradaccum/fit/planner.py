@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from gradaccum.errors import UnsupportedError, WindowError
 from gradaccum.fit.estimate import block_bytes, estimate, is_cuda_elsewhere
 from gradaccum.fit.measure import measure
-from gradaccum.fit.plan import Breakdown, Plan, Row
+from gradaccum.fit.plan_result import Breakdown, Plan, Row
 from gradaccum.fit.size_model import SizeModel
 from gradaccum.fit.units import as_bytes
 from gradaccum.fit.workload import Workload
