@@ -78,7 +78,7 @@ class Clock:
 def known_times(clock: Clock) -> Iterator[None]:
     """While held, the search for a size reads this clock, so that it decides alike on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradaccum.fit.fitting.time", SimpleNamespace(perf_counter=lambda: clock.now))
+        patch.setattr("gradaccum.fit.transaction.time", SimpleNamespace(perf_counter=lambda: clock.now))
         yield
 
 

@@ -40,8 +40,8 @@ if _typing.TYPE_CHECKING:
     from gradaccum.auditing.audit_report import Report
     from gradaccum.auditing.culprits import Culprit
     from gradaccum.auditing.make_audit import audit
-    from gradaccum.fit.make_plan import plan
-    from gradaccum.fit.plan import Plan
+    from gradaccum.fit.plan_result import Plan
+    from gradaccum.fit.planner import plan
 
 __version__ = "0.1.0"
 
@@ -87,9 +87,9 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     """Tools are imported when they are first asked for: training does not wait for them."""
     if name == "plan":
-        from gradaccum.fit.make_plan import plan as found
+        from gradaccum.fit.planner import plan as found
     elif name == "Plan":
-        from gradaccum.fit.plan import Plan as found
+        from gradaccum.fit.plan_result import Plan as found
     elif name == "audit":
         from gradaccum.auditing.make_audit import audit as found
     elif name == "Report":

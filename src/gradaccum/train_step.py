@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import WindowError
-from gradaccum.fit.fitting import Fitting, num_rows
+from gradaccum.fit.transaction import Fitting, num_rows
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync

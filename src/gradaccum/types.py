@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import WindowError
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""Floating-point types of 16 bits."""
+
 Activations = Literal["device", "host", "recompute"]
 """Where the activations of a batch in lockstep wait for the backward."""
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-"""Dtypes in which sums lose digits quickly."""
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""

@@ -25,11 +25,6 @@ SIZES = (2, 8, 24)  # of equal pieces: a batch is cut evenly, whatever size is a
 MEASURED, ESTIMATED = 0.005, 0.03
 
 
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.probe._SECONDS_PER_SIZE", 0.0)
-
-
 def true_peak(
     architecture: Architecture, make_optimizer: Callable[[nn.Module], Optimizer], batch: Any, size: int
 ) -> int:

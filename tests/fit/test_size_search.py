@@ -76,6 +76,13 @@ MACHINES: dict[str, Callable[[int], float]] = {
 }
 
 
+def searched(machine: Machine, rows: int, *, updates: int = SEARCHED_UPDATES) -> SizeSearch:
+    search = SizeSearch()
+    for _ in range(updates):
+        machine.update(search, rows)
+    return search
+
+
 def candidates(rows: int) -> list[int]:
     sizes = [rows]
     while sizes[-1] > 2:
@@ -97,38 +104,25 @@ def time_at(size: int, rows: int, seconds_of: Callable[[int], float]) -> float:
 # --------------------------------------------------------------------------------------------------- the fastest size
 
 
-@pytest.mark.parametrize("rows", [4, 8, 32, 100, 256, 1000, 1024])
+RUNS = {
+    **{f"{rows} rows": (rows, Machine.limit, 0.0, 0) for rows in (4, 8, 32, 100, 256, 1000, 1024)},
+    **{f"noise of three percent, {seed}": (256, Machine.limit, 0.03, seed) for seed in range(20)},
+    **{f"up to {limit} fit": (256, limit, 0.0, 0) for limit in (1, 2, 3, 5, 17, 63, 64, 65, 200, 255)},
+}
+
+
+@pytest.mark.parametrize(("rows", "limit", "noise", "seed"), RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("name", MACHINES)
-def test_three_updates_find_a_size_within_ten_percent_of_the_best(name: str, rows: int) -> None:
-    machine, search = Machine(MACHINES[name]), SizeSearch()
-    for _ in range(SEARCHED_UPDATES):
-        machine.update(search, rows)
+def test_three_updates_find_a_size_within_ten_percent_of_the_best(
+    name: str, rows: int, limit: float, noise: float, seed: int
+) -> None:
+    machine = Machine(MACHINES[name], limit=limit, noise=noise, random=random.Random(seed))
+    search = searched(machine, rows)
     assert not search.wants_times
-    taken = time_of(machine.update(search, rows), machine.seconds_of)
-    assert taken <= ALLOWED * min(time_at(size, rows, machine.seconds_of) for size in candidates(rows))
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("name", MACHINES)
-def test_noise_of_three_percent_does_not_lead_it_astray(name: str, seed: int) -> None:
-    machine, search = Machine(MACHINES[name], noise=0.03, random=random.Random(seed)), SizeSearch()
-    for _ in range(SEARCHED_UPDATES):
-        machine.update(search, 256)
-    taken = time_of(machine.update(search, 256), machine.seconds_of)
-    assert taken <= ALLOWED * min(time_at(size, 256, machine.seconds_of) for size in candidates(256))
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 5, 17, 63, 64, 65, 200, 255])
-@pytest.mark.parametrize("name", MACHINES)
-def test_the_fastest_of_those_that_fit(name: str, limit: int) -> None:
-    machine, search = Machine(MACHINES[name], limit=limit), SizeSearch()
-    for _ in range(SEARCHED_UPDATES):
-        machine.update(search, 256)
-    assert search.fastest is not None
-    sizes = machine.update(search, 256)
-    fitting = [size for size in candidates(256) if size <= limit] or [1]
+    sizes = machine.update(search, rows)
+    fitting = [size for size in candidates(rows) if size <= limit] or [1]
     assert max(sizes) <= limit
-    assert time_of(sizes, machine.seconds_of) <= ALLOWED * min(time_at(n, 256, machine.seconds_of) for n in fitting)
+    assert time_of(sizes, machine.seconds_of) <= ALLOWED * min(time_at(n, rows, machine.seconds_of) for n in fitting)
 
 
 def test_the_first_piece_of_a_size_is_slow_and_is_not_believed() -> None:
@@ -140,17 +134,13 @@ def test_the_first_piece_of_a_size_is_slow_and_is_not_believed() -> None:
         seen.add(n)
         return (1 + n) * (1.5 if first else 1.0)
 
-    machine, search = Machine(seconds_of), SizeSearch()
-    for _ in range(SEARCHED_UPDATES):
-        machine.update(search, 64)
+    machine = Machine(seconds_of)
+    search = searched(machine, 64)
     assert time_of(machine.update(search, 64), lambda n: 1.0 + n) <= ALLOWED * (1 + 64)
 
 
 def test_of_two_alike_the_smaller_one() -> None:
-    machine, search = Machine(lambda n: float(n)), SizeSearch()
-    for _ in range(SEARCHED_UPDATES):
-        machine.update(search, 64)
-    assert search.best_size() == 2
+    assert searched(Machine(float), 64).best_size() == 2
 
 
 @pytest.mark.parametrize("rows", range(2, 70))
@@ -208,38 +198,27 @@ def test_failures_get_rarer_where_memory_stays_short() -> None:
 
 
 @pytest.mark.parametrize("make", [SizeSearch, SizeSearch.of_memory_only], ids=["by time", "of memory only"])
-def test_the_size_grows_back(make: Callable[[], SizeSearch]) -> None:
-    machine, search = Machine(lambda n: 100.0 + n), make()
-    for _ in range(10):
-        machine.update(search, 256)
-    machine.limit = 10
-    for _ in range(20):
-        assert max(machine.update(search, 256)) <= 10
-    machine.limit = float("inf")
-    for _ in range(1000):
-        sizes = machine.update(search, 256)
-    assert sizes == [256]
-
-
-def test_a_size_that_was_never_reached_is_found_when_memory_allows_it() -> None:
-    machine, search = Machine(lambda n: 100.0 + n, limit=20), SizeSearch()
-    for _ in range(10):
-        machine.update(search, 256)
-    machine.limit = float("inf")
-    for _ in range(1000):
-        sizes = machine.update(search, 256)
-    assert sizes == [256]
-
-
-def test_it_does_not_grow_to_what_is_slower() -> None:
-    """Memory was short while the search ran; then larger pieces fit, which leave the cache."""
-    machine, search = Machine(of_cache(16, 2.0), limit=16), SizeSearch()
-    for _ in range(10):
-        machine.update(search, 256)
+@pytest.mark.parametrize(
+    ("seconds_of", "limits", "best"),
+    [
+        (lambda n: 100.0 + n, [float("inf")] * 10 + [10] * 20, 256),
+        (lambda n: 100.0 + n, [20] * 10, 256),
+        (of_cache(16, 2.0), [16] * 10, 16),
+    ],
+    ids=["memory was short for a while", "never reached before", "not to what is slower: it leaves the cache"],
+)
+def test_the_size_grows_back(
+    make: Callable[[], SizeSearch], seconds_of: Callable[[int], float], limits: list[float], best: int
+) -> None:
+    machine, search = Machine(seconds_of), make()
+    best = best if search.wants_times else 256
+    for machine.limit in limits:
+        assert max(machine.update(search, 256)) <= machine.limit
     machine.limit = float("inf")
     for _ in range(2000):
         sizes = machine.update(search, 256)
-    assert time_of(sizes, machine.seconds_of) <= ALLOWED * time_at(16, 256, machine.seconds_of)
+    assert time_of(sizes, machine.seconds_of) <= ALLOWED * time_at(best, 256, machine.seconds_of)
+    assert best < 256 or sizes == [256]
 
 
 def test_of_memory_only_nothing_is_cut_until_it_fails() -> None:
@@ -306,9 +285,8 @@ def test_the_size_grows_back_where_no_two_batches_are_of_one_length() -> None:
 
 @pytest.mark.parametrize("limit", [float("inf"), 20])
 def test_the_state_makes_another_run_go_on(limit: float) -> None:
-    machine, search = Machine(of_cache(64, 1.0), limit=limit), SizeSearch()
-    for _ in range(4):
-        machine.update(search, 256)
+    machine = Machine(of_cache(64, 1.0), limit=limit)
+    search = searched(machine, 256, updates=4)
     resumed = SizeSearch()
     resumed.load_state_dict(json.loads(json.dumps(search.state_dict())))
     failures = len(machine.failures)
@@ -319,9 +297,8 @@ def test_the_state_makes_another_run_go_on(limit: float) -> None:
 
 
 def test_a_state_from_within_the_search_starts_it_again() -> None:
-    machine, search, resumed = Machine(lambda n: 100.0 + n), SizeSearch(), SizeSearch()
-    machine.update(search, 256)
-    resumed.load_state_dict(search.state_dict())
+    machine, resumed = Machine(lambda n: 100.0 + n), SizeSearch()
+    resumed.load_state_dict(searched(machine, 256, updates=1).state_dict())
     assert resumed.wants_times
     for _ in range(SEARCHED_UPDATES):
         machine.update(resumed, 256)

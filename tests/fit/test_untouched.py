@@ -14,11 +14,6 @@ from architectures import classes_loss, planned, rows_of_8
 METHODS = ("measure", "estimate")
 
 
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.probe._SECONDS_PER_SIZE", 0.0)
-
-
 class Everything(nn.Module):
     """Normalises, drops out, caches, and writes a parameter."""
 

@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from gradaccum.memory.live_bytes import AllocatorBytes, LiveBytes, measured_peak, storages_of
+from gradaccum.memory.live_bytes import AllocatorBytes, LiveBytes, graph_bytes, measured_peak, storages_of
 
 KB = 1000  # bytes of 250 floats
 
@@ -48,27 +48,6 @@ def frees(live: LiveBytes) -> Tensor:
     return y
 
 
-def views(live: LiveBytes) -> list[Tensor]:
-    x = vector()
-    return [x.view(10, 25), x[5:], x.unsqueeze(0).expand(7, 250), x.detach(), x.view(10, 25).t()]
-
-
-def last_view_keeps_all(live: LiveBytes) -> Tensor:
-    return vector()[:1]
-
-
-def in_place(live: LiveBytes) -> Tensor:
-    return vector().add_(1).mul_(2).relu_()
-
-
-def out_of_nothing(live: LiveBytes) -> Tensor:
-    return torch.add(vector(), 1, out=torch.empty(0))
-
-
-def resized(live: LiveBytes) -> Tensor:
-    return torch.empty(0).resize_(750)
-
-
 def storage_given_back(live: LiveBytes) -> Tensor:
     x = vector()
     x.untyped_storage().resize_(0)
@@ -83,27 +62,10 @@ def storage_taken_again(live: LiveBytes) -> Tensor:
     return x
 
 
-def shared_by_set(live: LiveBytes) -> tuple[Tensor, Tensor]:
-    x, y = vector(), vector()
-    return x, y.set_(x)
-
-
 def data_replaced(live: LiveBytes) -> Tensor:
     x = vector()
     x.data = torch.zeros(500)
     return x
-
-
-def two_outputs(live: LiveBytes) -> tuple[Tensor, Tensor]:
-    return torch.max(torch.zeros(10, 25), dim=1)  # 10 floats and 10 int64
-
-
-def list_of_outputs(live: LiveBytes) -> object:
-    return torch._foreach_add([vector(), vector()], 1)
-
-
-def dtypes(live: LiveBytes) -> object:
-    return [torch.zeros(10, dtype=dtype) for dtype in (torch.bool, torch.float16, torch.float64, torch.complex64)]
 
 
 def cycle(live: LiveBytes) -> None:
@@ -113,21 +75,30 @@ def cycle(live: LiveBytes) -> None:
     gc.collect()
 
 
+DTYPES = (torch.bool, torch.float16, torch.float64, torch.complex64)
 PROGRAMS: dict[str, tuple[Callable[[LiveBytes], object], int, int]] = {
     "nothing": (lambda live: None, 0, 0),
     "frees": (frees, KB, 2 * KB),
-    "views": (views, KB, KB),
-    "the last view keeps all": (last_view_keeps_all, KB, KB),
-    "in place": (in_place, KB, KB),
-    "out= grows": (out_of_nothing, KB, 2 * KB),
-    "resize_": (resized, 3 * KB, 3 * KB),
+    "views": (
+        lambda live: [x := vector(), x.view(10, 25), x[5:], x.expand(7, 250), x.detach(), x.view(10, 25).t()],
+        KB,
+        KB,
+    ),
+    "the last view keeps all": (lambda live: vector()[:1], KB, KB),
+    "in place": (lambda live: vector().add_(1).mul_(2).relu_(), KB, KB),
+    "out= grows": (lambda live: torch.add(vector(), 1, out=torch.empty(0)), KB, 2 * KB),
+    "resize_": (lambda live: torch.empty(0).resize_(750), 3 * KB, 3 * KB),
     "a storage given back": (storage_given_back, 0, KB),
     "a storage taken again": (storage_taken_again, KB, KB),
-    "two tensors, one storage": (shared_by_set, KB, 2 * KB),
+    "two tensors, one storage": (lambda live: [x := vector(), vector().set_(x)], KB, 2 * KB),
     "data replaced": (data_replaced, 2 * KB, 3 * KB),
-    "two outputs": (two_outputs, 120, KB + 120),
-    "a list of outputs": (list_of_outputs, 2 * KB, 4 * KB),
-    "dtypes": (dtypes, 10 * (1 + 2 + 8 + 8), 10 * (1 + 2 + 8 + 8)),
+    "two outputs": (lambda live: torch.max(torch.zeros(10, 25), dim=1), 120, KB + 120),  # 10 floats and 10 int64
+    "a list of outputs": (lambda live: torch._foreach_add([vector(), vector()], 1), 2 * KB, 4 * KB),
+    "dtypes": (
+        lambda live: [torch.zeros(10, dtype=dtype) for dtype in DTYPES],
+        10 * (1 + 2 + 8 + 8),
+        10 * (1 + 2 + 8 + 8),
+    ),
     "a cycle": (cycle, 0, KB),
 }
 
@@ -309,13 +280,25 @@ def test_one_inside_another() -> None:
 
 
 def test_torch_is_left_as_it_was() -> None:
-    before = UntypedStorage.resize_
+    before, there = UntypedStorage.resize_, vector()
     with LiveBytes():
-        assert UntypedStorage.resize_ is not before
-    with pytest.raises(ZeroDivisionError), LiveBytes():
-        raise ZeroDivisionError
-    assert UntypedStorage.resize_ is before
-    assert "resize_" not in vars(UntypedStorage)
+        made = there.add(1).untyped_storage()
+        assert "resize_" in vars(made)
+        assert UntypedStorage.resize_ is before
+        with suppress(ZeroDivisionError), LiveBytes():
+            there.add_(1)
+            raise ZeroDivisionError
+    assert "resize_" not in {*vars(made), *vars(there.untyped_storage()), *vars(UntypedStorage)}
+
+
+def test_a_storage_that_was_there_is_given_back() -> None:
+    x, y = vector(), vector()
+    with LiveBytes() as live:
+        x.add(y)
+        x.untyped_storage().resize_(0)
+        assert live.current == -KB
+        x.untyped_storage().resize_(KB)
+        assert live.current == 0
 
 
 def test_the_peak_outlives_the_meter() -> None:
@@ -344,6 +327,40 @@ def test_gradients_in_two_ways_are_the_same() -> None:
             model(x).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])  # type: ignore[union-attr]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- what a graph has saved
+def test_each_storage_counts_once_and_what_is_there_anyway_not_at_all() -> None:
+    x = torch.randn(3, 5)
+    layer = nn.Linear(5, 7)
+    with graph_bytes([*layer.parameters(), x]) as saved:
+        y = layer(x).sigmoid()
+        z = y * y  # keeps y twice, which the sigmoid has kept already
+    assert saved.count == 3 * 7 * 4
+    z.sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_without_a_graph_nothing_is_kept() -> None:
+    with torch.no_grad(), graph_bytes([]) as saved:
+        nn.Linear(5, 7)(torch.randn(3, 5)).sigmoid()
+    assert saved.count == 0
+
+
+def test_a_checkpoint_keeps_its_input_only() -> None:
+    layer = nn.Sequential(nn.Linear(5, 500), nn.Tanh(), nn.Linear(500, 5))
+    x = torch.randn(3, 5, requires_grad=True)
+    with graph_bytes(layer.parameters()) as saved:
+        y = checkpoint(layer, x, use_reentrant=False)
+    assert saved.count <= 3 * 5 * 4
+    y.sum().backward()
+
+
+def test_views_count_their_whole_storage() -> None:
+    x = torch.randn(100, requires_grad=True)
+    with graph_bytes([]) as saved:
+        (x.exp()[:10] ** 2).sum()
+    assert saved.count == 100 * 4
 
 
 @pytest.mark.gpu

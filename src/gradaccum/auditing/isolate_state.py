@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradaccum.auditing.borrowing import on_copies
 from gradaccum.auditing.compare import Buffers
-from gradaccum.auditing.in_double import InDouble
+from gradaccum.auditing.in_double import InDouble, in_double
+from gradaccum.fit.borrowed_model import on_copies
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def isolated_state(models: Sequence[nn.Module], *, is_double: bool) -> Iterator[
     """Context manager in which models run on copies of their tensors, in float64 or in their own dtype."""
     logger = logging.getLogger("gradaccum")
     with ExitStack() as stack:
-        stack.enter_context(on_copies(models, is_double=is_double))
+        stack.enter_context(on_copies(models, cast=in_double if is_double else None))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.callback(setattr, logger, "disabled", logger.disabled)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import gradaccum as ga
 from gradaccum.auditing import audit_report
+from gradaccum.cli.page import Page, show_page
 from gradaccum.cli.target import load_job
-from gradaccum.report.page import Page, show_page
 from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 _TITLE = "Is it exact?"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import gradaccum as ga
+from gradaccum.cli.page import Page, show_page
 from gradaccum.cli.target import load_job
-from gradaccum.fit import plan_text as words
+from gradaccum.fit import plan_result as words
 from gradaccum.fit.units import in_words
-from gradaccum.report.page import Page, show_page
 from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 _TITLE = "What fits"

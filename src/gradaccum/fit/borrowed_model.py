@@ -1,8 +1,9 @@
 """The user's model for a while, with everything put back as it was, also after an error.
 
-The modules themselves run, since a loss function may hold on to parts of them, but with stand-ins in place of their
-tensors: other parameters on the same memory where something is to be measured, fake ones where it is estimated. So no
-gradient reaches the user's parameters, none of their hooks runs, and the buffers that are written are copies.
+The modules themselves run, since a loss function may hold on to parts of them and not every model can be deep-copied,
+but with stand-ins in place of their tensors: other parameters on the same memory where something is measured, fake ones
+where it is estimated, copies where it is audited. So no gradient reaches the user's parameters, none of their hooks
+runs, and the buffers that are written are copies.
 
 What is put back besides: every attribute of every module and what lists and dicts among them hold (a mask that the
 first forward keeps for the next ones must not remain, least of all a fake one), gradients, the random state of torch,
@@ -33,23 +34,32 @@ _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _MOST_COPIED_BYTES = 16 * 2**20
 
 
+# What nn.Module keeps for itself: tensors in it are replaced by `borrowed`, or there are none.
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
 @contextmanager
 def borrowed(
-    models: Sequence[nn.Module], optimizers: Sequence[Optimizer], stand_in: Callable[[Tensor], Tensor]
+    models: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    stand_in: Callable[[Tensor], Tensor],
+    *,
+    everywhere: bool = False,
 ) -> Iterator[None]:
-    """Puts a stand-in in the place of every parameter and buffer, and afterwards everything back.
+    """Context manager that puts a stand-in in the place of every parameter and buffer, and afterwards everything back.
 
     Args:
         models: all of their modules are borrowed.
         optimizers: their parameters keep their gradients; the optimizers themselves are not touched.
         stand_in: from a parameter or buffer to what takes its place; called once for each.
+        everywhere: whether what modules hold under other names is replaced too: the flat weights of recurrent layers,
+            a tied parameter in a list. Those are needed where stand-ins have other values.
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
-    parameters = _parameters(modules, optimizers)
     with ExitStack() as undone:
         undone.callback(torch.clear_autocast_cache)  # casts of stand-ins, if the caller has autocast on
         undone.callback(_restorer_of_random_state())
-        for parameter in parameters:
+        for parameter in _parameters(modules, optimizers):
             undone.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         undone.callback(_restorer_of_attributes(modules))
@@ -61,6 +71,10 @@ def borrowed(
                         if id(tensor) not in replaced:
                             replaced[id(tensor)] = stand_in(tensor)
                         tensors[name] = replaced[id(tensor)]  # pyright: ignore[reportArgumentType]
+        if everywhere:
+            for module in modules:
+                own = {name: value for name, value in vars(module).items() if name not in _OWN_ATTRIBUTES}
+                vars(module).update(_replaced(own, replaced))
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
@@ -71,12 +85,55 @@ def sharing_memory(tensor: Tensor) -> Tensor:
     Parameters of a class of their own (quantised, sharded) stay what they are: what they carry is not known here.
     """
     if type(tensor) is nn.Parameter:
-        alias = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-        vars(alias).update(vars(tensor))
-        return alias
+        return _like(tensor, tensor.detach())
     if isinstance(tensor, nn.Parameter) or tensor.nbytes > _MOST_COPIED_BYTES:
         return tensor
     return tensor.detach().clone()
+
+
+@contextmanager
+def on_copies(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """Context manager in which every parameter and buffer is a copy, and afterwards everything is back as it was.
+
+    Args:
+        models: all of their modules are borrowed.
+        cast: to another dtype. Parameters of a class of their own are not cast; torch's default dtype is.
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        data = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter:
+            return data.requires_grad_(tensor.requires_grad)
+        data = data if cast is None else cast(data)
+        return _like(tensor, data) if isinstance(tensor, nn.Parameter) else data
+
+    default = torch.get_default_dtype()
+    with borrowed(models, [], copied, everywhere=True):
+        try:
+            torch.set_default_dtype(default if cast is None else cast(torch.empty(0)).dtype)
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """A parameter of other data, with the attributes of the first."""
+    made = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    vars(made).update(vars(parameter))
+    return made
+
+
+def _replaced(value: Any, replaced: dict[int, Tensor]) -> Any:
+    """A value with stand-ins for the tensors in it; the same object where there are none."""
+    if isinstance(value, Tensor):
+        return replaced.get(id(value), value)
+    if type(value) not in (list, tuple, dict):
+        return value
+    entries = value.values() if isinstance(value, dict) else value
+    made = [_replaced(entry, replaced) for entry in entries]
+    if all(one is other for one, other in zip(made, entries, strict=True)):
+        return value
+    return dict(zip(value, made, strict=True)) if isinstance(value, dict) else type(value)(made)
 
 
 class SavedBeforeWriting(TorchDispatchMode):
@@ -169,25 +226,9 @@ def _restorer_of_attributes(modules: Sequence[nn.Module]) -> Callable[[], None]:
 
     def restore() -> None:
         for container, before in held.values():
-            if _is_same(container, before):
-                continue
             container.clear()
             container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
         for generator, state in generators:
             generator.set_state(state)
 
     return restore
-
-
-def _is_same(container: Any, before: Any) -> bool:
-    """Whether a container holds the very objects it held before, in the same order."""
-    if len(container) != len(before):
-        return False
-    if isinstance(container, dict):
-        return all(
-            key is other and value is container_before
-            for (key, value), (other, container_before) in zip(container.items(), before.items(), strict=True)
-        )
-    if isinstance(container, set):
-        return container == before
-    return all(entry is other for entry, other in zip(container, before, strict=True))

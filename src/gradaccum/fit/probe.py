@@ -9,92 +9,64 @@ The same code runs where something is measured and where it is estimated: only t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradaccum import tree
+from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.workload import Workload
 from gradaccum.losses.terms import as_terms
-from gradaccum.memory.live_bytes import Meter, storages_of
+from gradaccum.memory.live_bytes import Meter, num_bytes
+from gradaccum.memory.out_of_memory import is_out_of_memory
 
 _MOST_REPEATS = 20
 _SECONDS_PER_SIZE = 0.3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is to be planned.
-
-    Attributes:
-        models: all modules.
-        model: what the user's functions are called with: a module, or a sequence of them.
-        loss_fn: ``loss_fn(model, micro_batch)``; None where there is a ``batch_loss``.
-        forward: ``forward(model, micro_batch)``, for a loss over the whole batch's outputs.
-        batch_loss: ``batch_loss(outputs, batch)``.
-        batch: at least one row, where the user keeps it.
-        batch_size: its rows.
-        device: where the tensors are that run.
-        target: where they are taken to be.
-    """
-
-    models: Sequence[nn.Module]
-    model: Any
-    loss_fn: Callable[[Any, Any], Any] | None
-    forward: Callable[[Any, Any], Any] | None
-    batch_loss: Callable[[Any, Any], Any] | None
-    batch: Any
-    batch_size: int
-    device: torch.device
-    target: torch.device
-
-    def input_bytes(self, size: int) -> int:
-        """What is on the device of the batch itself while a micro-batch runs.
-
-        A batch that is there already stays. From elsewhere comes the micro-batch, on CUDA with the next one on its way;
-        and the whole batch, where its loss is taken at once.
-        """
-        is_split = size < self.batch_size
-        here = sum(tensor.nbytes for tensor in tree.tensors(self.batch) if tensor.device == self.target)
-        elsewhere = sum(tensor.nbytes for tensor in tree.tensors(self.batch) if tensor.device != self.target)
-        pieces = size * (2 if self.target.type == "cuda" and is_split else 1)
-        if self.loss_fn is None and is_split:
-            pieces += self.batch_size
-        return here + elsewhere * pieces // self.batch_size
-
-
 class Probe:
-    """Runs micro-batches of a task on whatever its modules hold at the moment.
+    """Runs micro-batches of a workload on whatever its modules hold at the moment.
 
     Args:
-        task: its modules are borrowed.
-        micro_batch: makes the micro-batch of a number of rows, in memory of its own.
+        workload: its modules are borrowed.
+        target: the device that the tensors are taken to be on.
+        found: what is known, to which peaks and times are added.
+        own: from a tensor of the batch's rows to one in memory of its own.
         meter: is on, and was put up before the first run.
-
-    Attributes:
-        gradient_bytes: of all gradients, after `warm_up`.
-        num_sparse: how many of them are sparse.
     """
 
-    def __init__(self, task: Task, *, micro_batch: Callable[[int], Any], meter: Meter) -> None:
-        self._task = task
-        self._micro_batch = micro_batch
+    def __init__(
+        self, workload: Workload, target: torch.device, found: SizeModel, own: Callable[[Tensor], Tensor], meter: Meter
+    ) -> None:
+        self._workload = workload
+        self._target = target
+        self._found = found
+        self._own = own
         self._meter = meter
-        self.gradient_bytes = 0
-        self.num_sparse = 0
 
-    def warm_up(self, size: int) -> None:
-        """The first run, which leaves gradients, and whatever modules and libraries make only once."""
-        self._clear()
-        self._prepared(size, is_whole=False)()
-        self.gradient_bytes = num_bytes(self._gradients())
-        self.num_sparse = sum(gradient.is_sparse for gradient in self._gradients())
+    def warm_up(self) -> list[int]:
+        """The first run, which leaves gradients, and whatever modules and libraries make only once.
 
-    def peak(self, size: int, *, is_whole: bool) -> int:
-        """Bytes at their peak, inputs included, beyond what was there before `warm_up`."""
+        Returns:
+            The sizes at which to accumulate, at least two.
+        """
+        found = self._found
+        sizes, note = first_that_runs(sizes_to_accumulate(found.sizes, found.rows), self._warm_up)
+        if note:
+            found.notes.append(note)
+            found.sizes = [size for size in found.sizes if size > 1] or found.sizes
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        found.gradient_bytes = num_bytes(gradients)
+        num_sparse = sum(gradient.is_sparse for gradient in gradients)
+        if num_sparse:
+            which = "A gradient is sparse and grows" if num_sparse == 1 else "Some gradients are sparse and grow"
+            found.notes.append(f"{which} with each micro-batch until the update: peaks are those after a few.")
+        return sizes
+
+    def take_peak(self, size: int, *, is_whole: bool = False) -> None:
+        """Runs a size; its peak counts inputs, and what there is beyond what was there before `warm_up`."""
         if is_whole:
             self._clear()
         before = self._meter.current
@@ -102,73 +74,108 @@ class Probe:
         inputs = self._meter.current - before
         self._meter.reset_peak()
         run()
-        return self._meter.peak - inputs + self._task.input_bytes(size)
+        peak = self._meter.peak - inputs + self._workload.input_bytes(size, device=self._target)
+        if is_whole:
+            self._found.whole = peak
+        else:
+            self._found.peaks[size] = peak
 
-    def seconds(self, size: int, *, is_whole: bool, at_most: float) -> float:
-        """Median wall time of forward and backward: of a few runs, or of a single one that takes long."""
+    def take_times(self, size: int, *, is_whole: bool, at_most: float) -> None:
+        """Times forward and backward: a few runs, or a single one that takes long."""
         run = self._prepared(size, is_whole=is_whole)
-        times: list[float] = []
-        while not times or (len(times) < _MOST_REPEATS and sum(times) < min(_SECONDS_PER_SIZE, at_most)):
+        repeats, total = 0, 0.0
+        while not repeats or (repeats < _MOST_REPEATS and total < min(_SECONDS_PER_SIZE, at_most)):
             if is_whole:
                 self._clear()
-            _wait_for(self._task.device)
+            _wait_for(self._workload.device)
             start = time.perf_counter()
             run()
-            _wait_for(self._task.device)
-            times.append(time.perf_counter() - start)
-        return median(times)
+            _wait_for(self._workload.device)
+            seconds = time.perf_counter() - start
+            self._found.times.add(size, seconds)
+            repeats, total = repeats + 1, total + seconds
+
+    def _warm_up(self, size: int) -> None:
+        self._clear()
+        self._prepared(size, is_whole=False)()
 
     def _prepared(self, size: int, *, is_whole: bool) -> Callable[[], None]:
         """What runs one micro-batch, whose inputs are there already."""
-        task = self._task
-        micro_batch = self._micro_batch(size)
-        if task.loss_fn is not None:
-            loss_fn = task.loss_fn
-            return lambda: _backward(loss_fn(task.model, micro_batch), samples=size)
-        assert task.forward is not None
-        assert task.batch_loss is not None
-        forward, batch_loss = task.forward, task.batch_loss
+        workload = self._workload
+        micro_batch = some_rows(workload.batch, size, self._own)
+        if workload.loss_fn is not None:
+            loss_fn = workload.loss_fn
+            return lambda: _backward(loss_fn(workload.model, micro_batch), samples=size)
+        forward, batch_loss = workload.forward, workload.batch_loss
+        assert forward is not None
+        assert batch_loss is not None
         if is_whole:
-            return lambda: _backward(batch_loss(forward(task.model, micro_batch), micro_batch), samples=size)
-        batch = self._micro_batch(task.batch_size)
-        return lambda: self._run_in_two_passes(micro_batch, batch, size)
+            return lambda: _backward(batch_loss(forward(workload.model, micro_batch), micro_batch), samples=size)
+        batch = some_rows(workload.batch, workload.rows, self._own)
 
-    def _run_in_two_passes(self, micro_batch: Any, batch: Any, size: int) -> None:
-        """Outputs of the whole batch, its loss and the gradient on them; then the micro-batch with its share of that.
+        def run_in_two_passes() -> None:
+            """The whole batch's loss and the gradient on its outputs, then the micro-batch with its rows of that.
 
-        Outputs of one micro-batch stand in for those of all others.
-        """
-        task = self._task
-        assert task.forward is not None
-        assert task.batch_loss is not None
-        with torch.no_grad():
-            outputs = task.forward(task.model, micro_batch)
-        outputs = tree.map_leaves(outputs, lambda leaf: _repeated(leaf, task.batch_size))
-        _backward(task.batch_loss(outputs, batch), samples=task.batch_size)
-        gradients = [tensor.grad for tensor in tree.tensors(outputs)]
-        again = tree.tensors(task.forward(task.model, micro_batch))
-        pairs = [
-            (output, gradient[:size])
-            for output, gradient in zip(again, gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            Outputs of one micro-batch stand in for those of all others.
+            """
+            with torch.no_grad():
+                outputs = forward(workload.model, micro_batch)
+            outputs = tree.map_leaves(outputs, lambda leaf: _repeated(leaf, workload.rows))
+            _backward(batch_loss(outputs, batch), samples=workload.rows)
+            gradients = [tensor.grad for tensor in tree.tensors(outputs)]
+            again = tree.tensors(forward(workload.model, micro_batch))
+            pairs = [
+                (output, gradient[:size])
+                for output, gradient in zip(again, gradients, strict=True)
+                if gradient is not None and output.requires_grad
+            ]
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        return {id(p): p for model in self._task.models for p in model.parameters()}.values()
+        return run_in_two_passes
 
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+    def _parameters(self) -> list[Tensor]:
+        return list({id(p): p for model in self._workload.models for p in model.parameters()}.values())
 
     def _clear(self) -> None:
         for parameter in self._parameters():
             parameter.grad = None
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory of tensors; what they share counts once."""
-    storages = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
-    return sum(storage.nbytes() for storage in storages.values())
+def some_rows(batch: Any, size: int, own: Callable[[Tensor], Tensor]) -> Any:
+    """As many rows of a batch as asked for, in its structure; where it has fewer, they begin again."""
+    rows = tree.rows(batch)
+    taken = tree.take(batch, torch.arange(size) % rows if size > rows else slice(0, size))
+    return tree.map_leaves(taken, lambda leaf: own(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def sizes_to_accumulate(sizes: Sequence[int], rows: int) -> list[int]:
+    """The sizes at which a batch is accumulated, at least two, so that they give a line."""
+    found = [size for size in sizes if size < rows]
+    for extra in (1, 2, 3):
+        if len(found) < 2 and extra not in found:
+            found.append(extra)
+    return sorted(found)
+
+
+def first_that_runs(sizes: Sequence[int], run: Callable[[int], None]) -> tuple[list[int], str | None]:
+    """Runs the smallest size; where that is a single sample and fails, the next one.
+
+    Some models cannot train on one sample (BatchNorm of a vector has no variance), which is no reason not to plan.
+
+    Returns:
+        The sizes that are left, still at least two, and a note where one is not.
+    """
+    try:
+        run(sizes[0])
+    except Exception as error:
+        if sizes[0] != 1 or is_out_of_memory(error):
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+    else:
+        return list(sizes), None
+    left = [*sizes[1:], *([sizes[-1] + 1] if len(sizes) < 3 else [])]
+    run(left[0])
+    return left, f"A single sample cannot be run by itself: {reason}"
 
 
 def _backward(loss: Any, *, samples: int) -> None:
@@ -186,7 +193,5 @@ def _repeated(leaf: Any, rows: int) -> Any:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
+    if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -2,17 +2,15 @@
 
 Nothing is run for the search alone: it only decides how a batch that is trained on anyway is cut, and the gradient does
 not depend on that. (Where it does, because BatchNorm sees the micro-batch, nothing is searched: `of_memory_only`.) The
-candidates for a batch of n samples are n, n/2, n/4, ..., 2: pieces of equal size, whatever n. A single sample is run
-only where two do not fit, since models that squeeze() are wrong for it.
+candidates for a batch of n samples are n, n/2, n/4, ..., 2: micro-batches of equal size, whatever n. A single sample is
+run only where two do not fit, since models that squeeze() are wrong for it.
 
-    update 1    one piece of every candidate below n, small ones first: 2 + 2 + 4 + 8 + ... + n/2 = n
+    update 1    one micro-batch of every candidate below n, small ones first: 2 + 2 + 4 + 8 + ... + n/2 = n
     update 2    the whole batch in one piece, unless n/2 was slower for a sample than a smaller one already
     update 3    up to four of the fastest again, by turns
     then        the fastest for good; of two that are within 3%, the smaller one
 
-A size is judged by the median of its times, without the first one: that pays for warming up, and is taken only where
-there is no other. The least time, which is what one takes of a machine that is otherwise idle, would let a single lucky
-one win that no later time can correct.
+How a size is judged by its times: `size_model`.
 
 Largest is not fastest: on CPUs, pieces that stay in the cache are (a convolution network on 256 images takes 0.88 of
 the whole batch's time in pieces of 32), and on GPUs the time for a sample is flat long before memory is full.
@@ -35,6 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradaccum.fit.size_model import Times
+
 _SAME = 1.03  # times that are closer than this are not told apart
 _WORTH_ANOTHER_LOOK = 1.20
 _MAX_FINALISTS = 4
@@ -54,12 +54,12 @@ class SizeSearch:
     A batch is described by how many rows it has, and how many elements each of them has.
 
     Attributes:
-        times: for each size that was run at the length searched at, its times for one row, in seconds.
+        times: of the sizes that were run at the length searched at.
         fastest: the size settled on, in elements; None while searching.
         caps: by length of the samples (a class of similar ones, see `_length`), the largest size in elements.
     """
 
-    times: dict[int, list[float]] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
     fastest: int | None = None
     caps: dict[int, int] = field(default_factory=dict)
     _is_by_time: bool = True
@@ -75,11 +75,6 @@ class SizeSearch:
     def of_memory_only() -> SizeSearch:
         """The largest size that fits, whatever is fastest."""
         return SizeSearch(fastest=_ENDLESS, _is_by_time=False)
-
-    @property
-    def seconds(self) -> dict[int, float]:
-        """What a row takes in pieces of each size that was run."""
-        return {size: _median(times[1:] or times) for size, times in self.times.items()}
 
     @property
     def wants_times(self) -> bool:
@@ -102,8 +97,8 @@ class SizeSearch:
         size = self.size(rows, elements)
         if self._on_trial is not None:
             before = max(1, self._cap(elements) // elements)
-            self.times.pop(size, None)
-            self.times.pop(before, None)
+            self.times.of_size.pop(size, None)
+            self.times.of_size.pop(before, None)
             return [size, *(_equal(rows - size, before) if size < rows else [])]
         if self.fastest is None and rows == self._searched_rows and elements == self._searched_elements:
             return self._searched_sizes(rows, max(1, self._cap(elements) // elements))
@@ -112,7 +107,7 @@ class SizeSearch:
     def ran(self, size: int, seconds: float, elements: int) -> None:
         """A piece of ``size`` rows ran, in so many seconds."""
         if self._on_trial is not None or (self.fastest is None and elements == self._searched_elements):
-            self.times.setdefault(size, []).append(seconds / size)
+            self.times.add(size, seconds)
 
     def updated(self, sizes: Sequence[int], elements: int) -> None:
         """All pieces of a batch ran."""
@@ -123,7 +118,7 @@ class SizeSearch:
             self._on_trial = None
         elif self.fastest is None:
             self._searched += sum(sizes) == self._searched_rows and elements == self._searched_elements
-            if self.times and (self._searched >= _SEARCHED_UPDATES or self._updates >= _PATIENCE):
+            if self.times.of_size and (self._searched >= _SEARCHED_UPDATES or self._updates >= _PATIENCE):
                 self.fastest = self.best_size() * self._searched_elements
 
     def failed(self, size: int, elements: int) -> bool:
@@ -134,12 +129,12 @@ class SizeSearch:
             # Rounded up like the candidates; and at most all the caps there are for shorter samples.
             self.caps[_length(elements)] = min(-(-size // 2) * elements, self._cap(elements))
         self._clean_updates, self._on_trial = 0, None
-        self.times = {tried: times for tried, times in self.times.items() if tried < size}
+        self.times = Times({tried: times for tried, times in self.times.of_size.items() if tried < size})
         return size > 1
 
     def best_size(self) -> int:
         """The size that was fastest, where the search was made; of those that are as fast, the smallest."""
-        return min(self._within(_SAME))
+        return min(self.times.fastest(within=_SAME))
 
     def state_dict(self) -> dict[str, Any]:
         """What has been found, to go on with in another run on the same machine."""
@@ -157,32 +152,26 @@ class SizeSearch:
 
     def _start_over(self, rows: int, elements: int) -> None:
         """Only times of batches alike are compared, and a larger one has sizes that were never tried."""
-        self.times.clear()
+        self.times = Times()
         self.fastest, self._searched, self._updates = None, 0, 0
         self._searched_rows, self._searched_elements = rows, elements
 
     def _wanted_size(self, rows: int, elements: int) -> int:
         if self.fastest is not None:
             return self.fastest // elements
-        if self.times:  # still searching, at another length
+        if self.times.of_size:  # still searching, at another length
             return self.best_size() * self._searched_elements // elements
         return max(2, rows // 8)
 
     def _searched_sizes(self, rows: int, most: int) -> Sequence[int]:
         """The pieces of an update that is searched with."""
         candidates = [size for size in _candidates(rows) if size <= most] or [1]
-        if self._searched == 0 or not self.times:
+        if self._searched == 0 or not self.times.of_size:
             return sorted(_filled([size for size in reversed(candidates) if size < rows] or candidates, rows))
-        fastest = self._within(_WORTH_ANOTHER_LOOK)[:_MAX_FINALISTS]
-        if self._searched == 1 and max(self.times) in self._within(_SAME):
+        fastest = self.times.fastest(within=_WORTH_ANOTHER_LOOK)[:_MAX_FINALISTS]
+        if self._searched == 1 and max(self.times.of_size) in self.times.fastest(within=_SAME):
             return _filled([candidates[-1]], rows)
         return _filled(sorted(fastest) * rows, rows)
-
-    def _within(self, factor: float) -> list[int]:
-        """The sizes that take at most so many times as long as the fastest, that one first."""
-        seconds = self.seconds
-        least = min(seconds.values())
-        return sorted((size for size in seconds if seconds[size] <= factor * least), key=seconds.__getitem__)
 
     def _trial(self, rows: int, elements: int, size: int) -> int | None:
         """A size above the cap to begin an update with, where it is wanted and has waited long enough."""
@@ -200,15 +189,9 @@ class SizeSearch:
             if length <= _length(elements) and cap < fits:
                 self.caps[length] = fits
         self._clean_updates, self._wait = 0, max(self._wait // 2, _FIRST_WAIT)
-        seconds = self.seconds
+        seconds = self.times.seconds()
         if seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * seconds.get(sizes[-1], math.inf):
             self.fastest = max(self.fastest or 0, fits)
-
-
-def _median(times: Sequence[float]) -> float:
-    ascending = sorted(times)
-    middle = len(ascending) // 2
-    return (ascending[middle] + ascending[-1 - middle]) / 2
 
 
 def _length(elements: int) -> int:

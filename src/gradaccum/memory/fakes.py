@@ -1,30 +1,50 @@
-"""Tensors of a shape, a type and a device but no memory, and the few kernels whose memory they cannot know.
+"""Tensors of a shape, a type and a device but no memory, and the kernels of which they keep the wrong bytes.
 
-Under `FakeTensorMode` torch computes shapes only. For most operations that tells what is allocated to the byte. An
-exception are fused recurrent kernels, whose workspace is laid out by the library that runs them, and is a multiple of
-the output: to torch's fake kernels it has size 0. `WithWorkspaces` gives it a size:
+Under `FakeTensorMode` torch computes shapes only. For most operations that tells what is allocated to the byte. Two
+kinds of kernels are exceptions.
+
+Fused recurrent kernels have a workspace that is laid out by the library that runs them, and is a multiple of the
+output: to torch's fake kernels it has size 0. `WithWorkspaces` gives it a size, for T steps, N samples, I inputs, H
+hidden, and 4 gates (LSTM), 3 (GRU) or 1 (plain):
 
     oneDNN LSTM     parts of 4HTN, 2M(T + 1)N three times, 2H(T + 1)N twice and H(T + 1)N values in whole pages, with
                     M = max(I, H). Fitted to oneDNN 3 in float32: 0 to 3% too much for 300 shapes.
     cuDNN           (gates + 2)HTN elements a layer and direction: what backward has to know, hidden states and cells
                     included. The library does not document it; not checked against a device.
 
-with T steps, N samples, I inputs, H hidden, and 4 gates (LSTM), 3 (GRU) or 1 (plain).
+CUDA's kernels, on a machine without CUDA. Fake tensors of a CUDA device run no backward there: torch 2.13 ends the
+process (builds without CUDA) or fails in `GraphTask::stash_current_streams` (builds with it). So fake tensors of the
+CPU stand in, which run the same operations but for those that choose their kernel by device. `AsOnCuda` replaces these.
+What that makes of a GPT with 12 heads and 1,024 tokens:
+
+    attention       the CPU has no fused kernel with dropout, and keeps the weights of all pairs of tokens: 25 times as
+                    much. Here it is the flash kernel (half precision, no mask) or the memory-efficient one, as on CUDA.
+    dropout         the CPU keeps a mask of floats; here it is one of bools.
+    optimizers      take all parameters at once (foreach), with temporaries for all.
+
+Not replaced: attention inside `nn.MultiheadAttention` (too much is counted where it has dropout), cuDNN's recurrent
+kernels (oneDNN's keep more), and ``torch.autocast("cuda")``, which torch itself turns off where there is no CUDA:
+write ``torch.autocast(x.device.type)``. Built after ATen/native/transformers/cuda/sdp_utils.cpp and attention.cpp.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum import tree
+from gradaccum.types import HALF_DTYPES
 
 _PAGE_BYTES = 4096
 _CUDNN_GATES = {0: 1, 1: 1, 2: 4, 3: 3}  # by the mode's number: relu, tanh, LSTM, GRU
+_LARGEST_HEAD = 256  # features that a head may have for the flash kernel
 
 
 def fake_mode() -> FakeTensorMode:
@@ -35,7 +55,7 @@ def fake_mode() -> FakeTensorMode:
 def can_be_faked(device: torch.device) -> bool:
     """Whether fake tensors of the device run forward and backward here: the CPU's, and those of a device that is there.
 
-    Of another, torch ends the process; see `cuda_kernels`.
+    Of another, torch ends the process; see above.
     """
     if device.type in ("cpu", "meta"):
         return True
@@ -54,20 +74,12 @@ def fake_of(tensor: Tensor, *, mode: FakeTensorMode, device: torch.device) -> Te
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
 
 
-def fake_micro_batch(batch: Any, size: int, *, mode: FakeTensorMode, device: torch.device) -> Any:
-    """As many fake rows as asked for, more than the batch has if need be, in the batch's structure."""
-    rows = tree.rows(batch)
-    template = tree.take(batch, torch.arange(size) % rows if size > rows else slice(0, size))
-
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.layout is not torch.strided or leaf.requires_grad:
-            return mode.from_tensor(leaf)
-        with mode:
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-
-    return tree.map_leaves(template, fake)
+def fake_input(tensor: Tensor, *, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake tensor like one of a micro-batch, in memory of its own: as many bytes as it has rows, not its batch's."""
+    if tensor.layout is not torch.strided or tensor.requires_grad:
+        return mode.from_tensor(tensor)
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 class WithWorkspaces(TorchDispatchMode):
@@ -117,3 +129,68 @@ def _cudnn_bytes(output: Tensor, *args: Any) -> int:
     if dropout:
         values += hidden_size * directions * (num_layers - 1)
     return values * steps_of_samples * output.element_size()
+
+
+class AsOnCuda(TorchFunctionMode):
+    """Has functions of CPU tensors keep what those of CUDA would."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls the stand-in of the function, where there is one and it can take the arguments."""
+        stand_in = _STAND_INS.get(func)
+        result = None if stand_in is None else stand_in(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def step_as_on_cuda(optimizer: Optimizer) -> None:
+    """Sets what the optimizer would choose by itself on CUDA."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", ...) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    if not training or inplace or not 0.0 < p < 1.0:
+        return None
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    tensors = (query, key, value)
+    if any(tensor.dim() != 4 or tensor.dtype != query.dtype for tensor in tensors):
+        return None
+    if not any(tensor.requires_grad for tensor in tensors):
+        return None
+    half = query.dtype in HALF_DTYPES
+    if half and attn_mask is None and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+            0
+        ]
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    bias = attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+_STAND_INS: dict[Any, Callable[..., Tensor | None]] = {
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
+}

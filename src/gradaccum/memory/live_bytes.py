@@ -7,10 +7,11 @@ memory is given back, in whatever thread that is. Fake tensors have storages wit
 
 What is counted is what was allocated between two operations. Not counted: what an operation allocates and frees inside
 itself (a convolution's workspace), rounding and fragmentation by the allocator, memory that is not torch's (numpy's,
-NCCL's), and what was there before. Code that torch.compile compiled allocates unseen, so it runs eagerly meanwhile.
+NCCL's), what was there before, and a resize of that before any operation has used it. Code that torch.compile compiled
+allocates unseen, so it runs eagerly meanwhile.
 
 On CUDA `measured_peak` asks the caching allocator instead, which sees all of torch's memory and costs nothing. Counting
-costs about 10 us an operation: never count and measure time in one run.
+costs about 10 us an operation: never count and measure time in one run. `graph_bytes` counts what autograd has saved.
 
 The idea is that of torch.distributed._tools.mem_tracker, which needs hooks on modules and optimizers besides.
 """
@@ -22,59 +23,22 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-
-
-class Meter(Protocol):
-    """Tells how much memory has been taken since it was put up; a peak stays readable when the meter is gone."""
-
-    @property
-    def current(self) -> int:
-        """Bytes taken now, beyond what was taken at the start; less than 0 where more was given back."""
-        ...
-
-    @property
-    def peak(self) -> int:
-        """The largest that `current` has been since the start, or since `reset_peak`."""
-        ...
-
-    def reset_peak(self) -> None:
-        """Has `peak` start over from `current`."""
-        ...
-
-
-@contextmanager
-def measured_peak(device: torch.device) -> Iterator[Meter]:
-    """Measures the memory that torch's tensors on a device take while held.
-
-    CUDA counts by its allocator, whose peak statistics are reset; every other device op by op, which sees the tensors
-    of all devices.
-
-    Example:
-        >>> with measured_peak(torch.device("cpu")) as memory:
-        ...     x = torch.zeros(1000)
-        ...     y = x + x
-        ...     del y
-        >>> memory.peak
-        8000
-    """
-    meter = AllocatorBytes(device) if device.type == "cuda" else LiveBytes()
-    with meter:
-        yield meter
+from torch.utils._pytree import tree_leaves
 
 
 class AllocatorBytes:
-    """The caching allocator's own count of a CUDA device; see `Meter`.
+    """The caching allocator's own count of a CUDA device, with the attributes of `LiveBytes`.
 
     Blocks that are kept for later are not in it. The allocator counts when memory is asked for, not when the device
-    uses it, so nothing has to be waited for.
+    uses it, so nothing has to be waited for. It resets the device's peak statistics.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,30 +56,31 @@ class AllocatorBytes:
 
     @property
     def current(self) -> int:
-        """See `Meter`."""
+        """Bytes taken now, beyond what was taken at the start."""
         return self._final[0] if self._final else torch.cuda.memory_allocated(self._device) - self._before
 
     @property
     def peak(self) -> int:
-        """See `Meter`."""
+        """The largest that `current` has been since the start, or since `reset_peak`."""
         return self._final[1] if self._final else torch.cuda.max_memory_allocated(self._device) - self._before
 
     def reset_peak(self) -> None:
-        """See `Meter`."""
+        """Has `peak` start over from `current`."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
 @dataclass(slots=True, eq=False)
 class _Allocation:
-    """A storage that has grown while it was watched."""
+    """A storage that is watched."""
 
     reference: weakref.ref[UntypedStorage]
     bytes_before: int  # what it had when first seen: 0 for one that an operation has made
     bytes: int = 0  # what is counted for it
+    outer_resize: Callable[[int], Any] | None = None  # where another counter watches the storage too
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations allocate while it is on; see `Meter`.
+    """Context manager that counts the bytes of storages which operations allocate while it is on.
 
     It follows the backward into the engine's threads. Storages that die after it is off are no longer counted off.
 
@@ -143,55 +108,55 @@ class LiveBytes(TorchDispatchMode):
         self._freed: deque[int] = deque()
         self._lock = threading.Lock()
         self._current = self._peak = 0
-        self._held = ExitStack()
+        self._eagerly = ExitStack()
 
     @property
     def current(self) -> int:
-        """See `Meter`."""
+        """Bytes taken now, beyond what was taken at the start; less than 0 where more was given back."""
         with self._lock:
             self._forget_freed()
             return self._current
 
     @property
     def peak(self) -> int:
-        """See `Meter`."""
+        """The largest that `current` has been since the start, or since `reset_peak`; readable at the end too."""
         return self._peak
 
     def reset_peak(self) -> None:
-        """See `Meter`."""
+        """Has `peak` start over from `current`."""
         self._peak = self.current
 
     def __enter__(self) -> LiveBytes:
-        with ExitStack() as held:
-            held.enter_context(_resizes_seen(self._resized))
-            if "torch._dynamo" in sys.modules:  # something may be compiled; importing it for nothing takes a second
-                held.enter_context(torch.compiler.set_stance("force_eager"))
-            super().__enter__()
-            self._held = held.pop_all()
+        if "torch._dynamo" in sys.modules:  # something may be compiled; importing it for nothing takes a second
+            self._eagerly.enter_context(torch.compiler.set_stance("force_eager"))
+        super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._held.close()
+        self._eagerly.close()
+        for allocation in list(self._allocations.values()):
+            self._stop_watching(allocation)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operation and looks at what it has allocated."""
         kwargs = kwargs or {}
-        given = {id(storage): storage for storage in _storages((args, kwargs))}
-        sizes = {key: storage.nbytes() for key, storage in given.items()}
+        given = {id(storage): (storage, storage.nbytes()) for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        changed = [(storage, sizes[key]) for key, storage in given.items() if storage.nbytes() != sizes[key]]
+        # Those that have not been seen before as well, so that a resize of theirs is noticed.
+        seen = [
+            (storage, before)
+            for key, (storage, before) in given.items()
+            if key not in self._allocations or storage.nbytes() != before
+        ]
         if func is torch.ops.aten.lift_fresh.default:
-            given = {}  # the new tensor of torch.tensor([...]), which no operation has returned before
-        made = [(storage, 0) for storage in _storages(result) if id(storage) not in given]
-        if made or changed:
-            self._count([*made, *changed])
+            given, seen = {}, []  # the new tensor of torch.tensor([...]), which no operation has returned before
+        seen += [(storage, 0) for storage in _storages(result) if id(storage) not in given]
+        if seen:
+            self._count(seen)
         return result
-
-    def _resized(self, storage: UntypedStorage, bytes_before: int) -> None:
-        self._count([(storage, bytes_before)])
 
     def _count(self, storages: list[tuple[UntypedStorage, int]]) -> None:
         """Takes note of storages, each with the bytes it had before."""
@@ -209,7 +174,18 @@ class LiveBytes(TorchDispatchMode):
     def _watch(self, storage: UntypedStorage, bytes_before: int) -> _Allocation:
         note = functools.partial(_leave_note, self._freed, id(storage))
         allocation = self._allocations[id(storage)] = _Allocation(weakref.ref(storage, note), bytes_before)
+        # No operation is dispatched for `storage.resize_(n)`, with which FSDP frees parameters, so the method is
+        # shadowed in the attributes of this one storage. torch keeps them for as long as the storage itself.
+        allocation.outer_resize = vars(storage).get("resize_")
+        vars(storage)["resize_"] = _counting_resize(allocation, weakref.WeakMethod(self._count))
         return allocation
+
+    def _stop_watching(self, allocation: _Allocation) -> None:
+        storage = allocation.reference()
+        if storage is not None:
+            del vars(storage)["resize_"]
+            if allocation.outer_resize is not None:
+                vars(storage)["resize_"] = allocation.outer_resize
 
     def _forget_freed(self) -> None:
         while self._freed:
@@ -223,55 +199,113 @@ def _leave_note(freed: deque[int], key: int, _: object) -> None:
     freed.append(key)  # a bound method would keep the counter alive for as long as any storage
 
 
+def _counting_resize(allocation: _Allocation, count: weakref.WeakMethod[Callable[..., None]]) -> Callable[[int], Any]:
+    """What takes the place of a storage's own method. It keeps neither the storage nor the counter alive."""
+    reference, outer = allocation.reference, allocation.outer_resize
+
+    def resize_(size: int) -> Any:
+        storage, counted = reference(), count()
+        assert storage is not None
+        before = storage.nbytes()
+        result = UntypedStorage.resize_(storage, size) if outer is None else outer(size)
+        if counted is not None:
+            counted([(storage, before)])
+        return result
+
+    return resize_
+
+
+Meter = AllocatorBytes | LiveBytes
+
+
+def measured_peak(device: torch.device) -> Meter:
+    """A context manager that measures the memory which torch's tensors on a device take.
+
+    CUDA counts by its allocator, whose peak statistics are reset; every other device op by op, which sees the tensors
+    of all devices.
+
+    Example:
+        >>> with measured_peak(torch.device("cpu")) as memory:
+        ...     x = torch.zeros(1000)
+        ...     y = x + x
+        ...     del y
+        >>> memory.peak
+        8000
+    """
+    return AllocatorBytes(device) if device.type == "cuda" else LiveBytes()
+
+
+class GraphBytes:
+    """A count of what autograd has saved for backward.
+
+    Attributes:
+        count: bytes of the storages saved so far, each counted once.
+    """
+
+    def __init__(self, not_counted: Iterable[Tensor]) -> None:
+        self.count = 0
+        self._seen = {id(storage) for tensor in not_counted for storage in storages_of(tensor)}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Counts a tensor that is saved, and returns it."""
+        for storage in storages_of(tensor):
+            if id(storage) not in self._seen:  # all of them are alive, so no id is used twice
+                self._seen.add(id(storage))
+                self.count += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def graph_bytes(not_counted: Iterable[Tensor]) -> Iterator[GraphBytes]:
+    """Context manager that counts what forwards save for their backward.
+
+    The same on every device, and it costs about a microsecond a saved tensor. What checkpoints save is counted, what
+    they will recompute is not.
+
+    Args:
+        not_counted: parameters, buffers and inputs, whose memory is in use in any case.
+
+    Example:
+        >>> from gradaccum.memory.live_bytes import graph_bytes
+        >>> layer, x = nn.Linear(5, 7), torch.randn(3, 5)
+        >>> with graph_bytes([*layer.parameters(), x]) as saved:
+        ...     y = layer(x).sigmoid()
+        >>> saved.count  # the sigmoid keeps its output, 3 x 7 numbers; the layer its input
+        84
+    """
+    counted = GraphBytes(not_counted)
+    with torch.autograd.graph.saved_tensors_hooks(counted.add, lambda tensor: tensor):
+        yield counted
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory of tensors; what they share counts once."""
+    storages = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     """The memory of a tensor: one storage, several for sparse tensors and wrappers, none for opaque ones."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+        yield from _storages([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
-    elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from _storages((tensor.crow_indices(), tensor.col_indices(), tensor.values()))
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from _storages((tensor.ccol_indices(), tensor.row_indices(), tensor.values()))
+    else:
+        for name in _SPARSE_PARTS.get(tensor.layout, ()):
+            yield getattr(tensor, name)().untyped_storage()
+
+
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
 
 
 def _storages(values: Any) -> Iterator[UntypedStorage]:
     """The storages of all tensors among the arguments or results of an operation."""
-    if isinstance(values, Tensor):
-        yield from storages_of(values)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _storages(value)
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _storages(value)
-
-
-@contextmanager
-def _resizes_seen(resized: Callable[[UntypedStorage, int], None]) -> Iterator[None]:
-    """Tells of every ``storage.resize_(n)``, with what the storage had before: no operation is dispatched for it.
-
-    The method is shadowed on torch's class, since it cannot be on one storage: a method of C has no other place.
-    """
-    shadowed = vars(UntypedStorage).get("resize_")
-    original = UntypedStorage.resize_
-
-    @functools.wraps(original)
-    def resize_(storage: UntypedStorage, size: int) -> Any:
-        before = storage.nbytes()
-        result = original(storage, size)
-        resized(storage, before)
-        return result
-
-    UntypedStorage.resize_ = resize_  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        if shadowed is None:
-            del UntypedStorage.resize_
-        else:
-            UntypedStorage.resize_ = shadowed
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            yield from storages_of(value)

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from gradaccum import tree
-from gradaccum.memory.cuda_kernels import step_as_on_cuda
-from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of
-from gradaccum.memory.live_bytes import LiveBytes, storages_of
+from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of, step_as_on_cuda
+from gradaccum.memory.live_bytes import LiveBytes, num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def optimizer_memory(
         try:
             state_of_one, step_of_one = _after_a_step(optimizer, device, as_on_cuda, rounded_to)
         except Exception:  # noqa: BLE001  # a step that needs numbers, a closure, or a kernel that knows no fakes
-            state_of_one, step_of_one = _num_bytes(_tensors(optimizer.state)), 0
+            state_of_one, step_of_one = num_bytes(_tensors(optimizer.state)), 0
             unknown.append(type(optimizer).__name__)
         state += state_of_one
         step = max(step, step_of_one)
@@ -83,7 +82,7 @@ def _after_a_step(
             step_as_on_cuda(clone)
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        before = _num_bytes(_tensors(clone.state))
+        before = num_bytes(_tensors(clone.state))
         with torch.enable_grad(), _MadeUpNumbers(), LiveBytes(rounded_to=rounded_to) as live:
             clone.step()
     return before + live.current, live.peak - live.current
@@ -128,14 +127,5 @@ def _copied(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists and dicts."""
-    if isinstance(value, dict):  # keys as well: an optimizer's state is by parameter, but has what belongs to it only
-        return [tensor for entry in value.values() for tensor in _tensors(entry)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for entry in value for tensor in _tensors(entry)]
-    return list(tree.tensors(value))
-
-
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    storages = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
-    return sum(storage.nbytes() for storage in storages.values())
+    """Every tensor in nested lists and dicts; not their keys."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

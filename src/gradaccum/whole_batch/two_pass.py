@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gradaccum import tree
 from gradaccum.errors import UnsupportedError
-from gradaccum.memory.graph_bytes import graph_bytes
+from gradaccum.memory.live_bytes import graph_bytes
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.types import Rows, Split
 from gradaccum.whole_batch.forward_replay import Drift, Replay

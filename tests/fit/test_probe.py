@@ -1,24 +1,13 @@
+"""Which sizes are run, and with which rows."""
+
+import functools
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from gradaccum.fit.findings import default_sizes, first_that_runs, sizes_to_accumulate
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "sizes"),
-    [
-        (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (100, [1, 2, 4, 8, 16, 32, 64, 100]),
-        (256, [1, 2, 4, 8, 16, 32, 64, 128, 256]),
-    ],
-)  # fmt: skip
-def test_powers_of_two_and_the_whole(batch_size: int, sizes: list[int]) -> None:
-    assert default_sizes(batch_size) == sizes
-
-
-def test_not_every_power_of_two_of_a_huge_batch() -> None:
-    sizes = default_sizes(1_000_000)
-    assert len(sizes) == 13
-    assert sizes[-2:] == [2**19, 1_000_000]
+from gradaccum.fit.probe import first_that_runs, sizes_to_accumulate, some_rows
+from gradaccum.memory.fakes import fake_input, fake_mode
 
 
 @pytest.mark.parametrize(
@@ -54,3 +43,16 @@ def test_other_failures_pass_through(sizes: list[int], error: type[Exception]) -
 
     with pytest.raises(error):
         first_that_runs(sizes, run)
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_as_many_rows_as_asked_for(size: int) -> None:
+    x = torch.arange(20.0).view(4, 5)
+    batch = {"x": x, "names": ["a", "b", "c", "d"], "scale": 2, "y": (torch.zeros(4, dtype=torch.int64),)}
+    mode = fake_mode()
+    own = functools.partial(fake_input, mode=mode, device=torch.device("cpu"))
+    for fake in (some_rows(batch, size, own), some_rows(batch, size, torch.clone)):
+        assert (fake["x"].shape, fake["y"][0].shape, len(fake["names"]), fake["scale"]) == ((size, 5), (size,), size, 2)
+        assert fake["x"].untyped_storage().nbytes() == size * 5 * 4, "its own rows, not the batch's"
+    assert torch.equal(fake["x"], x[torch.arange(size) % 4])
+    assert isinstance(some_rows(batch, size, own)["x"], FakeTensor)

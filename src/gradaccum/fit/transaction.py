@@ -1,4 +1,4 @@
-"""Batches in pieces that fit: out-of-memory is a transaction.
+"""Batches in micro-batches that fit: out-of-memory is a transaction.
 
 A backward that dies half-way has already added some gradients, and which ones nobody knows. So the window is started
 again as if it never had been: gradients gone, random state and buffers as before its first micro-batch, the same
@@ -6,9 +6,13 @@ samples in smaller pieces. The optimizer has not been touched yet, so there is n
 rejected alternative, going on behind the pieces that had succeeded, needs a copy of all gradients just when there is no
 memory.
 
-What a failure costs is the pieces that had run; failures are rare, since a size that failed is remembered (`search`).
-An attempt is repeated outside of the ``except`` block, with the error's frames cleared: a live traceback keeps the
-failed piece's tensors.
+What a failure costs is the micro-batches that had run; failures are rare, since a size that failed is remembered
+(`size_search`). An attempt is repeated outside of the ``except`` block, with the error's frames cleared: a live
+traceback keeps the tensors of the micro-batch that failed.
+
+While the first batch is cut and tried there is no optimizer state yet, so a size may fit that fails at the second
+update, with Adam by twice the parameters' bytes. What the state will take is counted with fake tensors, and kept
+occupied meanwhile (`_state_reserved`).
 """
 
 from __future__ import annotations
@@ -16,15 +20,18 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import DoesNotFitError
-from gradaccum.fit.reserve import state_reserved
 from gradaccum.fit.size_search import SizeSearch
+from gradaccum.fit.units import in_words
+from gradaccum.memory.live_bytes import num_bytes
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
@@ -89,7 +96,7 @@ class Fitting:
         """
         random_seed = RandomSeed()
         try:
-            with state_reserved(self._accumulation.optimizers, self._accumulation.device()):
+            with _state_reserved(self._accumulation.optimizers, self._accumulation.device()):
                 sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
         except BaseException:
             self._accumulation.discard()
@@ -197,16 +204,14 @@ class Fitting:
 
     def _tell(self, sizes: Sequence[int]) -> None:
         search = self._started_search()
-        if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not search.seconds:
+        seconds = search.times.seconds()
+        if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not seconds:
             return
         self._has_told = True
-        size = search.best_size()
-        rates = ", ".join(f"{tried}: {1 / seconds:.3g}" for tried, seconds in sorted(search.seconds.items()) if seconds)
+        rates = ", ".join(f"{size}: {1 / seconds[size]:.3g}" for size in sorted(seconds) if seconds[size])
         logger.info(
             "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
-            size,
-            rates,
-            size,
+            *(search.best_size(), rates, search.best_size()),
         )
 
     def _in_words(self, size: int) -> str:
@@ -214,17 +219,12 @@ class Fitting:
 
     def _diagnosis(self, batch: Any, message: str) -> str:
         parameters = [parameter for model in self._accumulation.models for parameter in model.parameters()]
-        states = [
-            value
-            for optimizer in self._accumulation.optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
+        states = [state for optimizer in self._accumulation.optimizers for state in optimizer.state.values()]
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
+        gradients = [parameter for parameter in parameters if parameter.requires_grad]  # of the same size, when there
         held = (
-            f"parameters {_size(parameters)}, gradients {_size([p for p in parameters if p.requires_grad])}, "
-            f"optimizer state {_size(states)}"
+            f"parameters {in_words(num_bytes(parameters))}, gradients {in_words(num_bytes(gradients))}, "
+            f"optimizer state {in_words(num_bytes(tree.tensors(states)))}"
         )
         return (
             "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
@@ -236,10 +236,36 @@ class Fitting:
         )
 
 
-def _size(tensors: Sequence[torch.Tensor]) -> str:
-    num_bytes = float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
+@contextmanager
+def _state_reserved(optimizers: Sequence[Optimizer], device: torch.device) -> Iterator[None]:
+    """Context manager that occupies the bytes of the optimizers' states to come.
+
+    It does nothing where all have their states, or on a CPU whose memory ends in no error.
+    """
+    new = [optimizer for optimizer in optimizers if not optimizer.state]
+    held = _occupied(new, device) if new and _ends_in_an_error(device) else None
+    try:
+        yield
+    finally:
+        del held
+
+
+def _occupied(optimizers: Sequence[Optimizer], device: torch.device) -> torch.Tensor | None:
+    from gradaccum.memory.optimizer_memory import optimizer_memory  # fake tensors take a while to import
+
+    try:
+        return torch.empty(optimizer_memory(optimizers).state, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # there is no room for the state at all: the update itself will say so
+
+
+def _ends_in_an_error(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return True
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY

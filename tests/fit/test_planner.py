@@ -13,14 +13,10 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from architectures import ARCHITECTURES, classes_loss, mlp, planned, rows_of_8
+from gradaccum.fit.planner import default_sizes
 
 ROWS = 16
 METHODS = ("measure", "estimate")
-
-
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.probe._SECONDS_PER_SIZE", 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -147,7 +143,7 @@ def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPa
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
 
-    monkeypatch.setattr("gradaccum.fit.make_plan.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("gradaccum.fit.planner.available_bytes", lambda device: 1000)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     own = sum(parameter.nbytes for parameter in model.parameters())
@@ -204,6 +200,23 @@ def test_a_loss_over_the_whole_batch(method: str) -> None:
     assert plan.method == method
     assert plan.row(1).peak_bytes > alone.row(1).peak_bytes + 2 * 64 * 64 * 4  # logits of all pairs, and what is saved
     assert plan.row(32).peak_bytes < plan.row(64).peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [
+        (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (100, [1, 2, 4, 8, 16, 32, 64, 100]),
+        (256, [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+    ],
+)  # fmt: skip
+def test_powers_of_two_and_the_whole(batch_size: int, sizes: list[int]) -> None:
+    assert default_sizes(batch_size) == sizes
+
+
+def test_not_every_power_of_two_of_a_huge_batch() -> None:
+    sizes = default_sizes(1_000_000)
+    assert len(sizes) == 13
+    assert sizes[-2:] == [2**19, 1_000_000]
 
 
 # --------------------------------------------------------------------------------------------- what cannot be estimated
@@ -374,8 +387,6 @@ def test_a_plan_is_frozen() -> None:
 
 
 def test_the_name_is_the_function() -> None:
-    import gradaccum.fit.make_plan
-    import gradaccum.fit.plan  # noqa: F401
 
     assert callable(ga.plan)
     assert isinstance(planned(method="estimate"), ga.Plan)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 import gradaccum as ga
-from gradaccum.fit.size_search import SizeSearch
 from oracle import (
     EXACT,
     assert_same,
@@ -94,6 +93,23 @@ def undisturbed(net: Net) -> Net:
     return other
 
 
+def trained_as_whole(
+    net: nn.Module,
+    loss: Any,
+    batches: Iterable[Batch],
+    *,
+    other: nn.Module,
+    whole: Callable[[nn.Module, Any], Tensor] | None = None,
+    make: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
+    **options: Any,
+) -> list[ga.Update]:
+    """Trains, and holds every update against the whole batch's, which ``other`` is trained with."""
+    batches, optimizer = list(batches), make(net)
+    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, loss, **options), net, optimizer, batches)
+    assert_same(made, whole_batches(other, make(other), batches, whole or loss))
+    return updates
+
+
 def settled(step: ga.TrainStep, *, rows: int = ROWS, elements: int = FEATURES + 1) -> None:
     """Leaves nothing to search: pieces are as large as they can be."""
     sizes = {"fastest": rows * elements, "caps": {}, "searched_rows": ROWS}
@@ -122,7 +138,6 @@ def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObjec
             yield batch
 
     made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, limited())
-
     assert_same(made, whole_batches(other, sgd(other), batches, mse))
     assert [update.samples for update in updates] == [rows] * len(limits)
     assert [update.weight for update in updates] == [rows] * len(limits)
@@ -166,12 +181,9 @@ def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
 def test_however_it_is_said(where: str, error: Callable[[], BaseException]) -> None:
     memory = Memory(limit=3, error=error)
     net = Net(memory, where=where)
-    other = undisturbed(net)
-    optimizer = sgd(net)
-    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, [make_batch()])
+    updates = trained_as_whole(net, mse, [make_batch()], other=undisturbed(net))
     assert memory.failures
     assert updates[0].micro_batch_size <= 3
-    assert_same(made, whole_batches(other, sgd(other), [make_batch()], mse))
 
 
 @EITHER
@@ -240,11 +252,8 @@ def test_a_trial_that_fails_changes_nothing(where: str) -> None:
 def test_two_passes_with_a_short_last_batch() -> None:
     memory = Memory(limit=6)
     net = Net(memory, where="backward")
-    other = undisturbed(net)
     batches = [make_batch(rows, seed=i) for i, rows in enumerate([ROWS, ROWS, ROWS, 5] * 2)]
-    optimizer = sgd(net)
-    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, batches)
-    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    updates = trained_as_whole(net, mse, batches, other=undisturbed(net))
     assert [update.samples for update in updates] == [16, 16, 16, 5] * 2
 
 
@@ -261,9 +270,7 @@ def test_batches_of_varying_lengths() -> None:
     other[1].memory = Memory()
     lengths = [10, 30, 20, 10, 30, 25, 10, 5, 30, 10]
     batches = [torch.randn(12, length, dtype=torch.float64) for length in lengths]
-    optimizer = sgd(model)
-    made, updates = whole_in_hand(ga.TrainStep(model, optimizer, loss), model, optimizer, batches)
-    assert_same(made, whole_batches(other, sgd(other), batches, loss))
+    updates = trained_as_whole(model, loss, batches, other=other)
     assert all(update.micro_batch_size * length <= 60 for update, length in zip(updates, lengths, strict=True))
 
 
@@ -291,15 +298,19 @@ class Noise(nn.Module):
 RANDOM = {"dropout": lambda: nn.Dropout(0.3), "noise": Noise}
 
 
-@pytest.mark.parametrize("kind", RANDOM)
-@pytest.mark.parametrize("at", [0, 1, 2])
-@pytest.mark.parametrize(("where", "is_settled"), [("forward", False), ("backward", False), ("backward", True)])
-def test_what_is_drawn_after_the_update_is_what_the_undisturbed_run_draws(
-    where: str, is_settled: bool, at: int, kind: str
-) -> None:
-    """Memory runs out once, at one piece of the first update."""
+SHORT = {  # one piece of the first update runs out of memory, or all above a size, whose forward never fits
+    **{f"at piece {at} in {where}{', settled' * is_settled}": ({"countdown": at}, where, is_settled, 1)
+       for at in range(3) for where, is_settled in (("forward", False), ("backward", False), ("backward", True))},
+    "a limit that stays": ({"limit": 3}, "forward", False, None),
+}  # fmt: skip
 
-    def run(memory: Memory) -> tuple[Tensor, Tensor, int]:
+
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize(("short", "where", "is_settled", "failures"), SHORT.values(), ids=SHORT)
+def test_what_is_drawn_after_the_update_is_what_the_undisturbed_run_draws(
+    short: dict[str, int], where: str, is_settled: bool, failures: int | None, kind: str
+) -> None:
+    def run(memory: Memory) -> Tensor:
         torch.manual_seed(1)
         net = Net(memory, where=where, between=RANDOM[kind]())
         step = ga.TrainStep(net, sgd(net), mse)
@@ -307,28 +318,12 @@ def test_what_is_drawn_after_the_update_is_what_the_undisturbed_run_draws(
             settled(step, rows=4)
         torch.manual_seed(2)
         with known_times(Clock()):
-            update = step(make_batch())
-        return torch.get_rng_state(), update.loss, memory.failures
-
-    state, _, failures = run(Memory(countdown=at))
-    other, _, none = run(Memory())
-    assert (failures, none) == (1, 0)
-    assert torch.equal(state, other)
-
-
-@pytest.mark.parametrize("kind", RANDOM)
-def test_a_limit_that_stays_leaves_the_undisturbed_random_state(kind: str) -> None:
-    """As above where the planned pieces could not be run again either: their forward does not fit."""
-
-    def run(memory: Memory) -> Tensor:
-        net = Net(memory, between=RANDOM[kind]())
-        step = ga.TrainStep(net, sgd(net), mse)
-        torch.manual_seed(2)
-        with known_times(Clock()):
             step(make_batch())
         return torch.get_rng_state()
 
-    assert torch.equal(run(Memory(limit=3)), run(Memory()))
+    memory = Memory(**short)  # type: ignore[arg-type]
+    assert torch.equal(run(memory), run(Memory()))
+    assert memory.failures == failures or (failures is None and memory.failures)
 
 
 def test_the_pieces_that_are_run_again_draw_from_the_first_state() -> None:
@@ -366,29 +361,16 @@ class Remembering(nn.Module):
 
 
 @EITHER
-def test_buffers_of_ones_own_see_every_piece_once(where: str) -> None:
+@pytest.mark.parametrize("make", [Remembering, lambda: nn.BatchNorm1d(5)], ids=["own", "batch norm"])
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
+def test_buffers_see_every_piece_once(make: Callable[[], nn.Module], where: str) -> None:
     memory = Memory(limit=4)
-    net = Net(memory, where=where, between=Remembering())
+    net = Net(memory, where=where, between=make())
     other = undisturbed(net)
     step = ga.TrainStep(net, sgd(net), mse)
     settled(step)
     with known_times(Clock()):
         update = step(make_batch())
-    assert memory.failures == 2
-    ga.TrainStep(other, sgd(other), mse, micro_batch_size=4)(make_batch())
-    assert update.micro_batches == 4
-    assert net.between.calls.item() == other.between.calls.item() == 4
-    torch.testing.assert_close(net.between.total, other.between.total, rtol=EXACT, atol=EXACT)
-
-
-@EITHER
-@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
-def test_running_statistics_see_every_piece_once(where: str) -> None:
-    memory = Memory(limit=4)
-    net = Net(memory, where=where, between=nn.BatchNorm1d(5))
-    other = undisturbed(net)
-    with known_times(Clock()):
-        update = ga.TrainStep(net, sgd(net), mse)(make_batch())
     ga.TrainStep(other, sgd(other), mse, micro_batch_size=4)(make_batch())
     assert memory.failures == 2
     assert update.micro_batches == 4
@@ -438,16 +420,6 @@ def test_where_nothing_is_drawn_the_random_state_stays() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
-def test_an_error_leaves_the_random_state_of_before(error: BaseException) -> None:
-    net = Net(Memory(error=lambda: error, countdown=1), where="backward", between=nn.Dropout(0.5))
-    step = ga.TrainStep(net, sgd(net), mse)
-    state = torch.get_rng_state()
-    with pytest.raises(type(error)):
-        step(make_batch())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # ---------------------------------------------------------------------------------------------- other ways to be called
 
 
@@ -479,7 +451,6 @@ def test_backward_that_cannot_fit_leaves_the_gradients_that_were_there() -> None
 def test_several_terms_whose_weights_are_known_ahead() -> None:
     memory = Memory(limit=3)
     net = Net(memory, where="backward")
-    other = undisturbed(net)
 
     def loss(model: nn.Module, batch: Any) -> dict[str, ga.Loss]:
         x, y = batch
@@ -498,17 +469,13 @@ def test_several_terms_whose_weights_are_known_ahead() -> None:
         return errors.mean() + errors[batch[1] > 0].mean()
 
     batches = [make_batch(seed=i) for i in range(4)]
-    optimizer = sgd(net)
-    step = ga.TrainStep(net, optimizer, loss, weights=weights)
-    made, _ = whole_in_hand(step, net, optimizer, batches)
+    trained_as_whole(net, loss, batches, other=undisturbed(net), whole=whole, weights=weights)
     assert memory.failures
-    assert_same(made, whole_batches(other, sgd(other), batches, whole))
 
 
 def test_weights_of_tokens() -> None:
     memory = Memory(limit=3)
     net = Net(memory)
-    other = undisturbed(net)
 
     def summed(model: nn.Module, batch: Any) -> ga.Loss:
         counts = batch[1].abs()
@@ -518,11 +485,8 @@ def test_weights_of_tokens() -> None:
         counts = batch[1].abs()
         return (model(batch[0]) * counts).sum() / counts.sum()
 
-    batches = [make_batch(seed=i) for i in range(4)]
-    optimizer = sgd(net)
-    made, _ = whole_in_hand(ga.TrainStep(net, optimizer, summed), net, optimizer, batches)
+    trained_as_whole(net, summed, [make_batch(seed=i) for i in range(4)], other=undisturbed(net), whole=whole)
     assert memory.failures
-    assert_same(made, whole_batches(other, sgd(other), batches, whole))
 
 
 @EITHER
@@ -560,13 +524,10 @@ def test_clipping_and_a_scheduler_see_one_update() -> None:
 def test_cut_by_cost(where: str) -> None:
     memory = Memory(limit=2)
     net = Net(memory, where=where)
-    other = undisturbed(net)
-    batches = [make_batch(seed=i) for i in range(3)]
-    optimizer = sgd(net)
     split = ga.split_by_cost(lambda batch: 1 + torch.arange(len(batch[0])) % 5, 40)
-    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse, split=split), net, optimizer, batches)
+    batches = [make_batch(seed=i) for i in range(3)]
+    updates = trained_as_whole(net, mse, batches, other=undisturbed(net), split=split)
     assert memory.failures
-    assert_same(made, whole_batches(other, sgd(other), batches, mse))
     assert [update.samples for update in updates] == [ROWS] * 3
     assert updates[-1].micro_batch_size <= 2
 
@@ -650,18 +611,13 @@ def test_one_sample_that_does_not_fit(where: str) -> None:
     assert step(make_batch()).index == 2  # nothing is left that would be in the way
 
 
-def test_the_number_of_attempts_is_bounded() -> None:
+@pytest.mark.parametrize("rows", [1, ROWS, 1024])
+def test_attempts_are_bounded_and_the_verdict_holds_none_of_the_failed_pieces(rows: int) -> None:
     memory = Memory(limit=0)
     net = Net(memory)
-    with pytest.raises(ga.DoesNotFitError):
-        ga.TrainStep(net, sgd(net), mse)(make_batch(1024))
-    assert memory.failures <= math.log2(1024) + 2
-
-
-def test_the_verdict_holds_none_of_the_failed_pieces() -> None:
-    net = Net(Memory(limit=0))
     with pytest.raises(ga.DoesNotFitError) as caught:
-        ga.TrainStep(net, sgd(net), mse)(make_batch())
+        ga.TrainStep(net, sgd(net), mse)(make_batch(rows))
+    assert memory.failures <= (math.log2(rows) + 2 if rows > 1 else 1)
     assert caught.value.__context__ is None
     assert caught.value.__cause__ is None
 
@@ -678,11 +634,13 @@ OTHERWISE = [
 @pytest.mark.parametrize("error", OTHERWISE, ids=lambda error: type(error).__name__)
 def test_any_other_error_passes_through_as_it_is(where: str, error: BaseException) -> None:
     memory = Memory(error=lambda: error, countdown=1)  # the second piece: the first one has left gradients
-    net = Net(memory, where=where)
+    net = Net(memory, where=where, between=nn.Dropout(0.5))
     step = ga.TrainStep(net, sgd(net), mse)
+    state = torch.get_rng_state()
     with pytest.raises(type(error)) as caught:
         step(make_batch())
     assert caught.value is error
+    assert torch.equal(torch.get_rng_state(), state)
     assert memory.failures == 1
     assert all(gradient is None for gradient in gradients_of(net).values())
     assert step.updates == 0
@@ -828,15 +786,3 @@ def test_layers_that_see_the_micro_batch_are_never_split_without_need() -> None:
     net = Net(Memory(), between=nn.BatchNorm1d(5))
     step = ga.TrainStep(net, sgd(net), mse)
     assert [step(make_batch(seed=index)).micro_batches for index in range(5)] == [1] * 5
-
-
-def test_attempts_need_no_more_than_the_search_says() -> None:
-    """The fitting asks the search again after every failure; a search that cannot shrink ends it."""
-    memory = Memory(limit=0)
-    net = Net(memory)
-    search = SizeSearch()
-    step = ga.TrainStep(net, sgd(net), mse)
-    step._fitting._search = search
-    with pytest.raises(ga.DoesNotFitError):
-        step(make_batch(1))
-    assert memory.failures == 1

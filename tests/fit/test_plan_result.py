@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import gradaccum as ga
-from gradaccum.fit.curve import Curve
-from gradaccum.fit.plan import Breakdown, Plan, Row
+from gradaccum.fit.plan_result import Breakdown, Plan, Row
+from gradaccum.fit.size_model import Curve
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import gradaccum as ga
-from gradaccum.report.page import Page, show_page
+from gradaccum.cli.page import Page, show_page
 from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 PAGE = Page(

@@ -1,11 +1,10 @@
-"""The curve against what it is made for: the maximum of some affine functions, seen at a few sizes."""
+"""Bytes against what the curve is made for: the maximum of some affine functions, seen at a few sizes. And times."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.fit.curve import Curve
-from gradaccum.fit.findings import Findings
+from gradaccum.fit.size_model import Curve, SizeModel, Times
 
 LINES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 500)), min_size=1, max_size=4)
 
@@ -60,9 +59,23 @@ def test_one_size_alone() -> None:
 
 def test_up_to_a_whole_batch_that_ran_in_one_piece() -> None:
     """Below it gradients wait, so it is at most that much more there, and never less than the slope says."""
-    found = Findings(100, [10, 20, 100], peaks={10: 200, 20: 300}, whole=1500, gradient_bytes=100)
-    assert found.curve().at(60) == pytest.approx((300 + 1600) / 2)
-    assert found.curve().at(100) == 1500
-    steeper = Findings(100, [10, 20, 100], peaks={10: 200, 20: 300}, whole=500, gradient_bytes=100)
-    assert steeper.curve().at(60) == 700
-    assert steeper.curve(resident=1000).at(60) == 1700
+
+    def curve(whole: int, resident: int = 0) -> Curve:
+        return SizeModel(
+            rows=100, sizes=[10, 20, 100], resident_bytes=resident, peaks={10: 200, 20: 300}, whole=whole,
+            gradient_bytes=100,
+        ).curve()  # fmt: skip
+
+    assert curve(1500).at(60) == pytest.approx((300 + 1600) / 2)
+    assert curve(1500).at(100) == 1500
+    assert curve(500).at(60) == 700, "steeper"
+    assert curve(500, resident=1000).at(60) == 1700
+
+
+def test_times_are_medians_for_a_row_without_the_first() -> None:
+    times = Times()
+    for size, seconds in [(2, 90.0), (4, 12.0), (2, 2.0), (2, 4.0), (8, 16.4), (2, 8.0)]:
+        times.add(size, seconds)
+    assert times.seconds() == {2: 2.0, 4: 3.0, 8: pytest.approx(2.05)}
+    assert times.fastest() == [2]
+    assert times.fastest(within=1.03) == [2, 8]

@@ -1,0 +1,317 @@
+"""`plan`: what an update of a batch takes at each micro-batch size, and which size to take.
+
+workload --borrowed_model--> probe at a few sizes --> size_model --> plan
+                             |  real tensors: measure
+                             `- fake tensors: estimate
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gradaccum.errors import UnsupportedError, WindowError
+from gradaccum.fit.estimate import block_bytes, estimate, is_cuda_elsewhere
+from gradaccum.fit.measure import measure
+from gradaccum.fit.plan_result import Breakdown, Plan, Row
+from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.units import as_bytes
+from gradaccum.fit.workload import Workload
+from gradaccum.memory.available import available_bytes
+from gradaccum.memory.fakes import can_be_faked
+from gradaccum.memory.live_bytes import num_bytes
+from gradaccum.memory.optimizer_memory import optimizer_memory, tensors_of
+from gradaccum.window import guards
+
+logger = logging.getLogger(__name__)
+
+MEASURE, ESTIMATE = "measure", "estimate"
+_MOST_SIZES = 12
+
+
+def plan(
+    model: nn.Module | Sequence[nn.Module],
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    batch: Any = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    memory: str | int | None = None,
+    method: str = MEASURE,
+    micro_batch_sizes: Sequence[int] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    batch_loss: Callable[[Any, Any], Any] | None = None,
+    device: str | torch.device | None = None,
+    dataset_size: int | None = None,
+    max_seconds: float = 60.0,
+) -> Plan:
+    """Finds out what fits into memory, and what is fastest.
+
+    The peak of an update is a fixed part (parameters, gradients, optimizer state) and what a micro-batch of n samples
+    adds, which is affine in n: a few sizes give the rest. Model, buffers, optimizer, gradients and random state are
+    left as they were.
+
+    Args:
+        model: one module or a sequence of them, in the mode they train in.
+        loss_fn: ``loss_fn(model, micro_batch)``, as for `TrainStep`.
+        batch: a whole batch, of samples as large as they come: padded to the longest.
+        optimizer: one or a sequence of them, whose state counts too, before and after the first update.
+        memory: the budget: "24GiB", "24GB" or a number of bytes. By default what the device has left; nothing for
+            estimates. Tensors are what counts: a CUDA context (about half a GiB) comes on top.
+        method: "measure" runs micro-batches on the device of the model; "estimate" needs none, counts the memory of
+            tensors without data, and has no times. A forward that needs data (lengths, masks) is measured anyway.
+        micro_batch_sizes: those to look at; powers of two and the whole batch by default.
+        forward: ``forward(model, micro_batch)``, in place of ``loss_fn``, where the loss is over the whole batch.
+        batch_loss: ``batch_loss(outputs, batch)``.
+        device: for estimates, the device to estimate for, such as "cuda" on a machine that has none; by default the
+            model's own, and "cuda" for a model on the meta device.
+        dataset_size: samples of an epoch, to tell its updates.
+        max_seconds: about how long to measure.
+
+    Raises:
+        WindowError: a size or an option that is none.
+        BatchError: rows disagree, or there are none.
+        UnsupportedError: it can neither be measured nor estimated here.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+        >>> def loss_fn(model, micro_batch):
+        ...     x, y = micro_batch
+        ...     return F.mse_loss(model(x), y)
+        >>> batch = torch.randn(64, 8), torch.randn(64, 1)
+        >>> plan = ga.plan(model, loss_fn, batch, memory="16KiB", method="estimate")
+        >>> plan.micro_batch_size, plan.peak_bytes(64) > plan.memory >= plan.peak_bytes(plan.micro_batch_size)
+        (29, True)
+    """
+    if method not in (MEASURE, ESTIMATE):
+        raise WindowError(
+            f"method={method!r} is not known. 'measure' runs micro-batches on the device at hand, 'estimate' counts "
+            "without one."
+        )
+    if not max_seconds > 0:
+        raise WindowError(f"max_seconds={max_seconds!r} leaves no time to measure in. Pass a number above 0.")
+    workload = Workload.checked(model, loss_fn, batch, forward=forward, batch_loss=batch_loss)
+    request = _Request(
+        workload=workload,
+        target=workload.device,
+        optimizers=[] if optimizer is None else guards.as_sequence(optimizer, Optimizer, name="optimizer"),
+        sizes=default_sizes(workload.rows)
+        if micro_batch_sizes is None
+        else _checked_sizes(micro_batch_sizes, workload.rows),
+        looks_between=micro_batch_sizes is None,
+        memory=None if memory is None else as_bytes(memory),
+        dataset_size=dataset_size,
+        max_seconds=max_seconds,
+    )
+    if method == MEASURE and device is not None and torch.device(device).type != workload.device.type:
+        raise WindowError(
+            f"method='measure' runs on the model's own device, {workload.device}, and device={str(device)!r} was asked "
+            "for. Move the model there, or pass method='estimate', which needs no device."
+        )
+    notes = _remarks(request)
+    failure: Exception | None = None
+    if method == ESTIMATE:
+        elsewhere, note = _elsewhere(request, device)
+        try:
+            return _estimated(elsewhere, [*notes, *note])
+        except Exception as error:  # noqa: BLE001  # anything may come of tensors without data; a real mistake comes again
+            failure, reason = error, (str(error) or repr(error)).splitlines()[0]
+        logger.info("no estimate is possible, measuring instead: %s", reason)
+        notes.append(f"Measured on {workload.device}, since the forward needs tensors with data: {reason}")
+    if workload.device.type == "meta":
+        raise UnsupportedError(
+            "The model is on the meta device, which has no memory to measure. Pass method='estimate'; where that was "
+            f"passed, its forward needs tensors with data, and the model has to be made for real. {' '.join(notes)}"
+        ) from failure
+    return _measured(request, notes)
+
+
+def default_sizes(rows: int) -> list[int]:
+    """Powers of two below the batch's size, the largest of them if there are many, and the batch's size."""
+    powers = [1 << exponent for exponent in range((rows - 1).bit_length())]
+    return [*powers[-_MOST_SIZES:], rows]
+
+
+def _checked_sizes(sizes: Sequence[int], rows: int) -> list[int]:
+    wrong = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int)]
+    if wrong or not sizes or min(sizes) < 1 or max(sizes) > rows:
+        raise WindowError(
+            f"micro_batch_sizes={list(sizes)}: each is a number of samples, from 1 to the batch's {rows}. Leave it out "
+            "to have powers of two looked at."
+        )
+    return sorted(set(sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What the user wants to know.
+
+    Attributes:
+        workload: its device is where the tensors are that run.
+        target: the device that is planned for.
+        optimizers: none where none was passed.
+        sizes: ascending.
+        looks_between: whether the largest size that fits is added to these.
+        memory: the budget in bytes, where one was given.
+        dataset_size: samples of an epoch, where it was given.
+        max_seconds: about how long to measure.
+    """
+
+    workload: Workload
+    target: torch.device
+    optimizers: Sequence[Optimizer]
+    sizes: Sequence[int]
+    looks_between: bool
+    memory: int | None
+    dataset_size: int | None
+    max_seconds: float
+
+
+def _remarks(request: _Request) -> list[str]:
+    """What makes the numbers other than those of the training to come."""
+    notes: list[str] = []
+    if not request.optimizers:
+        notes.append("No optimizer was passed, so its state is not counted: Adam's is twice the parameters.")
+    if not any(module.training for model in request.workload.models for module in model.modules()):
+        notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
+    return notes
+
+
+def _elsewhere(request: _Request, device: str | torch.device | None) -> tuple[_Request, list[str]]:
+    """The request on the device that it is to be estimated for; where there is none, on the CPU in its place."""
+    target = torch.device(device) if device is not None else request.target
+    if target.type == "meta":  # where a model is that this machine could not hold: not where it is to be trained
+        target = torch.device("cuda")
+    if target.type == "cuda" and target.index is None and torch.cuda.is_available():
+        target = torch.device("cuda", torch.cuda.current_device())
+    is_here = can_be_faked(target)
+    workload = replace(request.workload, device=target if is_here else torch.device("cpu"))
+    note = f"There is no {target.type} here: kernels of the CPU were assumed" + (
+        ", with CUDA's attention, dropout and optimizer steps." if target.type == "cuda" else "."
+    )
+    return replace(request, workload=workload, target=target), [] if is_here else [note]
+
+
+def _estimated(request: _Request, notes: Sequence[str]) -> Plan:
+    found, fixed = _fixed_bytes(request)
+    estimate(request.workload, found, optimizers=request.optimizers, target=request.target, memory=request.memory)
+    return _assembled(request, found, fixed, memory=request.memory, method=ESTIMATE, notes=notes)
+
+
+def _measured(request: _Request, notes: list[str]) -> Plan:
+    workload, optimizers = request.workload, request.optimizers
+    found, fixed = _fixed_bytes(request)
+    memory = request.memory
+    if memory is None:
+        left = available_bytes(workload.device)
+        memory = None if left is None else left + _bytes_in_use(workload, optimizers)
+    measure(
+        workload, found, optimizers=optimizers, memory=memory, max_seconds=request.max_seconds,
+        looks_between=request.looks_between,
+    )  # fmt: skip
+    if len(found.peaks) < 2:  # a size or two do not fit: how much they would take can still be estimated
+        smallest = min(found.failed)
+        guess, _ = _fixed_bytes(request)
+        try:
+            estimate(workload, guess, optimizers=optimizers, target=request.target)
+        except Exception as error:
+            raise UnsupportedError(
+                f"Micro-batches of {smallest} ran out of memory on {workload.device}, so there is nothing to plan "
+                "with, and tensors without data do not do for this model either. Shorten the samples, or use a device "
+                "with more memory."
+            ) from error
+        found.peaks = {**guess.peaks, **found.peaks}
+        found.whole = guess.whole
+        found.gradient_bytes = found.gradient_bytes or guess.gradient_bytes
+        notes.append(f"Micro-batches of {smallest} ran out of memory; peaks above that are estimated.")
+    return _assembled(request, found, fixed, memory=memory, method=MEASURE, notes=notes)
+
+
+def _fixed_bytes(request: _Request) -> tuple[SizeModel, Breakdown]:
+    """What does not depend on the size: in a model for which no size has been run yet, and by its parts."""
+    workload, optimizers = request.workload, request.optimizers
+    device, target = workload.device, request.target
+    # Parameters that no model has (a temperature) are the optimizers'.
+    of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parameters = num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers])
+    buffers = num_bytes(buffer for model in workload.models for buffer in model.buffers())
+    optimizer = optimizer_memory(
+        optimizers, device=device, as_on_cuda=is_cuda_elsewhere(device, target), rounded_to=block_bytes(target)
+    )
+    found = SizeModel(
+        rows=workload.rows,
+        sizes=list(request.sizes),
+        resident_bytes=parameters + buffers + optimizer.state,
+        step_bytes=optimizer.step + workload.input_bytes(0, device=target),
+        notes=[f"The memory of {name} is not counted: its step could not be run." for name in optimizer.unknown],
+    )
+    fixed = Breakdown(
+        parameters=parameters, buffers=buffers, optimizer_state=optimizer.state, optimizer_step=optimizer.step
+    )
+    return found, fixed
+
+
+def _bytes_in_use(workload: Workload, optimizers: Sequence[Optimizer]) -> int:
+    """What models and optimizers have of the device now, gradients and state included: it is theirs in any budget."""
+    tensors = [tensor for model in workload.models for tensor in [*model.parameters(), *model.buffers()]]
+    tensors += [tensor for optimizer in optimizers for tensor in tensors_of(optimizer)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return num_bytes(tensor for tensor in tensors if tensor.device == workload.device)
+
+
+def _assembled(
+    request: _Request, found: SizeModel, fixed: Breakdown, *, memory: int | None, method: str, notes: Sequence[str]
+) -> Plan:
+    curve, rows = found.curve(), found.rows
+    limit = min(found.failed, default=rows + 1)  # from here on nothing fits, whatever is predicted
+    largest = rows if memory is None else curve.largest(memory, rows)
+    if largest is not None:
+        largest = min(largest, limit - 1) or None
+    sizes = set(found.sizes)
+    if request.looks_between and largest is not None and method == ESTIMATE:
+        sizes.add(largest)
+    seconds = found.times.seconds()
+    table = tuple(
+        Row(
+            micro_batch_size=size,
+            micro_batches=-(-rows // size),
+            peak_bytes=curve.at(size),
+            is_measured=size in found.ran,
+            seconds=seconds[size] * size if size in seconds else None,
+            samples_per_second=1 / seconds[size] if size in seconds else None,
+            fits=size < limit and (memory is None or curve.at(size) <= memory),
+            updates_per_epoch=None if request.dataset_size is None else -(-request.dataset_size // rows),
+        )
+        for size in sorted(sizes)
+    )
+    fitting = [row for row in table if row.fits]
+    chosen = max(fitting, key=lambda row: (row.samples_per_second or 0.0, row.micro_batch_size), default=None)
+    temporaries = round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)
+    return Plan(
+        method=method,
+        device=_described(request.target),
+        batch_size=rows,
+        memory=memory,
+        micro_batch_size=None if chosen is None else chosen.micro_batch_size,
+        largest_micro_batch_size=largest,
+        rows=table,
+        breakdown=replace(
+            fixed,
+            gradients=found.gradient_bytes,
+            activations_per_sample=round(curve.bytes_per_sample),
+            temporaries=max(0, temporaries),
+        ),
+        notes=(*notes, *found.notes),
+        _curve=curve,
+    )
+
+
+def _described(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)

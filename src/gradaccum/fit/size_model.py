@@ -1,0 +1,171 @@
+"""One model of what a micro-batch takes, over its size: bytes and seconds, from a few sizes at which they are known.
+
+Bytes. At each moment of a micro-batch the bytes alive are affine in its size n: a fixed part, plus so much a sample.
+The peak is the largest over all moments, a maximum of affine functions: convex, and straight from some size on. For
+large models that is from the first sample on, and two sizes give the rest; small ones may take their peak in another
+layer when the size grows. Between two sizes that are known the straight line is exact or too high, never too low;
+beyond the last one the slope goes on.
+
+Seconds. A size is judged by the median of its times for one row, without the first one: that pays for warming up, and
+is taken only where there is no other. The least time, which is what one takes of a machine that is otherwise idle,
+would let a single lucky one win that no later time can correct. Nothing is interpolated: time has steps (tiles of a
+kernel, sizes of a cache) where memory has none.
+
+`plan` fills the model ahead, from micro-batches that it runs for that alone; ``micro_batch_size="auto"`` while it
+trains (`size_search`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Bytes at their peak over the micro-batch size.
+
+    Attributes:
+        points: at least one size with its bytes, while a batch is accumulated: gradients of other micro-batches wait.
+        whole: the batch's size, and the bytes at which it runs in one piece; None where unknown.
+        floor: bytes that an update takes at any size.
+    """
+
+    points: tuple[tuple[int, int], ...]
+    whole: tuple[int, int] | None = None
+    floor: int = 0
+
+    @staticmethod
+    def through(peaks: Mapping[int, int], *, whole: tuple[int, int] | None = None, floor: int = 0) -> Curve:
+        """The curve through what was seen.
+
+        A size that took less than a smaller one, as allocators have it at times, is given the smaller one's bytes.
+        """
+        points: list[tuple[int, int]] = []
+        for size in sorted(peaks):
+            points.append((size, max(peaks[size], points[-1][1] if points else 0)))
+        return Curve(tuple(points), whole, floor)
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """What one more sample takes, in large micro-batches: the slope over the upper half."""
+        last = self.points[-1]
+        lower = [point for point in self.points if 2 * point[0] <= last[0]] or list(self.points[:-1])
+        return _slope(lower[-1], last) if lower else 0.0
+
+    @property
+    def fixed_bytes(self) -> float:
+        """What the straight line of large micro-batches has at size 0."""
+        size, peak = self.points[-1]
+        return peak - size * self.bytes_per_sample
+
+    def at(self, size: int) -> int:
+        """Bytes at their peak; from the batch's own size on, in one piece."""
+        if self.whole is not None and size >= self.whole[0]:
+            return max(self.floor, round(self.whole[1] + (size - self.whole[0]) * self.bytes_per_sample))
+        return max(self.floor, round(self._accumulating(size)))
+
+    def largest(self, memory: int, rows: int) -> int | None:
+        """The largest size up to ``rows`` that takes at most so much memory; None where no size does."""
+        if self.at(rows) <= memory:
+            return rows
+        low, high = 0, rows  # low fits, or is 0; high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.at(middle) <= memory:
+                low = middle
+            else:
+                high = middle
+        return low or None
+
+    def _accumulating(self, size: int) -> float:
+        last = self.points[-1]
+        if size > last[0]:
+            return last[1] + (size - last[0]) * self.bytes_per_sample
+        for left, right in pairwise(self.points):
+            if size <= right[0]:
+                return left[1] + (size - left[0]) * _slope(left, right)
+        return last[1]
+
+
+def _slope(left: tuple[int, int], right: tuple[int, int]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds that a row takes in micro-batches of each size that was timed.
+
+    Attributes:
+        of_size: by size, all of its times for one row.
+    """
+
+    of_size: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, size: int, seconds: float) -> None:
+        """A micro-batch of ``size`` rows took so many seconds."""
+        self.of_size.setdefault(size, []).append(seconds / size)
+
+    def seconds(self) -> dict[int, float]:
+        """What a row takes, by size."""
+        return {size: _median(times[1:] or times) for size, times in self.of_size.items()}
+
+    def fastest(self, *, within: float = 1.0) -> list[int]:
+        """The sizes that take at most ``within`` times as long as the fastest, that one first."""
+        seconds = self.seconds()
+        least = min(seconds.values())
+        return sorted((size for size in seconds if seconds[size] <= within * least), key=seconds.__getitem__)
+
+
+def _median(times: Sequence[float]) -> float:
+    # The one of `statistics` brings in `decimal` and `fractions`: 5 ms more for `import gradaccum`.
+    ascending = sorted(times)
+    middle = len(ascending) // 2
+    return (ascending[middle] + ascending[-1 - middle]) / 2
+
+
+@dataclass(slots=True, kw_only=True)
+class SizeModel:
+    """What is known of the sizes of one batch's micro-batches.
+
+    Attributes:
+        rows: of the batch.
+        sizes: what the user is told about.
+        resident_bytes: of parameters, buffers and optimizer state.
+        step_bytes: what the optimizer's step takes besides gradients and what is resident.
+        gradient_bytes: what waits between micro-batches.
+        peaks: by size, while gradients of other micro-batches wait: bytes beyond what is resident.
+        whole: the same of the batch in one piece; None where it was not run.
+        ran: sizes that were run with real data.
+        failed: sizes that ran out of memory.
+        times: of sizes that were timed.
+        notes: what the user should know of how this came about.
+    """
+
+    rows: int
+    sizes: list[int]
+    resident_bytes: int = 0
+    step_bytes: int = 0
+    gradient_bytes: int = 0
+    peaks: dict[int, int] = field(default_factory=dict)
+    whole: int | None = None
+    ran: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    times: Times = field(default_factory=Times)
+    notes: list[str] = field(default_factory=list)
+
+    def curve(self) -> Curve:
+        """Peak over size, with what is resident.
+
+        Where the batch's own size was run in one piece only, gradients that wait are added for the sizes right below:
+        never too little, and too much by what was already added to them at the peak.
+        """
+        floor = self.resident_bytes + self.gradient_bytes + self.step_bytes
+        points = {size: peak + self.resident_bytes for size, peak in self.peaks.items()}
+        if self.whole is None:
+            return Curve.through(points, floor=floor)
+        whole = self.whole + self.resident_bytes
+        if points and max(points) < self.rows:
+            points[self.rows] = max(Curve.through(points).at(self.rows), whole + self.gradient_bytes)
+        return Curve.through(points, whole=(self.rows, whole), floor=floor)
