@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,8 +20,7 @@ from gradaccum.gradients.options import AccumulateInto, GradientOptions
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
-from gradaccum.whole_batch.layers import ADVICE, BatchNorm, LayerOptions
-from gradaccum.whole_batch.runners import Combine, choose_runner
+from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
@@ -137,8 +137,18 @@ class TrainStep:
             check_whole_batch(
                 micro_batch_size=self._max_rows, has_batch_loss=batch_loss is not None, kept_graphs=kept_graphs
             )
-        layers = LayerOptions(batch_norm=batch_norm, lockstep=lockstep, activations=activations)
-        self._split = layers.split(split, max_rows=self._max_rows)
+        options = RunnerOptions(
+            loss_fn=loss_fn,
+            forward=forward,
+            batch_loss=batch_loss,
+            combine=combine,
+            kept_graphs=kept_graphs,
+            weights=weights,
+            batch_norm=batch_norm,
+            lockstep=lockstep,
+            activations=activations,
+        )
+        self._split = options.split(split, max_rows=self._max_rows)
         self._weights = weights
         models = guards.as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
@@ -160,27 +170,16 @@ class TrainStep:
         )
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
-            loss_fn, forward = self._any_rows.marking(loss_fn), self._any_rows.marking(forward)
-        self._runner = choose_runner(
-            model,
-            models,
-            loss_fn=loss_fn,
-            forward=forward,
-            batch_loss=batch_loss,
-            combine=combine,
-            kept_graphs=kept_graphs,
-            split=self._split,
-            weights=weights,
-            layers=layers,
-            ranks=self._accumulation.ranks,
-        )
+            marking = self._any_rows.marking
+            options = dataclasses.replace(options, loss_fn=marking(loss_fn), forward=marking(forward))
+        self._runner = choose_runner(options, model, models, split=self._split, ranks=self._accumulation.ranks)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
             self._fitting = Fitting(
                 self._split,
                 self._accumulation,
-                by_time=batch_loss is None and not layers.is_lockstep,
-                advice=ADVICE if layers.is_lockstep else "",
+                by_time=batch_loss is None and not options.is_lockstep,
+                advice=ADVICE if options.is_lockstep else "",
                 agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
             )
         total = progress if not isinstance(progress, bool) else None
