@@ -516,26 +516,6 @@ def _step(**options: Any) -> ga.TrainStep:
 FORWARD: dict[str, Any] = {"forward": lambda model, x: model(x), "batch_loss": lambda y, x: y.square().mean()}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "loss_fn is a NoneType"),
-        ({"forward": FORWARD["forward"]}, "forward= was given without batch_loss="),
-        ({"batch_loss": FORWARD["batch_loss"]}, "batch_loss= was given without forward="),
-        ({**FORWARD, "batch_loss": 3}, "batch_loss is a int"),
-        ({**FORWARD, "loss_fn": lambda model, x: 0}, "Which of the two"),
-        ({**FORWARD, "weights": len}, "weights= counts"),
-        ({**FORWARD, "combine": "mean"}, "combine='mean'"),
-        ({**FORWARD, "kept_graphs": -1}, "kept_graphs=-1"),
-        ({"loss_fn": lambda model, x: 0, "combine": "sum"}, "loss_fn sees one micro-batch"),
-        ({"loss_fn": lambda model, x: 0, "kept_graphs": 2}, "loss_fn sees one micro-batch"),
-    ],
-)
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ga.GradAccumError, match=message):
-        _step(**options)
-
-
 @pytest.mark.parametrize("size", [2, 5], ids=["in pieces", "whole"])
 @pytest.mark.parametrize(
     ("forward", "message"),

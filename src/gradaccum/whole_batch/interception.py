@@ -1,9 +1,8 @@
 """Calls that are answered by a batch while it runs: of a function of torch's, or of the library's own.
 
-What torch calls cannot be handed over in any other way than by replacing it for the process: a model's code names the
-function, not us. So what is replaced is replaced only while a batch runs that needs it, and the replacement itself holds
-nothing: it asks who runs in the calling thread, and passes on what nobody answers. Several trainers, each in a thread of
-its own, share one replacement.
+A function of torch's can only be replaced for the whole process, because a model's code names it as it likes. So it is
+replaced only while a batch runs that needs it, and the replacement itself holds nothing: it asks who runs in the
+calling thread, and passes on what nobody answers. Trainers in threads of their own share one replacement.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     SUM      statistics that add up over samples: only their sum is kept
 
 Outputs are any nesting of tensors. The whole is made without a graph; its tensors are leaves, so that the loss's
-gradient on the outputs can be read off them and pushed back into each micro-batch's own graph. How a piece is put in and
-which part of the gradient it gets are functions, in the way of optax's microbatching.
+gradient on the outputs can be read off them and pushed back into each micro-batch's own graph. How a piece is put in
+and which part of the gradient it gets are functions, in the way of optax's microbatching.
 """
 
 from __future__ import annotations

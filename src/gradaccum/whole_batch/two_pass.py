@@ -36,7 +36,6 @@ from gradaccum.whole_batch.outputs import Combination, Outputs
 from gradaccum.whole_batch.whole_over_ranks import gathered_batch, gathered_outputs
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.in_step import Fillers
-from gradaccum.window.over_ranks import OverRanks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,62 +64,44 @@ class TwoPass:
         self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
     ) -> None:
         """See `Runner`."""
-        device = accumulation.device()
+        device, ranks = accumulation.device(), accumulation.ranks
         batch = tree.to_device(batch, device)  # the loss sees all of it
-        if accumulation.ranks is not None:
-            self._run_over_ranks(accumulation, accumulation.ranks, batch, pieces, ran)
-            return
-        if len(pieces) == 1:
+        if ranks is None and len(pieces) == 1:
             self._run_whole(accumulation, batch)
             ran(1)
             return
         replay = Replay(self.models)
         at_most = len(pieces)
+        if ranks is not None and ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
+            self.fillers.keep(batch)
+            at_most = 0
         while True:
             window = _Window(self, accumulation, batch, pieces, replay)
             failure = None
             try:
                 window.run(at_most, ran)
             except BaseException as error:
-                if not is_out_of_memory(error) or window.num_kept == 0:
+                if not is_out_of_memory(error) or (ranks is None and window.num_kept == 0):
                     raise
                 failure = error
             if failure is None:
                 self.kept.succeeded()
                 return
+            window.graphs.clear()
+            if ranks is not None:  # what other processes have got from this one cannot be taken back
+                raise UnsupportedError(
+                    f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({failure}). It cannot "
+                    f"be run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
+                    "kept_graphs=0."
+                ) from failure
             let_go_of(failure)
             failure = None
             at_most = window.num_kept // 2
-            window.graphs.clear()
             self.kept.failed(device)
             accumulation.discard()
             free_memory(device)
             replay.undo()
             accumulation.open()
-
-    def _run_over_ranks(
-        self,
-        accumulation: Accumulation,
-        ranks: OverRanks,
-        batch: Any,
-        pieces: Sequence[Rows],
-        ran: Callable[[int], None],
-    ) -> None:
-        """One attempt: what other processes have got from this one cannot be taken back."""
-        window = _Window(self, accumulation, batch, pieces, Replay(self.models))
-        if ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
-            self.fillers.keep(batch)
-        try:
-            window.run(0 if ranks.runs_collectives else len(pieces), ran)
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-            window.graphs.clear()
-            raise UnsupportedError(
-                f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({error}). It cannot be "
-                f"run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
-                "kept_graphs=0."
-            ) from error
 
     def _run_whole(self, accumulation: Accumulation, batch: Any) -> None:
         """The whole batch in one piece: torch's own graph from end to end."""

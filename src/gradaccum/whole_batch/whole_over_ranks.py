@@ -19,7 +19,7 @@ from torch import Tensor
 from gradaccum import tree
 from gradaccum.errors import BatchError, RankError
 from gradaccum.whole_batch.batch_norm.moments import Share
-from gradaccum.whole_batch.outputs import Outputs
+from gradaccum.whole_batch.outputs import Outputs, rebuilt
 from gradaccum.window.over_ranks import OverRanks
 
 _LARGE = 4096  # bytes of a row
@@ -41,8 +41,7 @@ def gathered_outputs(ranks: OverRanks, own: Outputs, rows: int) -> tuple[Outputs
     of_no_samples = next((one for one in shared if one is not None), None)
     if of_no_samples is None:
         raise BatchError("No process has a sample of this batch, so there is nothing to learn from.")
-    device = ranks.ranks.device
-    mine = own.whole() if rows else tree.map_leaves(of_no_samples, lambda leaf: _zeros_for(leaf, device))
+    mine = own.whole() if rows else _zeros(of_no_samples, ranks.ranks.device)
     gathered, own_rows = Outputs(own.combination, sum(counts)), slice(start, start + rows)
     gathered.put(own_rows, rows, mine)
     for tensor in gathered.tensors:  # zero but for each process's own rows, or its own sum
@@ -50,8 +49,8 @@ def gathered_outputs(ranks: OverRanks, own: Outputs, rows: int) -> tuple[Outputs
     return gathered, own_rows
 
 
-def _zeros_for(leaf: Any, device: torch.device) -> Any:
-    return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
+def _zeros(structure: Any, device: torch.device) -> Any:
+    return rebuilt(structure, [torch.zeros_like(tensor, device=device) for tensor in tree.tensors(structure)])
 
 
 def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:

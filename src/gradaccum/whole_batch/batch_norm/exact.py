@@ -208,7 +208,7 @@ class Whole:
         return call.by_torch()
 
     def _again(self, call: Call) -> Tensor | None:
-        if not self._layers.has(call):
+        if not self._layers.may_have(call):
             return None
         self._layers.count(call, is_new=False)
         mean, var = call.running_mean, call.running_var

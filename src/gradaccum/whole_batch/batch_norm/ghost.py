@@ -42,7 +42,7 @@ class Ghosts:
         self._groups = groups
         self._is_replayed = is_replayed
         self._layers = Layers(())
-        # By layer and the number of its call in a forward, then by micro-batch: so a second run takes the first's place.
+        # By layer and number of its call in a forward, then by micro-batch, whose second run takes the first's place.
         self._seen: dict[Any, dict[Any, tuple[Call, Share]]] = {}
 
     @contextmanager

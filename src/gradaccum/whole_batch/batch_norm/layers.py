@@ -1,7 +1,7 @@
 """The models' BatchNorm layers: their calls while a batch runs, their names and counts, and which cannot be seen.
 
-Calls are seen at ``torch.nn.functional.batch_norm``: every BatchNorm layer ends there, SyncBatchNorm in one process too,
-and so do layers of other libraries that derive from them and go on to an activation (timm's ``BatchNormAct2d``).
+Calls are seen at ``torch.nn.functional.batch_norm``: every BatchNorm layer ends there, SyncBatchNorm in one process
+too, and so do layers of other libraries that derive from them and go on to an activation (timm's ``BatchNormAct2d``).
 Replacing ``forward`` of the layers would lose what such a layer does besides.
 
 Not seen are ``torch.batch_norm`` called directly, a function that was imported by name
@@ -25,9 +25,9 @@ from gradaccum.errors import UnsupportedError
 from gradaccum.whole_batch.interception import Handlers, Replacement
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Call:
-    """One training-mode call of ``batch_norm``.
+    """One training-mode call of ``batch_norm``, with its arguments in torch's order.
 
     Attributes:
         input: ``[n, C, ...]``.
@@ -74,17 +74,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if training:
-        found = calls.answer(
-            Call(
-                input=input,
-                running_mean=running_mean,
-                running_var=running_var,
-                weight=weight,
-                bias=bias,
-                momentum=momentum,
-                eps=eps,
-            )
-        )
+        found = calls.answer(Call(input, running_mean, running_var, weight, bias, momentum, eps))
         if found is not None:
             return found
     return _replacement.original(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -129,13 +119,9 @@ class Layers:
         known: Tensor | None = call.running_mean if call.running_mean is not None else call.weight
         return self.name(call), call.input.shape[1] if known is None else id(known)
 
-    def has(self, call: Call) -> bool:
-        """Whether the call is known to come from one of the layers."""
-        return self._of(call) is not None
-
     def may_have(self, call: Call) -> bool:
         """Whether the call came from one of the layers; True where it has no tensor by which that could be told."""
-        return self.has(call) or (call.running_mean is None and call.weight is None and call.bias is None)
+        return self._of(call) is not None or (call.running_mean is None and call.weight is None and call.bias is None)
 
     def count(self, call: Call, *, is_new: bool) -> None:
         """Sets the layer's count to that of its calls so far, of which this is one more if it is new."""

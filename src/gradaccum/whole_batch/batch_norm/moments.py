@@ -54,6 +54,7 @@ class Moments(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Mean and variance."""
         mean, var = moments(x)
         ctx.save_for_backward(x, mean)
         ctx.check = check
@@ -61,6 +62,7 @@ class Moments(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        """``dx``, as in the formulas above."""
         ctx.check()
         dmean, dvar = cast(tuple[Tensor, Tensor], gradients)
         x, mean = ctx.saved_tensors
@@ -84,6 +86,7 @@ class Normalize(Function):
         eps: float,
         check: Callable[[], None],
     ) -> Tensor:
+        """The normalised rows."""
         ctx.save_for_backward(x, mean, var, weight)
         ctx.eps, ctx.check = eps, check
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -92,6 +95,7 @@ class Normalize(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """``dx``, ``dmean``, ``dvar`` as in the formulas above, and those of weight and bias."""
         ctx.check()
         (dy,) = cast(tuple[Tensor], gradients)
         x, mean, var, weight = ctx.saved_tensors

@@ -2,9 +2,9 @@
 
 In lockstep the graphs of all micro-batches are alive, as the whole batch's would be.
 
-Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward wants
-them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and back
-ahead of need, in the reverse of the order in which they were saved. Lockstep saves layer by layer, over all
+Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
+wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
+back ahead of need, in the reverse of the order in which they were saved. Lockstep saves layer by layer, over all
 micro-batches, and the backward wants them layer by layer, so the order holds but for branches. The idea is that of
 torch.autograd.graph.save_on_cpu, which copies all of it, every time, in the stream that computes.
 
@@ -18,7 +18,8 @@ Recompute (`recomputed`). With each block behind a checkpoint (Chen et al. 2016,
 Memory Cost", arXiv 1604.06174) what waits for the backward is the blocks' inputs, and what one block makes while it is
 run again. A block is a child of a ``Sequential`` or a ``ModuleList`` that has children itself: a residual block, a
 transformer layer. Where blocks nest there is a choice: few large ones keep little and make much again at once, many
-small ones the other way round. Counted in layers, as if each made a tensor of one size, the level is taken with the least
+small ones the other way round. Counted in layers, as if each made a tensor of one size, that level is taken with the
+least
 
     blocks + layers outside of blocks + layers of the largest block
 
@@ -29,8 +30,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,31 +46,32 @@ _MAX_LOOKED_AT = 64
 
 
 class Transfer(Protocol):
-    """Between device and host."""
+    """Copies tensors between device and host."""
 
     def out(self, tensor: Tensor) -> Any:
         """A copy of the tensor outside of the device's memory."""
         ...
 
-    def back(self, host: Any) -> tuple[Tensor, Any]:
-        """A copy of that on the device, and what `arrive` needs; the values may still be on their way."""
-        ...
-
-    def arrive(self, tensor: Tensor, sent: Any) -> None:
-        """Makes whoever computes now wait for the values."""
+    def back(self, host: Any) -> Callable[[], Tensor]:
+        """Starts copying that back to the device; what it returns gives the tensor, and waits for its values."""
         ...
 
 
+@dataclass(eq=False, kw_only=True)
 class Kept:
-    """A saved tensor that is not on the device, or on its way back."""
+    """A saved tensor in host memory.
 
-    __slots__ = ("__weakref__", "back", "host", "index", "num_bytes")
+    Attributes:
+        host: what `Transfer.out` returned.
+        index: how many were saved before it.
+        num_bytes: of the tensor.
+        arrive: what `Transfer.back` returned, while the tensor is on its way back ahead of need.
+    """
 
-    def __init__(self, host: Any, index: int, num_bytes: int) -> None:
-        self.host = host
-        self.index = index
-        self.num_bytes = num_bytes
-        self.back: tuple[Tensor, Any] | None = None
+    host: Any
+    index: int
+    num_bytes: int
+    arrive: Callable[[], Tensor] | None = None
 
 
 class HostMemory:
@@ -101,11 +104,10 @@ class HostMemory:
         }
         self._copied: dict[int, tuple[weakref.ref[UntypedStorage], dict[Any, weakref.ref[Kept]]]] = {}
         self._order: list[weakref.ref[Kept]] = []
-        self._ahead: list[weakref.ref[Kept]] = []
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While held, what this thread saves is copied out."""
+        """Context manager in which what this thread saves is copied out."""
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             yield
 
@@ -122,7 +124,7 @@ class HostMemory:
         reference = copies.get(key)
         kept = None if reference is None else reference()
         if kept is None:
-            kept = Kept(self._transfer.out(tensor.detach()), len(self._order), tensor.nbytes)
+            kept = Kept(host=self._transfer.out(tensor.detach()), index=len(self._order), num_bytes=tensor.nbytes)
             copies[key] = weakref.ref(kept)
             self._order.append(weakref.ref(kept))
         return kept
@@ -131,25 +133,23 @@ class HostMemory:
         """The saved tensor, back on the device."""
         if isinstance(kept, Tensor):
             return kept
-        tensor, sent = self._transfer.back(kept.host) if kept.back is None else kept.back
-        kept.back = None
+        arrive = self._transfer.back(kept.host) if kept.arrive is None else kept.arrive
+        kept.arrive = None
         self._send_ahead(kept.index)
-        self._transfer.arrive(tensor, sent)
-        return tensor
+        return arrive()
 
     def _send_ahead(self, index: int) -> None:
         """Starts on what was saved before that, which is wanted next."""
-        self._ahead = [one for one in self._ahead if (kept := one()) is not None and kept.back is not None]
-        on_its_way = sum(kept.num_bytes for one in self._ahead if (kept := one()) is not None)
+        on_its_way = 0
         for reference in reversed(self._order[max(0, index - _MAX_LOOKED_AT) : index]):
             kept = reference()
-            if kept is None or kept.back is not None:
+            if kept is None:
                 continue
             on_its_way += kept.num_bytes
             if on_its_way > self._ahead_bytes:
                 return
-            kept.back = self._transfer.back(kept.host)
-            self._ahead.append(reference)
+            if kept.arrive is None:
+                kept.arrive = self._transfer.back(kept.host)
 
     def _is_copied(self, tensor: Tensor) -> bool:
         if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
@@ -175,21 +175,23 @@ class CudaTransfer:
         tensor.record_stream(self._stream)  # its memory is not given to others before it has been read
         return host
 
-    def back(self, host: Any) -> tuple[Tensor, Any]:
+    def back(self, host: Any) -> Callable[[], Tensor]:
         """See `Transfer`; behind the copies out, since they share the stream."""
         with torch.cuda.stream(self._stream):
             tensor = host.to(self._device, non_blocking=True)
-            return tensor, self._stream.record_event()
+            sent = self._stream.record_event()
 
-    def arrive(self, tensor: Tensor, sent: Any) -> None:
-        """See `Transfer`."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(sent)
-        tensor.record_stream(current)
+        def arrive() -> Tensor:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(sent)
+            tensor.record_stream(current)
+            return tensor
+
+        return arrive
 
 
 def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks to be run again; none is part of another.
+    """The blocks of the models that are worth running again; none is part of another.
 
     Raises:
         UnsupportedError: there are none.
@@ -223,7 +225,7 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While held, these modules keep their inputs alone, and run again in the backward."""
+    """Context manager in which these modules keep only their inputs, and run again in the backward."""
     from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
 
     before = [block.__dict__.get("forward") for block in blocks]

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import torch
 
 from gradaccum.errors import UnsupportedError
-from gradaccum.whole_batch.lockstep.micro_batch_state import ThreadState
+from gradaccum.whole_batch.lockstep.micro_batch_state import carry_thread_state
 
 
 class Abandoned(BaseException):
@@ -142,7 +142,7 @@ class Conductor:
 
     def __init__(self, device: torch.device, switched: Sequence[Switched], run_one: Callable[[Member], Any]) -> None:
         self.is_abandoned = False
-        self._state = ThreadState.here(device)
+        self._in_state = carry_thread_state(device)
         self._switched = switched
         self._run_one = run_one
         self._members: list[Member] = []
@@ -168,7 +168,7 @@ class Conductor:
 
     def run_one(self, member: Member) -> Any:
         """Called by the member's thread."""
-        return self._state.run(lambda: self._run_one(member))
+        return self._in_state(lambda: self._run_one(member))
 
     def _advance(self, member: Member, answer: Any) -> None:
         default_dtype = torch.get_default_dtype()

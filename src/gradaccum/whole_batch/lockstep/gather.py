@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from gradaccum.split.packing import restore_order
 from gradaccum.types import Rows, num_rows
 from gradaccum.whole_batch.interception import Handlers
 from gradaccum.whole_batch.lockstep.conductor import Member
+from gradaccum.whole_batch.outputs import CONCAT
 
 
 def gather(x: Tensor) -> Tensor:
@@ -73,12 +73,9 @@ class Gathers:
         """Context manager in which this thread's calls are those of this micro-batch."""
         return _calls.in_forward(functools.partial(self._first, member))
 
-    @contextmanager
-    def in_backward(self) -> Iterator[None]:
+    def in_backward(self) -> AbstractContextManager[None]:
         """Context manager in which calls outside of a forward are those of checkpoints."""
-        with _calls.in_backward(self._again):
-            yield
-        self._gathered.clear()
+        return _calls.in_backward(self._again)
 
     def _first(self, member: Member, x: Tensor) -> Tensor:
         return member.meet("gather", "ga.gather", (x, torch.is_grad_enabled()), self._join)
@@ -125,13 +122,14 @@ class Gathers:
         """What each micro-batch had brought."""
         if self._are_slices:
             return whole.split(rows)
-        return [whole[piece.to(whole.device) if isinstance(piece, Tensor) else piece] for piece in self._pieces]
+        return [CONCAT.part(whole, piece) for piece in self._pieces]
 
     def _in_order(self, tensors: list[Tensor]) -> Tensor:
         for piece, x in zip(self._pieces, tensors, strict=True):
             if len(x) != num_rows(piece):
                 raise BatchError(
-                    f"ga.gather got {len(x)} rows in a micro-batch of {num_rows(piece)} samples, whose order in the batch is its "
-                    "split's. With one row for each sample they can be put back in the batch's order; others cannot."
+                    f"ga.gather got {len(x)} rows in a micro-batch of {num_rows(piece)} samples, whose order in the "
+                    "batch is its split's. With one row for each sample they can be put back in the batch's order; "
+                    "others cannot."
                 )
         return restore_order(self._pieces, tensors)

@@ -1,10 +1,10 @@
 """The runner for layers over the whole batch: BatchNorm, `gather`.
 
-In lockstep, micro-batches are treated as ranks in time. Each runs in a thread of its own, one at a time (`conductor`), and at every
-layer over the batch they meet: SyncBatchNorm's exchange, between micro-batches instead of devices. Then one ordinary
-backward runs over all losses: the graphs are joined through the statistics, so torch's own engine sums over the batch
-where that is due. No thread waits in a backward. On CUDA it would wait for ever: one thread of the engine serves all
-backwards of a device (pytorch#18949).
+In lockstep, micro-batches are treated as ranks in time. Each runs in a thread of its own, one at a time (`conductor`),
+and at every layer over the batch they meet: SyncBatchNorm's exchange, between micro-batches instead of devices. Then
+one ordinary backward runs over all losses: the graphs are joined through the statistics, so torch's own engine sums
+over the batch where that is due. No thread waits in a backward. On CUDA it would wait for ever: one thread of the
+engine serves all backwards of a device (pytorch#18949).
 
 The price is memory: all graphs are alive, as the whole batch's would be, because the gradient of any sample needs those
 of all others at every layer. What can be chosen is where they live, or that they are made again (`activations`). Less

@@ -1,10 +1,11 @@
 """What belongs to one micro-batch in lockstep, while the process or the thread has but one of it.
 
-`ThreadState` is carried into the threads of micro-batches. A new thread starts with gradients on, without autocast, on
-the first device and its default stream, and with no modes or hooks. Whoever calls the training step under one of these
-means it for the forward, too. Carried are gradient mode, autocast with its dtypes, CUDA device and stream, the default
-device, torch-function and dispatch modes, hooks on saved tensors, and context variables. Anomaly mode and deterministic
-algorithms are the process's, and need no carrying. Not carried: torch.profiler's recording, and modes of torch.func.
+A thread's state is carried into the threads of micro-batches. A new thread starts with gradients on, without autocast,
+on the first device and its default stream, and with no modes or hooks. Whoever calls the training step under one of
+these means it for the forward, too. Carried are gradient mode, autocast with its dtypes, CUDA device and stream, the
+default device, torch-function and dispatch modes, hooks on saved tensors, and context variables. Anomaly mode and
+deterministic algorithms are the process's, and need no carrying. Not carried: torch.profiler's recording, and modes of
+torch.func.
 
 `Streams` and `Attributes` are switched whenever another micro-batch runs (`conductor.Switched`).
 """
@@ -15,7 +16,6 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -30,66 +30,47 @@ Result = TypeVar("Result")
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ThreadState:
-    """The state of one thread."""
+def carry_thread_state(device: torch.device) -> Callable[[Callable[[], Result]], Result]:
+    """What runs a function in another thread under the calling thread's state of now.
 
-    is_grad_enabled: bool
-    autocast: Sequence[tuple[str, bool, torch.dtype]]
-    is_autocast_cached: bool
-    cuda: tuple[int, Any] | None
-    device_context: Any
-    function_modes: Sequence[Any]
-    dispatch_modes: Sequence[Any]
-    saved_tensor_hooks: tuple[Callable[..., Any], Callable[..., Any]] | None
-    variables: contextvars.Context
+    The other thread's own state is not put back in all: it is meant to end then.
 
-    @staticmethod
-    def here(device: torch.device) -> ThreadState:
-        """Of the calling thread.
+    Args:
+        device: the models'.
+    """
+    scopes: list[Callable[[], AbstractContextManager[Any]]] = [
+        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())
+    ]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        scopes.append(functools.partial(torch.cuda.device, torch.cuda.current_device()))
+        scopes.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
+    for kind in {"cpu", device.type}:
+        if torch.is_autocast_enabled(kind):  # the context that nests: leaving an inner one keeps the outer one's cache
+            dtype, is_cached = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+            scopes.append(functools.partial(torch.autocast, kind, dtype=dtype, cache_enabled=is_cached))
+    modes = overrides._get_current_function_mode_stack()
+    scopes.append(functools.partial(_modes, modes, overrides._push_mode, overrides._pop_mode))
+    modes = dispatch._get_current_dispatch_mode_stack()
+    scopes.append(functools.partial(_modes, modes, dispatch._push_mode, dispatch._pop_mode))
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        scopes.append(functools.partial(torch.autograd.graph.saved_tensors_hooks, *hooks))
+    device_context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    variables = contextvars.copy_context()
 
-        Args:
-            device: the models'.
-        """
-        types = {"cpu", device.type}
-        uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return ThreadState(
-            is_grad_enabled=torch.is_grad_enabled(),
-            autocast=[(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types],
-            is_autocast_cached=torch.is_autocast_cache_enabled(),
-            cuda=(torch.cuda.current_device(), torch.cuda.current_stream()) if uses_cuda else None,
-            device_context=getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
-            function_modes=overrides._get_current_function_mode_stack(),
-            dispatch_modes=dispatch._get_current_dispatch_mode_stack(),
-            saved_tensor_hooks=_autograd._top_saved_tensors_default_hooks(True),
-            variables=contextvars.copy_context(),
-        )
-
-    def run(self, function: Callable[[], Result]) -> Result:
-        """Calls the function in this thread, under that state; the thread's own is not put back."""
-        return self.variables.copy().run(self._run, function)
-
-    def _run(self, function: Callable[[], Result]) -> Result:
-        if self.cuda is not None:
-            torch.cuda.set_device(self.cuda[0])
-            torch.cuda.set_stream(self.cuda[1])
-        torch._GLOBAL_DEVICE_CONTEXT.device_context = self.device_context
+    def run(function: Callable[[], Result]) -> Result:
+        torch._GLOBAL_DEVICE_CONTEXT.device_context = device_context
         with ExitStack() as held:
-            held.enter_context(torch.set_grad_enabled(self.is_grad_enabled))
-            for kind, is_enabled, dtype in self.autocast:
-                if is_enabled:  # the context that nests: leaving an inner one keeps the outer one's cache
-                    cached = self.is_autocast_cached
-                    held.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
-            held.enter_context(_modes(self.function_modes, overrides._push_mode, overrides._pop_mode))
-            held.enter_context(_modes(self.dispatch_modes, dispatch._push_mode, dispatch._pop_mode))
-            if self.saved_tensor_hooks is not None:
-                held.enter_context(torch.autograd.graph.saved_tensors_hooks(*self.saved_tensor_hooks))
+            for scope in scopes:
+                held.enter_context(scope())
             return function()
+
+    return lambda function: variables.copy().run(run, function)
 
 
 @contextmanager
 def _modes(modes: Sequence[Any], push: Callable[[Any], None], pop: Callable[..., Any]) -> Iterator[None]:
-    """Puts modes up that are up already elsewhere: their own ``__enter__`` has been called there."""
+    """Puts modes up that are up in another thread, without their ``__enter__``, which has been called there."""
     for mode in modes:
         push(mode)
     try:
@@ -214,7 +195,7 @@ def _delattr(module: nn.Module, name: str) -> None:
 # Replaced for the process, because nothing local sees that an attribute is set. Python looks `__setattr__` up on the
 # class, never on the instance. Comparing `module.__dict__` before and after each switch sees changes, but not that a
 # micro-batch has set the value that was there (another one's size, which then is not its own), cannot tell a counter
-# that all share from a value of its own, and takes 100 us for 160 modules where the switch takes 15.
+# that all share from a value of its own, and takes 140 us for 160 modules where the switch takes 15.
 _setters = Handlers()
 _set = Replacement(nn.Module, "__setattr__", _setattr)
 _delete = Replacement(nn.Module, "__delattr__", _delattr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,7 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from gradaccum.memory.live_bytes import LiveBytes
-from gradaccum.whole_batch.lockstep.host import CudaTransfer, HostMemory
-from gradaccum.whole_batch.lockstep.lockstep import Lockstep
-from gradaccum.whole_batch.lockstep.recompute import find_blocks, recomputed
+from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from normed import ResNet, assert_like_whole, classes_loss, make_batches, make_network, sgd
 
 # The issue's.
@@ -29,42 +28,46 @@ class NumpyTransfer:
     """Copies that `LiveBytes` does not see, as if the host were another machine: what it sees is the device."""
 
     def __init__(self) -> None:
-        self.bytes_out = self.num_out = self.num_back = self.num_arrived = 0
+        self.num_out = self.num_back = self.num_arrived = 0
 
     def out(self, tensor: Tensor) -> Any:
-        self.bytes_out += tensor.nbytes
         self.num_out += 1
         return np.array(tensor.numpy(), order="K", copy=True)
 
-    def back(self, host: Any) -> tuple[Tensor, Any]:
+    def back(self, host: Any) -> Callable[[], Tensor]:
         self.num_back += 1
-        return torch.from_numpy(host).clone(memory_format=torch.preserve_format), None
+        tensor = torch.from_numpy(host).clone(memory_format=torch.preserve_format)
 
-    def arrive(self, tensor: Tensor, sent: Any) -> None:
-        self.num_arrived += 1
+        def arrive() -> Tensor:
+            self.num_arrived += 1
+            return tensor
+
+        return arrive
 
 
-def peak_of(
-    micro_batch_size: int, transfer: NumpyTransfer | None = None, *, blocks: int = 6, **options: Any
-) -> tuple[int, dict[str, Tensor]]:
+@contextmanager
+def on_other_machine(transfer: NumpyTransfer, *, min_bytes: int, ahead_bytes: int = 0) -> Iterator[None]:
+    """``activations="host"`` copies by this, and not by CUDA."""
+
+    def host_memory(models: Sequence[nn.Module], device: torch.device) -> HostMemory:
+        return HostMemory(models, transfer, min_bytes=min_bytes, ahead_bytes=ahead_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradaccum.whole_batch.lockstep.lockstep._host_memory", host_memory)
+        yield
+
+
+def peak_of(micro_batch_size: int, *, blocks: int = 6, **options: Any) -> tuple[int, dict[str, Tensor]]:
     """Peak bytes of one update besides what is there before, and the parameters after it."""
     torch.manual_seed(0)
     model = ResNet(channels=16, blocks=blocks)
     step = ga.TrainStep(model, sgd(model), classes_loss, micro_batch_size=micro_batch_size, **options)
-    if transfer is not None:
-        runner: Any = step._runner
-        assert isinstance(runner, Lockstep)
-        object.__setattr__(runner, "host_memory", lambda models, device: on_other_machine(models, transfer))
     batches = make_batches(2, rows=ROWS, dtype=torch.float32)
     step(batches[0])
     gc.collect()
     with LiveBytes() as memory:
         step(batches[1])
     return memory.peak, {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def on_other_machine(models: Sequence[nn.Module], transfer: NumpyTransfer) -> HostMemory:
-    return HostMemory(models, transfer, min_bytes=1 << 10, ahead_bytes=0)
 
 
 # ------------------------------------------------------------------------------------------------------- peaks
@@ -79,7 +82,8 @@ def test_recompute_takes_little_of_the_whole_batchs_memory() -> None:
 def test_host_leaves_little_on_the_device() -> None:
     whole, expected = peak_of(ROWS, batch_norm="exact")
     transfer = NumpyTransfer()
-    peak, parameters = peak_of(4, transfer, batch_norm="exact", activations="host")
+    with on_other_machine(transfer, min_bytes=1 << 10):
+        peak, parameters = peak_of(4, batch_norm="exact", activations="host")
     assert peak <= ON_DEVICE * whole, f"{peak / whole:.3f} of the whole batch's"
     assert transfer.num_arrived >= transfer.num_out > 0
     for name, parameter in parameters.items():
@@ -112,19 +116,9 @@ def test_peaks_do_not_grow_with_the_number_of_updates() -> None:
 def test_whatever_ahead_is_sent_the_gradient_is_the_same() -> None:
     for ahead in (0, 1 << 14, 1 << 30):
         transfer = NumpyTransfer()
-        model = make_network("branching")
-        assert_like_whole_on_host(model, transfer, ahead)
+        with on_other_machine(transfer, min_bytes=1, ahead_bytes=ahead):
+            assert_like_whole(make_network("branching"), make_batches(2), micro_batch_size=4, activations="host")
         assert transfer.num_back >= transfer.num_arrived >= transfer.num_out
-
-
-def assert_like_whole_on_host(model: nn.Module, transfer: NumpyTransfer, ahead: int) -> None:
-    import gradaccum.whole_batch.lockstep.lockstep as runner
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runner, "_host_memory", lambda models, device: HostMemory(models, transfer, min_bytes=1, ahead_bytes=ahead)
-        )
-        assert_like_whole(model, make_batches(2), micro_batch_size=4, activations="host")
 
 
 def test_a_tensor_saved_twice_is_copied_once() -> None:
