@@ -13,19 +13,17 @@ from torch.utils.checkpoint import checkpoint
 import gradaccum as ga
 from gradaccum.whole_batch.batch_norm.layers import Call, Layers, batch_norms, refuse_unseen
 from normed import (
-    NORMED,
     ROWS,
     Batch,
     ResNet,
     WithActivation,
+    assert_like_whole,
     buffers_of,
-    classes_loss,
     make_batches,
     make_network,
-    sgd,
     trained,
 )
-from oracle import assert_same, assert_same_gradients, whole_batches
+from oracle import assert_same_gradients
 
 
 def call_of(layer: nn.modules.batchnorm._BatchNorm) -> Call:
@@ -74,7 +72,7 @@ def test_layers_that_synchronise_by_themselves_are_refused(monkeypatch: pytest.M
     refuse_unseen([model.eval()], wanted="this")
 
 
-# ---------------------------------------------------------------------------------------------------------------- frozen
+# -------------------------------------------------------------------------------------------------------------- frozen
 def settled(name: str) -> nn.Module:
     """With running statistics of its own."""
     model = make_network(name)
@@ -98,9 +96,9 @@ def test_the_whole_batch_with_layers_in_evaluation_mode(name: str, lockstep: boo
     model = settled(name)
     whole = in_evaluation(copy.deepcopy(model))
     before, modes = buffers_of(model), [module.training for module in model.modules()]
-    batches = make_batches(3)
-    made, _ = trained(model, batches, micro_batch_size=size, batch_norm="frozen", lockstep=lockstep)
-    assert_same(made, whole_batches(whole, sgd(whole), batches, classes_loss), tolerance=NORMED)
+    assert_like_whole(
+        model, make_batches(3), whole=whole, micro_batch_size=size, batch_norm="frozen", lockstep=lockstep
+    )
     assert_same_gradients(buffers_of(model), before, tolerance=0)
     assert [module.training for module in model.modules()] == modes
 
@@ -124,9 +122,7 @@ def test_a_checkpoint_runs_again_with_the_same_statistics() -> None:
 
     model = Net()
     whole = in_evaluation(copy.deepcopy(model))
-    batches = make_batches(2)
-    made, _ = trained(model, batches, micro_batch_size=4, batch_norm="frozen")
-    assert_same(made, whole_batches(whole, sgd(whole), batches, classes_loss), tolerance=NORMED)
+    assert_like_whole(model, make_batches(2), whole=whole, micro_batch_size=4, batch_norm="frozen")
 
 
 def test_modes_are_put_back_after_an_error() -> None:

@@ -17,9 +17,10 @@ from gradaccum.memory.live_bytes import LiveBytes
 from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from normed import ResNet, assert_like_whole, classes_loss, make_batches, make_network, sgd
 
-# The issue's.
+# What is left on the device, as a part of what the whole batch takes there; the last two are the issue's.
+ON_DEVICE = 1.15
 RECOMPUTED = 0.6
-ON_DEVICE = 0.25
+ON_HOST = 0.25
 
 ROWS = 32
 
@@ -71,30 +72,18 @@ def peak_of(micro_batch_size: int, *, blocks: int = 6, **options: Any) -> tuple[
 
 
 # ------------------------------------------------------------------------------------------------------- peaks
-def test_recompute_takes_little_of_the_whole_batchs_memory() -> None:
-    whole, expected = peak_of(ROWS, batch_norm="exact")
-    peak, parameters = peak_of(4, batch_norm="exact", activations="recompute")
-    assert peak <= RECOMPUTED * whole, f"{peak / whole:.3f} of the whole batch's"
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5)
-
-
-def test_host_leaves_little_on_the_device() -> None:
+@pytest.mark.parametrize(("activations", "most"), [("device", ON_DEVICE), ("recompute", RECOMPUTED), ("host", ON_HOST)])
+def test_peaks_as_parts_of_the_whole_batchs(activations: str, most: float) -> None:
+    """Saved are BatchNorm's input and the ReLU's output, in both; lockstep has no micro-batch's graph twice."""
     whole, expected = peak_of(ROWS, batch_norm="exact")
     transfer = NumpyTransfer()
     with on_other_machine(transfer, min_bytes=1 << 10):
-        peak, parameters = peak_of(4, batch_norm="exact", activations="host")
-    assert peak <= ON_DEVICE * whole, f"{peak / whole:.3f} of the whole batch's"
-    assert transfer.num_arrived >= transfer.num_out > 0
+        peak, parameters = peak_of(4, batch_norm="exact", activations=activations)
+    assert peak <= most * whole, f"{peak / whole:.3f} of the whole batch's"
+    assert transfer.num_arrived >= transfer.num_out
+    assert (transfer.num_out > 0) == (activations == "host")
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5)
-
-
-def test_device_takes_what_the_whole_batch_takes() -> None:
-    """Saved are BatchNorm's input and the ReLU's output, in both; lockstep has no micro-batch's graph twice."""
-    whole, _ = peak_of(ROWS, batch_norm="exact")
-    peak, _ = peak_of(4, batch_norm="exact")
-    assert peak <= 1.15 * whole, f"{peak / whole:.3f} of the whole batch's"
 
 
 def test_peaks_do_not_grow_with_the_number_of_updates() -> None:

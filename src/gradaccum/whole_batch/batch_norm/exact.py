@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.errors import BatchError, UnsupportedError
-from gradaccum.whole_batch.batch_norm.layers import Call, Layers, calls, refuse_unseen, replaced
+from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
 from gradaccum.whole_batch.batch_norm.moments import Merging, Moments, Normalize, Share, advance
 
 Meet = Callable[[Any, str, Any, Callable[[Sequence[Any]], Any]], Any]
@@ -61,7 +61,6 @@ class Exact:
     """
 
     def __init__(self, models: Sequence[nn.Module], *, across_ranks: AcrossRanks | None = None) -> None:
-        self._models = models
         self._layers = Layers(models)
         self._merge = Merging()
         self._across_ranks = across_ranks
@@ -72,17 +71,14 @@ class Exact:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context manager in which the batch runs; on success the running statistics advance."""
-        refuse_unseen(self._models, wanted='batch_norm="exact"')
-        with replaced():
-            try:
+        try:
+            with answered(self._layers, wanted='batch_norm="exact"'):
                 yield
-            except BaseException:
-                self._layers.undo_counts()
-                raise
-            finally:
-                self._statistics.clear()
-        for call, whole in self._advances:
-            advance(call, whole)
+            for call, whole in self._advances:
+                advance(call, whole)
+        finally:  # the graph refers to these by `_check`, and they to the graph: a cycle that keeps the memory
+            self._statistics.clear()
+            self._advances.clear()
 
     def forward(self, meet: Meet) -> AbstractContextManager[None]:
         """Context manager in which this thread runs the forward of one micro-batch."""
@@ -189,9 +185,8 @@ class Whole:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context manager in which batches run, by `forward`."""
-        refuse_unseen(self._models, wanted='batch_norm="exact"')
         self._layers = Layers(self._models)
-        with replaced(), calls.in_backward(self._again):
+        with answered(self._layers, wanted='batch_norm="exact"'), calls.in_backward(self._again):
             yield
 
     def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradaccum import tree
 from gradaccum.errors import UnsupportedError
 from gradaccum.types import GhostBatch
-from gradaccum.whole_batch.batch_norm.layers import Call, Layers, calls, refuse_unseen, replaced
+from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
 from gradaccum.whole_batch.batch_norm.moments import Merging, Share, advance, moments
 
 
@@ -48,17 +48,12 @@ class Ghosts:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context manager in which one update's micro-batches run; on success the running statistics advance."""
-        refuse_unseen(self._models, wanted="ga.GhostBatch")
-        self._layers = Layers(self._models)
-        try:
-            with replaced(), calls.in_backward(self._again):
+        self._layers, self._seen = Layers(self._models), {}
+        with answered(self._layers, wanted="ga.GhostBatch"):
+            with calls.in_backward(self._again):
                 yield
             self._advance()
-        except BaseException:
-            self._layers.undo_counts()
-            raise
-        finally:
-            self._seen.clear()
+        self._seen.clear()
 
     def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """``run_one`` of a micro-batch, normalised group by group."""

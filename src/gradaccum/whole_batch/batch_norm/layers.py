@@ -86,6 +86,22 @@ _replacement = Replacement(F, "batch_norm", _batch_norm)
 replaced = _replacement.held
 
 
+@contextmanager
+def answered(layers: Layers, *, wanted: str) -> Iterator[None]:
+    """Context manager in which a batch runs whose BatchNorm calls go to `calls`; an error puts the counts back.
+
+    Raises:
+        UnsupportedError: calls of the models cannot be seen.
+    """
+    refuse_unseen(layers.models, wanted=wanted)
+    try:
+        with replaced():
+            yield
+    except BaseException:
+        layers.undo_counts()
+        raise
+
+
 class Layers:
     """The models' layers during one batch: which of them a call came from, and how often each was called.
 
@@ -97,12 +113,12 @@ class Layers:
         self._by_tensor: dict[int, tuple[str, _BatchNorm]] = {}
         self._counts: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a layer: its count, and what it was before
         self._num_calls: Counter[int] = Counter()
-        many = list(models)
-        for i, model in enumerate(many):
+        self.models = list(models)
+        for i, model in enumerate(self.models):
             for name, module in model.named_modules():
                 if not isinstance(module, _BatchNorm):
                     continue
-                layer = (f"{i}." if len(many) > 1 else "") + (name or type(module).__name__), module
+                layer = (f"{i}." if len(self.models) > 1 else "") + (name or type(module).__name__), module
                 for tensor in (module.running_mean, module.weight, module.bias):
                     if tensor is not None:
                         self._by_tensor.setdefault(id(tensor), layer)

@@ -163,7 +163,12 @@ class Conductor:
                 answer = self._combined()
             return [member.result for member in self._members]
         except BaseException:
-            self._abandon()
+            self.is_abandoned = True
+            for member in self._members:  # all of them before the first is waited for: Ctrl-C may come again
+                member.abandon()
+            for member in self._members:
+                member.join()
+            self._members.clear()
             raise
 
     def run_one(self, member: Member) -> Any:
@@ -203,14 +208,6 @@ class Conductor:
         for member in self._members:
             member.meeting = None
         return first.combine(brought)
-
-    def _abandon(self) -> None:
-        self.is_abandoned = True
-        for member in self._members:
-            member.abandon()
-        for member in self._members:
-            member.join()
-        self._members.clear()
 
 
 def _release(lock: threading.Lock) -> None:
