@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,11 +105,9 @@ class HostMemory:
         self._copied: dict[int, tuple[weakref.ref[UntypedStorage], dict[Any, weakref.ref[Kept]]]] = {}
         self._order: list[weakref.ref[Kept]] = []
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Context manager in which what this thread saves is copied out."""
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept for a saved tensor."""
