@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,8 +18,7 @@ from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
-from gradaccum.whole_batch.layers import ADVICE, BatchNorm, LayerOptions
-from gradaccum.whole_batch.runners import Combine, choose_runner
+from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
@@ -119,8 +119,18 @@ class TrainStep:
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
-        layers = LayerOptions(batch_norm=batch_norm, lockstep=lockstep, activations=activations)
-        self._split = layers.split(split, max_rows=self._max_rows)
+        run_options = RunnerOptions(
+            loss_fn=loss_fn,
+            forward=forward,
+            batch_loss=batch_loss,
+            combine=combine,
+            kept_graphs=kept_graphs,
+            weights=weights,
+            batch_norm=batch_norm,
+            lockstep=lockstep,
+            activations=activations,
+        )
+        self._split = run_options.split(split, max_rows=self._max_rows)
         self._weights = weights
         models = guards.as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
@@ -137,27 +147,16 @@ class TrainStep:
         self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
-            loss_fn, forward = self._any_rows.marking(loss_fn), self._any_rows.marking(forward)
-        self._runner = choose_runner(
-            model,
-            models,
-            loss_fn=loss_fn,
-            forward=forward,
-            batch_loss=batch_loss,
-            combine=combine,
-            kept_graphs=kept_graphs,
-            split=self._split,
-            weights=weights,
-            layers=layers,
-            ranks=self._accumulation.ranks,
-        )
+            marking = self._any_rows.marking
+            run_options = dataclasses.replace(run_options, loss_fn=marking(loss_fn), forward=marking(forward))
+        self._runner = choose_runner(run_options, model, models, split=self._split, ranks=self._accumulation.ranks)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
             self._fitting = Fitting(
                 self._split,
                 self._accumulation,
-                by_time=batch_loss is None and not layers.is_lockstep,
-                advice=ADVICE if layers.is_lockstep else "",
+                by_time=batch_loss is None and not run_options.is_lockstep,
+                advice=ADVICE if run_options.is_lockstep else "",
                 agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
             )
         total = progress if not isinstance(progress, bool) else None

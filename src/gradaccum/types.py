@@ -22,6 +22,11 @@ Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
 
 
+def num_rows(rows: Rows) -> int:
+    """How many rows these are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
 class Split(Protocol):
     """How a batch is cut into micro-batches, of a size in a unit of its own: rows, or rows times their cost."""
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,27 +27,19 @@ from gradaccum.window.snapshot import Buffers, RandomState
 _ALWAYS_COPIED = 1 << 16  # elements
 
 
-@dataclass(frozen=True, slots=True)
-class AllRandomState:
-    """The state of torch's generators, of Python's, and of numpy's where it has been imported."""
+def note_random_state() -> Callable[[], None]:
+    """Notes the state of torch's, Python's and (where it is imported) numpy's generators; returns what restores it."""
+    of_torch, of_python = RandomState.now(), random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
 
-    torch: RandomState
-    python: Any
-    numpy: Any
+    def restore() -> None:
+        of_torch.restore()
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
-    @staticmethod
-    def now() -> AllRandomState:
-        """The present state."""
-        numpy: Any = sys.modules.get("numpy")
-        return AllRandomState(RandomState.now(), random.getstate(), None if numpy is None else numpy.random.get_state())
-
-    def restore(self) -> None:
-        """Makes it the present state."""
-        self.torch.restore()
-        random.setstate(self.python)
-        if self.numpy is not None:
-            numpy: Any = sys.modules["numpy"]
-            numpy.random.set_state(self.numpy)
+    return restore
 
 
 class Replay:
@@ -62,31 +53,31 @@ class Replay:
         self._models = models
         self._first = Buffers.of(models)
         self._versions = {id(buffer): buffer._version for _, _, buffer, _ in self._first.places if buffer is not None}
-        self._random = AllRandomState.now()
-        self._starts: dict[int, tuple[AllRandomState, Buffers]] = {}
+        self._restore_random = note_random_state()
+        self._starts: dict[int, tuple[Callable[[], None], Buffers]] = {}
 
     def note(self, index: int) -> None:
         """Notes where the micro-batch of this index starts from."""
-        self._starts[index] = AllRandomState.now(), self._changed()
+        self._starts[index] = note_random_state(), self._changed()
 
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
         """Runs the micro-batch of this index from where it started; leaves random state and buffers as they are now."""
-        state, buffers = self._starts.pop(index)
-        now, here = AllRandomState.now(), self._changed()
+        restore_random, buffers = self._starts.pop(index)
+        restore_present_random, here = note_random_state(), self._changed()
         self._first.restore(among=here)
         buffers.restore()
-        state.restore()
+        restore_random()
         try:
             yield
         finally:
             here.restore()
-            now.restore()
+            restore_present_random()
 
     def undo(self) -> None:
         """Puts random state and buffers back to where the first micro-batch started."""
         self._first.restore()
-        self._random.restore()
+        self._restore_random()
         self._starts.clear()
 
     def _changed(self) -> Buffers:

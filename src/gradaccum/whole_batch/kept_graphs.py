@@ -57,15 +57,13 @@ class KeptGraphs:
         left = available_bytes(device)
         if left is None:
             return len(sizes)
-        most = _USABLE.get(device.type, min(_USABLE.values()))
-        part = most if self._usable_part is None else self._usable_part
         gradients = sum(
             parameter.numel() * parameter.element_size()
             for model in self._models
             for parameter in model.parameters()
             if parameter.requires_grad and parameter.grad is None
         )
-        room = part * (left - gradients)
+        room = self._part(device) * (left - gradients)
         if sum(sizes) * self._row_bytes <= room:
             return len(sizes)
         room -= max(sizes) * self._row_bytes  # the graph of the one that is run again
@@ -87,5 +85,7 @@ class KeptGraphs:
     def failed(self, device: torch.device) -> None:
         """A window ran out of memory with the number told."""
         self._clean_windows = 0
-        part = self._usable_part or _USABLE.get(device.type, min(_USABLE.values()))
-        self._usable_part = max(part / 2, _LEAST_USABLE)
+        self._usable_part = max(self._part(device) / 2, _LEAST_USABLE)
+
+    def _part(self, device: torch.device) -> float:
+        return self._usable_part or _USABLE.get(device.type, min(_USABLE.values()))

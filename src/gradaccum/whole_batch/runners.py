@@ -1,117 +1,167 @@
-"""Which runner the options of a `TrainStep` ask for."""
+"""The options of a `TrainStep` that say how micro-batches are run, checked, and the runner that they ask for.
+
+    loss_fn                        Plain      each micro-batch has a loss: forward and backward, one after another
+    forward=, batch_loss=          TwoPass    the loss sees all outputs: two passes
+    lockstep=, batch_norm="exact"  Lockstep   layers see all micro-batches: side by side, for either kind of loss
+
+Two kinds of BatchNorm statistics are no runner but a scope around one: fixed groups (`GhostBatch`) and "frozen".
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from gradaccum.errors import LossError, WindowError
-from gradaccum.types import Split
+from gradaccum.split.by_samples import split_by_groups, split_by_samples
+from gradaccum.types import Activations, GhostBatch, Rows, Split
+from gradaccum.whole_batch.batch_norm.exact import Whole
+from gradaccum.whole_batch.batch_norm.ghost import Ghosts
+from gradaccum.whole_batch.batch_norm.layers import frozen
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
-from gradaccum.whole_batch.layers import LayerOptions, LossRunner, over_layers
+from gradaccum.whole_batch.lockstep.lockstep import Lockstep
+from gradaccum.whole_batch.outputs import CONCAT, SUM
 from gradaccum.whole_batch.two_pass import TwoPass
+from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.in_step import InStep
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.runner import Plain, Runner
 from gradaccum.window.weights import WeightsFunction
 
+BatchNorm = Literal["micro", "exact", "frozen"] | GhostBatch
 Combine = Literal["concat", "sum"]
 
+_COMBINATIONS = {"concat": CONCAT, "sum": SUM}
 
-def choose_runner(
-    model: Any,
-    models: Sequence[nn.Module],
-    *,
-    loss_fn: Callable[[Any, Any], Any] | None,
-    forward: Callable[[Any, Any], Any] | None,
-    batch_loss: Callable[[Any, Any], Any] | None,
-    combine: Combine,
-    kept_graphs: int | None,
-    split: Split,
-    weights: WeightsFunction | None,
-    layers: LayerOptions,
-    ranks: OverRanks | None,
-) -> Runner:
-    """The runner for a loss of each micro-batch, or for one of the whole batch.
+ADVICE = (
+    "In lockstep the activations of all micro-batches are kept, so smaller micro-batches save little. What can help "
+    'first: activations="host" (they wait in host memory) or "recompute" (blocks run again in the backward); '
+    'batch_norm="frozen" or ga.GhostBatch(n) need no lockstep.'
+)
+"""What to do where not even a single sample fits."""
 
-    Args:
-        model: what the user's functions are called with.
-        models: all modules, also those of the loss.
-        loss_fn: see `TrainStep`, like the others.
-        forward: see there.
-        batch_loss: see there.
-        combine: see there.
-        kept_graphs: see there.
-        split: what cuts batches.
-        weights: see there.
-        layers: what layers over the batch need.
-        ranks: the processes that train together; None where there is one.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """How the micro-batches of a batch are to be run; each field is an option of `TrainStep`.
 
     Raises:
         LossError: the options do not say which loss is meant, or say it twice.
-        WindowError: ``kept_graphs`` is no count.
+        WindowError: an option has none of its values.
     """
-    if forward is None and batch_loss is None:
-        function = _callable(loss_fn, "loss_fn", "loss_fn(model, micro_batch) that returns the loss")
-        if combine != "concat" or kept_graphs is not None:
-            raise LossError(
-                f"combine={combine!r} and kept_graphs={kept_graphs!r} say how the whole batch's outputs are had for a "
-                "loss over all of them; loss_fn sees one micro-batch after another. Pass forward= and batch_loss= in "
-                "place of loss_fn."
+
+    loss_fn: Callable[[Any, Any], Any] | None
+    forward: Callable[[Any, Any], Any] | None
+    batch_loss: Callable[[Any, Any], Any] | None
+    combine: Combine
+    kept_graphs: int | None
+    weights: WeightsFunction | None
+    batch_norm: BatchNorm
+    lockstep: bool
+    activations: Activations
+
+    def __post_init__(self) -> None:
+        self._check_layers()
+        if self.forward is None and self.batch_loss is None:
+            self._check_loss_of_micro_batches()
+        else:
+            self._check_loss_of_batch()
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether the micro-batches of a batch run side by side, from layer to layer."""
+        return self.lockstep or self.batch_norm == "exact"
+
+    def split(self, split: Split | None, *, max_rows: int | None) -> Split:
+        """The user's way to cut a batch, or the one that these options need.
+
+        Raises:
+            WindowError: groups cannot be kept together.
+        """
+        if not isinstance(self.batch_norm, GhostBatch):
+            return split_by_samples() if split is None else split
+        if split is not None and type(split) is not type(split_by_samples()):
+            raise WindowError(
+                f"{self.batch_norm!r} takes BatchNorm's statistics over consecutive samples of the batch, and split= "
+                'packs them otherwise: groups would be cut apart. Leave split= out, or use batch_norm="exact".'
             )
-        plain = LossRunner(
-            run_one=lambda micro_batch: function(model, micro_batch),
-            make=lambda run_one: _in_step(Plain(loss_of=run_one, split=split, weights=weights), run_one, ranks),
-        )
-        return over_layers(plain, layers, models, split=split, weights=weights)
-    if loss_fn is not None:
-        raise LossError(
-            "loss_fn was given, and forward= or batch_loss= too. Which of the two is the loss? loss_fn sees a "
-            "micro-batch at a time; forward and batch_loss, together, a loss over the whole batch's outputs. Pass the "
-            "one or the others."
-        )
-    output_of = _callable(forward, "forward", "forward(model, micro_batch) that returns the outputs")
-    loss_of = _callable(batch_loss, "batch_loss", "batch_loss(outputs, batch) that returns the whole batch's loss")
-    if weights is not None:
-        raise LossError(
-            "weights= counts what the means of a micro-batch's loss are over, and batch_loss has the whole batch: "
-            "its means are over all of it already. Leave weights= out."
-        )
-    if combine not in ("concat", "sum"):
-        raise LossError(
-            f'combine={combine!r}: outputs are joined along the samples ("concat"), or they are statistics and are '
-            'added up ("sum").'
-        )
-    if kept_graphs is not None and (type(kept_graphs) is not int or kept_graphs < 0):
-        raise WindowError(
-            f"kept_graphs={kept_graphs!r}: it is how many micro-batches' graphs are kept from the first pass to the "
-            "second, an int of at least 0, or None for as many as fit. The gradient does not depend on it."
-        )
-    kept = KeptGraphs(models, at_most=kept_graphs)
-    sums = combine == "sum"
-    two_pass = LossRunner(
-        run_one=lambda micro_batch: output_of(model, micro_batch),
-        make=lambda run_one: TwoPass(
-            output_of=run_one, batch_loss=loss_of, split=split, sums=sums, models=models, kept=kept
-        ),
-        batch_loss=loss_of,
-        sums=sums,
-        keeps_graphs=kept_graphs is not None,
-    )
-    return over_layers(two_pass, layers, models, split=split, weights=weights)
+        if max_rows is not None and max_rows < self.batch_norm.samples:
+            raise WindowError(
+                f"micro_batch_size={max_rows} is less than the groups of {self.batch_norm!r}, whose statistics are "
+                f"taken over {self.batch_norm.samples} samples at once. Pass micro_batch_size="
+                f"{self.batch_norm.samples} or more, or smaller groups."
+            )
+        return split_by_groups(self.batch_norm)
+
+    def _check_layers(self) -> None:
+        if self.batch_norm not in ("micro", "exact", "frozen") and not isinstance(self.batch_norm, GhostBatch):
+            raise WindowError(
+                f"batch_norm={self.batch_norm!r}: it says what BatchNorm's statistics are taken over, the whole batch "
+                '("exact"), the running ones ("frozen"), groups of n samples (ga.GhostBatch(n)), or each micro-batch '
+                '("micro"), which is not the whole batch\'s gradient.'
+            )
+        if self.activations not in get_args(Activations):
+            raise WindowError(
+                f"activations={self.activations!r}: in lockstep, what the backward needs waits for it on the device "
+                '("device"), in host memory ("host"), or is computed again ("recompute"). The gradient is the same.'
+            )
+        if self.activations != "device" and not self.is_lockstep:
+            raise WindowError(
+                f"activations={self.activations!r} says where the activations of all micro-batches wait in lockstep, "
+                f"and with batch_norm={self.batch_norm!r} one micro-batch runs after another. Leave it out, or pass "
+                'batch_norm="exact" or lockstep=True.'
+            )
+
+    def _check_loss_of_micro_batches(self) -> None:
+        _check_callable(self.loss_fn, "loss_fn", "loss_fn(model, micro_batch) that returns the loss")
+        if self.combine != "concat" or self.kept_graphs is not None:
+            raise LossError(
+                f"combine={self.combine!r} and kept_graphs={self.kept_graphs!r} say how the whole batch's outputs are "
+                "had for a loss over all of them; loss_fn sees one micro-batch after another. Pass forward= and "
+                "batch_loss= in place of loss_fn."
+            )
+
+    def _check_loss_of_batch(self) -> None:
+        if self.loss_fn is not None:
+            raise LossError(
+                "loss_fn was given, and forward= or batch_loss= too. Which of the two is the loss? loss_fn sees a "
+                "micro-batch at a time; forward and batch_loss, together, a loss over the whole batch's outputs. Pass "
+                "the one or the others."
+            )
+        _check_callable(self.forward, "forward", "forward(model, micro_batch) that returns the outputs")
+        _check_callable(self.batch_loss, "batch_loss", "batch_loss(outputs, batch) that returns the batch's loss")
+        if self.weights is not None:
+            raise LossError(
+                "weights= counts what the means of a micro-batch's loss are over, and batch_loss has the whole batch: "
+                "its means are over all of it already. Leave weights= out."
+            )
+        if self.combine not in _COMBINATIONS:
+            raise LossError(
+                f'combine={self.combine!r}: outputs are joined along the samples ("concat"), or they are statistics '
+                'and are added up ("sum").'
+            )
+        if self.kept_graphs is None:
+            return
+        if type(self.kept_graphs) is not int or self.kept_graphs < 0:
+            raise WindowError(
+                f"kept_graphs={self.kept_graphs!r}: it is how many micro-batches' graphs are kept from the first pass "
+                "to the second, an int of at least 0, or None for as many as fit. The gradient does not depend on it."
+            )
+        if self.is_lockstep:
+            raise LossError(
+                "kept_graphs= says how many micro-batches' graphs are kept, and in lockstep all of them are. Leave "
+                'it out; activations="host" or "recompute" say where they are kept.'
+            )
 
 
-def _in_step(plain: Plain, loss_of: Callable[[Any], Any], ranks: OverRanks | None) -> Runner:
-    if ranks is None or not ranks.runs_collectives:
-        return plain
-    return InStep(runner=plain, loss_of=loss_of)
-
-
-def _callable(function: Any, name: str, form: str) -> Callable[[Any, Any], Any]:
+def _check_callable(function: Any, name: str, form: str) -> None:
     if callable(function):
-        return function
+        return
     if function is None and name != "loss_fn":
         other = "batch_loss" if name == "forward" else "forward"
         raise LossError(
@@ -121,3 +171,92 @@ def _callable(function: Any, name: str, form: str) -> Callable[[Any, Any], Any]:
     raise LossError(
         f"{name} is a {type(function).__name__}, and is called for every micro-batch. Pass a function {form}."
     )
+
+
+def choose_runner(
+    options: RunnerOptions, model: Any, models: Sequence[nn.Module], *, split: Split, ranks: OverRanks | None
+) -> Runner:
+    """The runner that the options ask for.
+
+    Args:
+        options: of the `TrainStep`.
+        model: what the user's functions are called with.
+        models: all modules, also those of the loss.
+        split: what cuts batches.
+        ranks: the processes that train together; None where there is one.
+    """
+    function: Any = options.loss_fn if options.batch_loss is None else options.forward
+    run_one: Callable[[Any], Any] = functools.partial(function, model)
+    scope: Callable[[], AbstractContextManager[None]] | None = None
+    if isinstance(options.batch_norm, GhostBatch):
+        ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
+        run_one, scope = ghosts.forward(run_one), ghosts.held
+    elif options.batch_norm == "frozen":
+        scope = functools.partial(frozen, models)
+    if options.is_lockstep:
+        runner = _lockstep(options, run_one, models, split)
+    else:
+        runner = _one_after_another(options, run_one, models, split, ranks)
+    return runner if scope is None else _Scoped(runner=runner, scope=scope)
+
+
+def _one_after_another(
+    options: RunnerOptions,
+    run_one: Callable[[Any], Any],
+    models: Sequence[nn.Module],
+    split: Split,
+    ranks: OverRanks | None,
+) -> Runner:
+    if options.batch_loss is not None:
+        return TwoPass(
+            output_of=run_one,
+            batch_loss=options.batch_loss,
+            split=split,
+            combination=_COMBINATIONS[options.combine],
+            models=models,
+            kept=KeptGraphs(models, at_most=options.kept_graphs),
+        )
+    plain = Plain(loss_of=run_one, split=split, weights=options.weights)
+    if ranks is None or not ranks.runs_collectives:
+        return plain
+    return InStep(runner=plain, loss_of=run_one)
+
+
+def _lockstep(
+    options: RunnerOptions, run_one: Callable[[Any], Any], models: Sequence[nn.Module], split: Split
+) -> Runner:
+    is_exact = options.batch_norm == "exact"
+    whole = Whole(models)
+    # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
+    uncut = _one_after_another(options, whole.forward(run_one) if is_exact else run_one, models, split, ranks=None)
+    return Lockstep(
+        models=models,
+        run_one=run_one,
+        batch_loss=options.batch_loss,
+        combination=_COMBINATIONS[options.combine],
+        uncut=_Scoped(runner=uncut, scope=whole.held) if is_exact else uncut,
+        split=split,
+        weights=options.weights,
+        is_exact=is_exact,
+        activations=options.activations,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scoped:
+    """A runner whose batches run inside of a scope.
+
+    Attributes:
+        runner: runs the batch.
+        scope: makes the scope of one batch.
+    """
+
+    runner: Runner
+    scope: Callable[[], AbstractContextManager[None]]
+
+    def run(
+        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
+    ) -> None:
+        """See `Runner`."""
+        with self.scope():
+            self.runner.run(accumulation, batch, pieces, ran=ran)

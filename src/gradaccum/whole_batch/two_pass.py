@@ -9,8 +9,8 @@ its outputs alone, and these are small. With y_b = f(x_b) for the micro-batches 
 
 which is the chain rule, and exact (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
 Setup", arXiv 2101.06983). What is different here: graphs that fit are kept, so pass 2 runs only what did not fit
-(`kept_graphs`); what is run again is compared with what it gave before (`replay`); sums of statistics need no outputs
-at all (`outputs.Summed`), so a Dice loss over the batch takes the memory of four numbers.
+(`kept_graphs`); what is run again is compared with what it gave before (`forward_replay`); sums of statistics need no
+outputs at all (`outputs.SUM`), so a Dice loss over the batch takes the memory of four numbers.
 
 The micro-batches whose graphs are kept run last, so that they are held for the shortest time, and their backwards run
 first. A kept graph is freed as it is used.
@@ -29,17 +29,13 @@ from gradaccum import tree
 from gradaccum.errors import UnsupportedError
 from gradaccum.memory.live_bytes import graph_bytes
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.types import Rows, Split
+from gradaccum.types import Rows, Split, num_rows
 from gradaccum.whole_batch.forward_replay import Drift, Replay
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
-from gradaccum.whole_batch.outputs import Concatenated, Outputs, Summed
-from gradaccum.whole_batch.whole_over_ranks import GatheredOutputs, gathered_batch
+from gradaccum.whole_batch.outputs import Combination, Outputs
+from gradaccum.whole_batch.whole_over_ranks import gathered_batch, gathered_outputs
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.in_step import Fillers
-from gradaccum.window.over_ranks import OverRanks
-
-Graphs = dict[int, list[Tensor]]
-"""By index of the micro-batch its output tensors, with their graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +46,7 @@ class TwoPass:
         output_of: from a micro-batch on the device to its outputs.
         batch_loss: from the whole batch's outputs and the whole batch to the loss, a 0-d tensor or a `Loss`.
         split: what cuts batches.
-        sums: whether outputs are statistics to be added up, instead of rows to be joined.
+        combination: how outputs become the whole batch's.
         models: whose buffers are replayed.
         kept: decides how many graphs are kept.
         fillers: what runs where other processes have more micro-batches, and every forward waits for all.
@@ -59,7 +55,7 @@ class TwoPass:
     output_of: Callable[[Any], Any]
     batch_loss: Callable[[Any, Any], Any]
     split: Split
-    sums: bool
+    combination: Combination
     models: Sequence[nn.Module]
     kept: KeptGraphs
     fillers: Fillers = field(default_factory=Fillers)
@@ -68,69 +64,50 @@ class TwoPass:
         self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
     ) -> None:
         """See `Runner`."""
-        device = accumulation.device()
+        device, ranks = accumulation.device(), accumulation.ranks
         batch = tree.to_device(batch, device)  # the loss sees all of it
-        if accumulation.ranks is not None:
-            self._run_over_ranks(accumulation, accumulation.ranks, batch, pieces, ran)
-            return
-        if len(pieces) == 1:
+        if ranks is None and len(pieces) == 1:
             self._run_whole(accumulation, batch)
             ran(1)
             return
         replay = Replay(self.models)
         at_most = len(pieces)
+        if ranks is not None and ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
+            self.fillers.keep(batch)
+            at_most = 0
         while True:
             window = _Window(self, accumulation, batch, pieces, replay)
             failure = None
             try:
                 window.run(at_most, ran)
             except BaseException as error:
-                if not is_out_of_memory(error) or window.num_kept == 0:
+                if not is_out_of_memory(error) or (ranks is None and window.num_kept == 0):
                     raise
                 failure = error
             if failure is None:
                 self.kept.succeeded()
                 return
+            window.graphs.clear()
+            if ranks is not None:  # what other processes have got from this one cannot be taken back
+                raise UnsupportedError(
+                    f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({failure}). It cannot "
+                    f"be run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
+                    "kept_graphs=0."
+                ) from failure
             let_go_of(failure)
             failure = None
             at_most = window.num_kept // 2
-            window.graphs.clear()
             self.kept.failed(device)
             accumulation.discard()
             free_memory(device)
             replay.undo()
             accumulation.open()
 
-    def _run_over_ranks(
-        self,
-        accumulation: Accumulation,
-        ranks: OverRanks,
-        batch: Any,
-        pieces: Sequence[Rows],
-        ran: Callable[[int], None],
-    ) -> None:
-        """One attempt: what other processes have got from this one cannot be taken back."""
-        window = _Window(self, accumulation, batch, pieces, Replay(self.models))
-        if ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
-            self.fillers.keep(batch)
-        try:
-            window.run(0 if ranks.runs_collectives else len(pieces), ran)
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-            window.graphs.clear()
-            raise UnsupportedError(
-                f"Out of memory in a batch whose outputs {ranks.ranks.size} processes share ({error}). It cannot be "
-                f"run again by one of them alone. Pass a smaller micro_batch_size than {max(window.sizes)}, or "
-                "kept_graphs=0."
-            ) from error
-
     def _run_whole(self, accumulation: Accumulation, batch: Any) -> None:
         """The whole batch in one piece: torch's own graph from end to end."""
         rows = tree.rows(batch)
         outputs = self.output_of(batch)
-        checked: Outputs = Summed() if self.sums else Concatenated(rows)
-        checked.put(slice(0, rows), rows, outputs)  # what is wrong in pieces is wrong here too
+        Outputs(self.combination, rows).put(slice(0, rows), rows, outputs)  # what is wrong in pieces is wrong here too
         accumulation.add_together([(self.batch_loss(outputs, batch), rows, None)])
         accumulation.count(rows)
 
@@ -139,9 +116,9 @@ class _Window:
     """One attempt at one batch.
 
     Attributes:
-        graphs: those that are kept.
-        num_kept: how many were to be kept.
         sizes: rows of each micro-batch.
+        graphs: the output tensors of the micro-batches whose graph is kept, by index.
+        num_kept: how many were to be kept.
     """
 
     def __init__(
@@ -152,13 +129,13 @@ class _Window:
         self._batch = batch
         self._pieces = pieces
         self._replay = replay
-        self.sizes = [len(piece) if isinstance(piece, Tensor) else piece.stop - piece.start for piece in pieces]
+        self.sizes = [num_rows(piece) for piece in pieces]
         self._rows = sum(self.sizes)
-        self._elements = max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // max(self._rows, 1))
-        self._outputs: Outputs = Summed() if runner.sums else Concatenated(self._rows)
-        self.graphs: Graphs = {}
+        self._outputs = Outputs(runner.combination, self._rows)
+        self.graphs: dict[int, list[Tensor]] = {}
         self.num_kept = 0
         ranks = accumulation.ranks
+        # Where every forward waits for all processes, each runs equally many: its own micro-batches and then fillers.
         self._in_step = ranks if ranks is not None and ranks.runs_collectives else None
         self._num_fillers = 0 if self._in_step is None else self._in_step.pieces - len(pieces)
 
@@ -166,65 +143,64 @@ class _Window:
         """Both passes; keeps at most so many graphs."""
         if self.sizes:
             self._first_pass(at_most)
-        ranks = self._accumulation.ranks
         if self._num_fillers:
             with torch.no_grad():
                 self._run_fillers(lambda done: None, then=lambda: None)
-        if ranks is None:
-            leaves = self._outputs.leaves()
-            loss = self._runner.batch_loss(self._outputs.whole(), self._batch)
-            self._accumulation.add_together([(loss, self._rows, None)], also=leaves)
-        else:
-            self._add_shared_loss(ranks)
-        loss = None
+        self._add_loss()
         self._second_pass(ran)
-
-    def _add_shared_loss(self, ranks: OverRanks) -> None:
-        """The loss over the outputs of all processes, which each of them computes."""
-        gathered = GatheredOutputs(ranks, self._outputs, self._rows, sums=self._runner.sums)
-        leaves = gathered.leaves()
-        loss = self._runner.batch_loss(gathered.whole(), gathered_batch(ranks, self._batch, self._rows))
-        self._accumulation.add_together([(loss, gathered.rows, None)], also=leaves, is_shared=True)
-        if self.sizes:
-            self._outputs.take_gradients(gathered.own_gradients())
 
     def _first_pass(self, at_most: int) -> None:
         kept = self._runner.kept
         device = self._accumulation.device()
-        is_counted = at_most == 0 or kept.is_known(self._elements)
-        if is_counted:
-            self.num_kept = min(at_most, kept.number(self.sizes, device))
-        else:  # the first one's graph is counted, and with it is known how many fit
-            self.num_kept = 1
-            first = self._counted()
+        elements = max(1, sum(tensor.numel() for tensor in tree.tensors(self._batch)) // max(self._rows, 1))
+        start = 0
+        if at_most and not kept.is_known(elements):
+            # The first one's graph is counted, and with it is known how many fit.
+            self.num_kept, start = 1, 1
+            first = self._counted(elements)
             self.num_kept = min(at_most, kept.number(self.sizes, device))
             if self.num_kept == len(self._pieces):
                 self.graphs[0] = first
             del first
+        else:
+            self.num_kept = min(at_most, kept.number(self.sizes, device))
         first_kept = len(self._pieces) - self.num_kept
-        for index in range(0 if is_counted else 1, len(self._pieces)):
+        for index in range(start, len(self._pieces)):
             if index < first_kept:
                 self._replay.note(index)
             elif index == first_kept and index:
-                torch.clear_autocast_cache()  # casts of the weights made without a graph would be taken for the others
+                torch.clear_autocast_cache()  # casts of parameters without a graph would be taken for those with one
             with torch.set_grad_enabled(index >= first_kept):
-                found = self._forward(index)
-            self._outputs.put(self._pieces[index], self.sizes[index], found)
+                outputs = self._forward(index)
+            self._outputs.put(self._pieces[index], self.sizes[index], outputs)
             if index >= first_kept:
-                self.graphs[index] = list(tree.tensors(found))
+                self.graphs[index] = list(tree.tensors(outputs))
 
-    def _counted(self) -> list[Tensor]:
+    def _counted(self, elements: int) -> list[Tensor]:
         """The first micro-batch's output tensors, with a graph whose size has been counted."""
-        there_anyway = [
+        not_counted = [
             *(tensor for model in self._runner.models for tensor in (*model.parameters(), *model.buffers())),
             *tree.tensors(self._batch),
         ]
         self._replay.note(0)
-        with torch.enable_grad(), graph_bytes(there_anyway) as saved:
+        with torch.enable_grad(), graph_bytes(not_counted) as saved:
             outputs = self._forward(0)
-        self._runner.kept.counted(saved.count, rows=self.sizes[0], elements=self._elements)
+        self._runner.kept.counted(saved.count, rows=self.sizes[0], elements=elements)
         self._outputs.put(self._pieces[0], self.sizes[0], outputs)
         return list(tree.tensors(outputs))
+
+    def _add_loss(self) -> None:
+        """The loss and its gradient on the outputs; over processes each computes it from the outputs of all."""
+        ranks = self._accumulation.ranks
+        outputs, batch, own_rows = self._outputs, self._batch, slice(0, self._rows)
+        if ranks is not None:
+            outputs, own_rows = gathered_outputs(ranks, outputs, self._rows)
+            batch = gathered_batch(ranks, batch, self._rows)
+        leaves = outputs.leaves()
+        loss = self._runner.batch_loss(outputs.whole(), batch)
+        self._accumulation.add_together([(loss, outputs.rows, None)], also=leaves, is_shared=ranks is not None)
+        if ranks is not None and self.sizes:
+            self._outputs.take_gradients(outputs.gradients(own_rows))
 
     def _second_pass(self, ran: Callable[[int], None]) -> None:
         drift = Drift()

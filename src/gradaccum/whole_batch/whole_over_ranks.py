@@ -18,69 +18,39 @@ from torch import Tensor
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, RankError
-from gradaccum.whole_batch.batch_norm.exact import Share
-from gradaccum.whole_batch.outputs import Outputs
+from gradaccum.whole_batch.batch_norm.moments import Share
+from gradaccum.whole_batch.outputs import Outputs, rebuilt
 from gradaccum.window.over_ranks import OverRanks
 
 _LARGE = 4096  # bytes of a row
 
 
-class GatheredOutputs:
-    """The outputs of all processes, as leaves.
+def gathered_outputs(ranks: OverRanks, own: Outputs, rows: int) -> tuple[Outputs, slice]:
+    """The outputs of all processes, and which rows of them are this one's; all processes call this at the same time.
 
     Args:
-        ranks: all of them call this at the same time.
+        ranks: the processes.
         own: the outputs of this process.
-        rows: that they are of.
-        sums: whether they are statistics, to be added up.
+        rows: how many rows of the batch they are of; 0 for none.
 
-    Attributes:
-        rows: of all processes.
+    Raises:
+        BatchError: no process has any.
     """
+    start, counts = ranks.rows_before(rows)
+    shared = ranks.ranks.exchange_objects(own.of_no_samples() if rows else None)
+    of_no_samples = next((one for one in shared if one is not None), None)
+    if of_no_samples is None:
+        raise BatchError("No process has a sample of this batch, so there is nothing to learn from.")
+    mine = own.whole() if rows else _zeros(of_no_samples, ranks.ranks.device)
+    gathered, own_rows = Outputs(own.combination, sum(counts)), slice(start, start + rows)
+    gathered.put(own_rows, rows, mine)
+    for tensor in gathered.tensors:  # zero but for each process's own rows, or its own sum
+        ranks.add_up(tensor)
+    return gathered, own_rows
 
-    def __init__(self, ranks: OverRanks, own: Outputs, rows: int, *, sums: bool) -> None:
-        self._start, counts = ranks.rows_before(rows)
-        self._rows, self.rows = rows, sum(counts)
-        shared = ranks.ranks.exchange_objects(own.described() if rows else None)
-        described = next((one for one in shared if one is not None), None)
-        if described is None:
-            raise BatchError("No process has a sample of this batch, so there is nothing to learn from.")
-        structure, shapes = described
-        tensors = own.tensors() if rows else []
-        self._structure, self._sums = structure, sums
-        self._tensors: list[Tensor] = []
-        for place, (shape, dtype) in enumerate(shapes):
-            if sums:
-                table = tensors[place].detach().clone() if rows else _zeros(ranks, shape, dtype)
-            else:
-                table = _zeros(ranks, (sum(counts), *shape), dtype)
-                if rows:
-                    table[self._start : self._start + rows] = tensors[place].detach()
-            ranks.add_up(table)
-            self._tensors.append(table)
 
-    def leaves(self) -> list[Tensor]:
-        """Those that can have a gradient; from now on they want one."""
-        for tensor in self._tensors:
-            if tensor.is_floating_point() or tensor.is_complex():
-                tensor.requires_grad_()
-        return [tensor for tensor in self._tensors if tensor.requires_grad]
-
-    def whole(self) -> Any:
-        """In the structure of a micro-batch's."""
-        following = iter(self._tensors)
-        return tree.map_leaves(self._structure, lambda leaf: next(following) if isinstance(leaf, Tensor) else leaf)
-
-    def own_gradients(self) -> list[Tensor | None]:
-        """For each tensor this process's part of the gradient."""
-        return [
-            None
-            if tensor.grad is None
-            else tensor.grad
-            if self._sums
-            else tensor.grad[self._start : self._start + self._rows]
-            for tensor in self._tensors
-        ]
+def _zeros(structure: Any, device: torch.device) -> Any:
+    return rebuilt(structure, [torch.zeros_like(tensor, device=device) for tensor in tree.tensors(structure)])
 
 
 def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
@@ -90,7 +60,7 @@ def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
     def gathered(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf[:1].numel() * leaf.element_size() > _LARGE:
             return leaf
-        table = _zeros(ranks, (sum(counts), *leaf.shape[1:]), leaf.dtype)
+        table = torch.zeros((sum(counts), *leaf.shape[1:]), dtype=leaf.dtype, device=ranks.ranks.device)
         table[start : start + rows] = leaf
         ranks.add_up(table)
         return table
@@ -99,14 +69,17 @@ def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
 
 
 class SharesOfAll:
-    """From this process's statistics of a layer to those of all, with gradient; see `Exact`."""
+    """Exchanges a layer's statistics between processes, with gradient: `Exact`'s ``across_ranks``."""
 
     def __init__(self, ranks: OverRanks) -> None:
         self._ranks = ranks
         self._calls = 0
 
     def __call__(self, share: Share) -> Sequence[Share]:
-        """All of them, in the order of ranks; every process calls this for the same layers in the same order."""
+        """The shares of all processes, in the order of ranks.
+
+        Every process calls this for the same layers in the same order.
+        """
         self._calls += 1
         _, counts = self._ranks.rows_before(share.count)
         mine = torch.stack([share.mean, share.var])
@@ -136,7 +109,3 @@ class _Gathered(torch.autograd.Function):
         total = gradients[0].contiguous().clone()
         ctx.ranks.add_up(total)
         return total[ctx.ranks.ranks.rank], None, None
-
-
-def _zeros(ranks: OverRanks, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(tuple(shape), dtype=dtype, device=ranks.ranks.device)

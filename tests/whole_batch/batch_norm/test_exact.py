@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
-from gradaccum.whole_batch.batch_norm.exact import Exact, Share, Whole
+from gradaccum.whole_batch.batch_norm.exact import Exact, Whole
+from gradaccum.whole_batch.batch_norm.moments import Share
 from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
 from normed import NORMED, buffers_of
 from oracle import assert_same_gradients
@@ -22,14 +23,11 @@ CPU = torch.device("cpu")
 def run(exact: Exact, layer: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of the pieces, in lockstep."""
 
-    def member(member: Member) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
-            with exact.forward(member.meet):
-                return layer(pieces[member.index])
+    def run_one(member: Member) -> Tensor:
+        with exact.forward(member.meet):
+            return layer(pieces[member.index])
 
-        return forward
-
-    return Conductor(CPU, []).run([member] * len(pieces))
+    return Conductor(CPU, [], run_one).run(len(pieces))
 
 
 def layer_and_pieces(rows: int = 7) -> tuple[nn.BatchNorm1d, tuple[Tensor, ...]]:
@@ -104,8 +102,9 @@ def test_a_batch_in_one_piece_advances_once_behind_a_checkpoint() -> None:
     def run_one(x: Any) -> Tensor:
         return checkpoint(layer, x, use_reentrant=False)
 
-    with Whole([layer]).held(run_one) as forward:
-        output = forward(x)
+    whole = Whole([layer])
+    with whole.held():
+        output = whole.forward(run_one)(x)
         (gradient,) = torch.autograd.grad(output.exp().sum(), x)
     (right,) = torch.autograd.grad(expected(x).exp().sum(), x)
     torch.testing.assert_close(gradient, right, rtol=NORMED, atol=NORMED)

@@ -20,6 +20,7 @@ from normed import (
     Batch,
     ResNet,
     Twice,
+    assert_like_whole,
     buffers_of,
     classes_loss,
     make_batches,
@@ -27,7 +28,7 @@ from normed import (
     sgd,
     trained,
 )
-from oracle import assert_same, assert_same_gradients, whole_batches
+from oracle import assert_same_gradients
 from scarce import Memory, Scarce
 
 NETWORKS = ["residual", "branching", "cumulative", "1d and 3d", "derived", "half frozen", "neither", "synchronised"]
@@ -44,24 +45,22 @@ def by_group(samples: int) -> Any:
     return loss
 
 
+def assert_like_groups(model: nn.Module, batches: list[Batch], samples: int, **options: Any) -> list[ga.Update]:
+    """Without buffers: torch advances them with every group."""
+    groups = {"batch_norm": ga.GhostBatch(samples), "whole_loss": by_group(samples), "buffers": False}
+    return assert_like_whole(model, batches, **{**groups, **options})
+
+
 @pytest.mark.parametrize("size", [4, 9, ROWS, "auto"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_groups_one_by_one(name: str, size: Any) -> None:
-    model = make_network(name)
-    whole = copy.deepcopy(model)
-    batches = make_batches(3)
-    made, _ = trained(model, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
-    assert_same(made, whole_batches(whole, sgd(whole), batches, by_group(4)), tolerance=NORMED)
+    assert_like_groups(make_network(name), make_batches(3), 4, micro_batch_size=size)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5, 6, 12, ROWS, 100])
 def test_every_group_size(samples: int) -> None:
     for size in (max(samples, 3), ROWS + samples):
-        model = make_network("residual")
-        whole = copy.deepcopy(model)
-        batches = make_batches(1)
-        made, _ = trained(model, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(samples))
-        assert_same(made, whole_batches(whole, sgd(whole), batches, by_group(samples)), tolerance=NORMED)
+        assert_like_groups(make_network("residual"), make_batches(1), samples, micro_batch_size=size)
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
@@ -135,11 +134,11 @@ def test_a_loss_over_the_batch_too(size: int, kept_graphs: int | None) -> None:
         return batch_loss(torch.cat([F.normalize(model(group), dim=1) for group in batch[0].split(sizes)]), batch)
 
     model = make_network("residual")
-    whole, plain = copy.deepcopy(model), copy.deepcopy(model)
+    plain = copy.deepcopy(model)
     batches = make_batches(2)
     options: dict[str, Any] = {"batch_norm": ga.GhostBatch(4), "forward": forward, "batch_loss": batch_loss}
-    made, _ = trained(model, batches, None, micro_batch_size=size, kept_graphs=kept_graphs, **options)
-    assert_same(made, whole_batches(whole, sgd(whole), batches, whole_loss), tolerance=NORMED)
+    two_passes: dict[str, Any] = {"micro_batch_size": size, "kept_graphs": kept_graphs, **options}
+    assert_like_whole(model, batches, None, whole_loss=whole_loss, buffers=False, **two_passes)
     trained(plain, batches, None, micro_batch_size=4, lockstep=True, **options)
     assert_same_gradients(buffers_of(model), buffers_of(plain), tolerance=NORMED)
     assert int(model.bn.num_batches_tracked) == 2
@@ -153,11 +152,9 @@ def test_out_of_memory(where: str) -> None:
     model = model.double()
     whole = copy.deepcopy(model)
     whole[1] = nn.Identity()
-    batches = make_batches(3)
-    made, updates = trained(model, batches, micro_batch_size="auto", batch_norm=ga.GhostBatch(4))
+    updates = assert_like_groups(model, make_batches(3), 4, whole=whole, micro_batch_size="auto")
     assert memory.failures > 0
     assert updates[0].micro_batch_size == 8
-    assert_same(made, whole_batches(whole, sgd(whole), batches, by_group(4)), tolerance=NORMED)
     assert int(model[0].num_batches_tracked) == 3
 
 
@@ -177,19 +174,11 @@ def test_an_update_that_fails_leaves_the_buffers() -> None:
 
 # ------------------------------------------------------------------------------------------------------ how it is cut
 @pytest.mark.parametrize(
-    ("rows", "samples", "sizes"),
-    [
-        (12, 4, [4, 4, 4]),
-        (13, 4, [4, 4, 5]),
-        (14, 4, [4, 4, 4, 2]),
-        (3, 4, [3]),
-        (1, 4, [1]),
-        (5, 4, [5]),
-        (0, 4, []),
-    ],
+    ("rows", "sizes"),
+    [(12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 4, 4, 2]), (3, [3]), (1, [1]), (5, [5]), (0, [])],
 )
-def test_groups(rows: int, samples: int, sizes: list[int]) -> None:
-    assert ga.GhostBatch(samples).group_sizes(rows) == sizes
+def test_groups(rows: int, sizes: list[int]) -> None:
+    assert ga.GhostBatch(4).group_sizes(rows) == sizes
 
 
 @pytest.mark.parametrize("rows", range(1, 30))
@@ -212,14 +201,16 @@ def test_groups_of_less_than_two_are_refused(samples: Any) -> None:
         ga.GhostBatch(samples)
 
 
-def test_micro_batches_smaller_than_a_group_are_refused() -> None:
-    with pytest.raises(ga.WindowError, match=r"micro_batch_size=3 is less than the groups of GhostBatch\(samples=4\)"):
-        trained(make_network("residual"), [], micro_batch_size=3, batch_norm=ga.GhostBatch(4))
-
-
-def test_packed_samples_are_refused() -> None:
-    with pytest.raises(ga.WindowError, match="takes BatchNorm's statistics over consecutive samples"):
-        trained(make_network("residual"), [], split=ga.split_by_cost(len, 3), batch_norm=ga.GhostBatch(4))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": 3}, r"micro_batch_size=3 is less than the groups of GhostBatch\(samples=4\)"),
+        ({"split": ga.split_by_cost(len, 3)}, "takes BatchNorm's statistics over consecutive samples"),
+    ],
+)
+def test_groups_that_would_be_cut_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ga.WindowError, match=message):
+        trained(make_network("residual"), [], batch_norm=ga.GhostBatch(4), **options)
 
 
 def test_compiled_layers_are_refused() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradaccum.whole_batch.batch_norm.moments import Moments, Normalize, merge, moments
+from gradaccum.whole_batch.batch_norm.moments import Merging, Moments, Normalize, Share, moments
 from oracle import EXACT
 
 SHAPES = [(13, 3), (13, 3, 4), (13, 3, 4, 5), (13, 3, 2, 3, 2)]
@@ -21,10 +23,12 @@ def fine() -> None:
 def in_pieces(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Batch norm of the whole from pieces."""
     pieces = x.split(SIZES)
-    each = [Moments.apply(piece, fine) for piece in pieces]
-    shares = torch.tensor([[len(piece) / len(x)] for piece in pieces], dtype=each[0][0].dtype)
-    mean, var = merge([mean for mean, _ in each], [var for _, var in each], shares)
-    return torch.cat([Normalize.apply(piece, mean, var, weight, bias, eps, fine) for piece in pieces])
+    whole = merged([Moments.apply(piece, fine) for piece in pieces])
+    return torch.cat([Normalize.apply(piece, whole.mean, whole.var, weight, bias, eps, fine) for piece in pieces])
+
+
+def merged(each: Sequence[tuple[Tensor, Tensor]]) -> Share:
+    return Merging()([Share(count=n, mean=mean, var=var) for n, (mean, var) in zip(SIZES, each, strict=True)])
 
 
 @pytest.mark.parametrize("affine", ["both", "weight", "neither"])
@@ -56,9 +60,7 @@ def test_merging_does_not_cancel() -> None:
     """At a mean of a million deviations, E[x^2] - E[x]^2 has nothing left of the variance in fp32; this has."""
     x = torch.randn(13, 3, dtype=torch.float64)
     far = (x + 1e4).float()
-    each = [moments(piece) for piece in far.split(SIZES)]
-    shares = torch.tensor(SIZES).view(-1, 1) / 13
-    _, var = merge([mean for mean, _ in each], [var for _, var in each], shares)
+    var = merged([moments(piece) for piece in far.split(SIZES)]).var
     naive = far.square().mean(0) - far.mean(0).square()
     expected = far.double().var(0, correction=0)
     assert ((var - expected).abs() / expected).max() < 1e-2

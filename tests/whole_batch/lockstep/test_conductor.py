@@ -9,7 +9,7 @@ import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gradaccum as ga
+from gradaccum.whole_batch.batch_norm.exact import Exact
 from gradaccum.whole_batch.lockstep.conductor import Abandoned, Conductor, Member
 from normed import Batch, ResNet, buffers_of, classes_loss, make_batches, make_network, sgd, trained
 from oracle import parameters_of
@@ -46,34 +47,28 @@ def threads_of_lockstep() -> list[str]:
 def test_one_runs_at_a_time_in_the_batchs_order() -> None:
     log: list[str] = []
 
-    def member(member: Member) -> Callable[[], int]:
-        def run() -> int:
-            log.append(f"{member.index}a")
-            total = member.meet("here", "here", member.index, sum)
-            log.append(f"{member.index}b")
-            return total + member.index
+    def run_one(member: Member) -> int:
+        log.append(f"{member.index}a")
+        total = member.meet("here", "here", member.index, sum)
+        log.append(f"{member.index}b")
+        return total + member.index
 
-        return run
-
-    assert Conductor(CPU, []).run([member] * 3) == [3, 4, 5]
+    assert Conductor(CPU, [], run_one).run(3) == [3, 4, 5]
     assert log == ["0a", "1a", "2a", "0b", "1b", "2b"]
 
 
 def test_what_is_combined_is_not_kept() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
-    def member(member: Member) -> Callable[[], None]:
-        def run() -> None:
-            brought = torch.zeros(3)
-            kept.append(weakref.ref(brought))
-            member.meet("first", "first", brought, lambda _: None)
-            del brought
-            member.meet("second", "second", None, lambda _: alive.append(sum(one() is not None for one in kept)))
-
-        return run
+    def run_one(member: Member) -> None:
+        brought = torch.zeros(3)
+        kept.append(weakref.ref(brought))
+        member.meet("first", "first", brought, lambda _: None)
+        del brought
+        member.meet("second", "second", None, lambda _: alive.append(sum(one() is not None for one in kept)))
 
     alive: list[int] = []
-    Conductor(CPU, []).run([member] * 3)
+    Conductor(CPU, [], run_one).run(3)
     assert alive == [0]
 
 
@@ -232,18 +227,8 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_create_graph_is_refused() -> None:
-    model = make_network("residual")
-    roots: list[Tensor] = []
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value = classes_loss(model, batch)
-        value.register_hook(lambda gradient: roots.append(gradient))
-        return value
-
-    from gradaccum.whole_batch.batch_norm.exact import Exact
-
-    exact = Exact([model])
-    layer = model.bn
+    layer = nn.BatchNorm2d(5).double()
+    exact = Exact([layer])
     with exact.held():
         with exact.forward(lambda key, where, mine, combine: combine([mine])):
             output = layer(torch.randn(3, 5, 2, 2, dtype=torch.float64, requires_grad=True))
@@ -270,36 +255,22 @@ def test_compiled_layers_are_refused(compiled: str) -> None:
 
 
 def test_a_thread_of_the_users_is_refused() -> None:
-    class Threaded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(3, 4)
+    def run_one(member: Member) -> None:
+        found: list[BaseException] = []
 
-        def forward(self, x: Tensor) -> Tensor:
-            found: list[Any] = []
-            member = gather_of_here()
+        def meet() -> None:
+            try:
+                member.meet("mine", "a layer", None, lambda _: None)
+            except BaseException as error:  # noqa: BLE001 - raised below
+                found.append(error)
 
-            def run() -> None:
-                try:
-                    found.append(member.meet("mine", "a layer", None, lambda _: None))
-                except BaseException as error:  # noqa: BLE001 - raised below
-                    found.append(error)
+        thread = threading.Thread(target=meet)
+        thread.start()
+        thread.join()
+        raise found[0]
 
-            thread = threading.Thread(target=run)
-            thread.start()
-            thread.join()
-            if isinstance(found[0], BaseException):
-                raise found[0]
-            return self.head(x.mean((2, 3)))
-
-    with pytest.raises(ga.UnsupportedError, match="by a thread that the loss function has started"):
-        trained(Threaded().double(), make_batches(1), micro_batch_size=4, lockstep=True)
-
-
-def gather_of_here() -> Member:
-    from gradaccum.whole_batch.lockstep import gather
-
-    return gather._here.member
+    with pytest.raises(ga.UnsupportedError, match="a layer was called by a thread that the loss function has started"):
+        Conductor(CPU, [], run_one).run(2)
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory

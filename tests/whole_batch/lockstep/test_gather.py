@@ -160,21 +160,24 @@ def test_what_has_no_rows_is_refused(value: Any, message: str) -> None:
         ga.gather(value)
 
 
-def test_rows_of_different_shape_are_refused() -> None:
-    with pytest.raises(ga.BatchError, match=r"rows of shape \(3,\) in one micro-batch and \(4,\) in another"):
-        trained(
-            nn.Linear(4, 1).double(), make_batches(1), lambda model, b: ga.gather(b[0].new_ones(2, len(b[0]))).sum(),
-            micro_batch_size=4, lockstep=True,
-        )  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (lambda x: x.new_ones(2, len(x)), {}, r"rows of shape \(3,\) in one micro-batch and \(4,\) in another"),
+        (
+            lambda x: x.new_ones(2, 4),
+            {"split": ga.split_by_cost(lambda batch: 1 + batch[1], 15, trim=False)},
+            "whose order in the batch is its split's",
+        ),
+    ],
+    ids=["of different shape", "of unknown order"],
+)
+def test_rows_that_cannot_be_joined_are_refused(rows: Any, options: dict[str, Any], message: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return ga.gather(rows(batch[0])).sum()
 
-
-def test_rows_whose_order_is_unknown_are_refused() -> None:
-    split = ga.split_by_cost(lambda batch: 1 + batch[1], 15, trim=False)
-    with pytest.raises(ga.BatchError, match="whose order in the batch is its split's"):
-        trained(
-            nn.Linear(4, 1).double(), make_batches(1), lambda model, b: ga.gather(b[0].new_ones(2, 4)).sum(),
-            split=split, micro_batch_size=4, lockstep=True,
-        )  # fmt: skip
+    with pytest.raises(ga.BatchError, match=message):
+        trained(nn.Linear(4, 1).double(), make_batches(1), loss, micro_batch_size=4, lockstep=True, **options)
 
 
 def test_a_reentrant_checkpoint_is_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -150,15 +152,11 @@ def test_a_loss_over_the_batch_too(size: int, combine: str) -> None:
         z = outputs["z"]
         return F.cross_entropy(5 * z @ z.t(), batch[1]) if combine == "concat" else z.square().sum().sqrt()
 
-    model = make_network("residual")
-    whole = copy.deepcopy(model)
-    batches = make_batches(2)
-    made, _ = trained(
-        model, batches, None, forward=forward, batch_loss=batch_loss, combine=combine, micro_batch_size=size
-    )
-    expected = whole_batches(whole, sgd(whole), batches, lambda model, batch: batch_loss(forward(model, batch), batch))
-    assert_same(made, expected, tolerance=NORMED)
-    assert_same_gradients(buffers_of(model), buffers_of(whole), tolerance=NORMED)
+    assert_like_whole(
+        make_network("residual"), make_batches(2), None,
+        whole_loss=lambda model, batch: batch_loss(forward(model, batch), batch),
+        forward=forward, batch_loss=batch_loss, combine=combine, micro_batch_size=size,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- precision, conditions
@@ -176,11 +174,8 @@ def test_autocast(inside: bool) -> None:
     dtypes: list[torch.dtype] = []
     model.blocks[1].bn2.register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
     step = ga.TrainStep(model, sgd(model), loss if inside else classes_loss, micro_batch_size=4, batch_norm="exact")
-    if inside:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
         update = step(batches[0])
-    else:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            update = step(batches[0])
     assert set(dtypes) == {torch.bfloat16}
     expected = loss(reference, batches[0])
     assert abs(float(update.loss) - expected.item()) < 0.03
@@ -225,62 +220,39 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.net = ResNet(blocks=2, dropout=dropout)
         self.shared = nn.BatchNorm2d(5)
-        self.use_reentrant = use_reentrant
+        self.run: Callable[..., Tensor] = functools.partial(checkpoint, use_reentrant=use_reentrant)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.net.bn(self.net.stem(x))
         for block in self.net.blocks:
-            hidden = checkpoint(
-                lambda hidden, block=block: self.dropout(self.shared(block(self.dropout(hidden)))), hidden,
-                use_reentrant=self.use_reentrant,
-            )  # fmt: skip
+            hidden = self.run(lambda x, block=block: self.dropout(self.shared(block(self.dropout(x)))), hidden)
         return self.net.head(hidden.mean((2, 3)))
+
+    def without_checkpoints(self) -> Checkpointed:
+        """A copy that runs its blocks as they are."""
+        plain = copy.deepcopy(self)
+        plain.run = lambda function, x: function(x)
+        return plain
 
 
 @pytest.mark.parametrize("size", [1, 4, ROWS])
 def test_the_users_checkpoints(size: int) -> None:
-    """Running statistics advance once; torch alone advances them again in the backward, so the oracle has none."""
+    """Running statistics advance once; torch alone advances them again in the backward of a checkpoint."""
     model = Checkpointed().double()
-    whole = copy.deepcopy(model)
-    plain = copy.deepcopy(model)
-    batches = make_batches(2)
-    made, _ = trained(model, batches, micro_batch_size=size)
-    assert_same(made, whole_batches(whole, sgd(whole), batches, classes_loss), tolerance=NORMED)
-
-    class Straight(nn.Module):
-        def __init__(self, inner: Checkpointed) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.inner.net.bn(self.inner.net.stem(x))
-            for block in self.inner.net.blocks:
-                hidden = self.inner.shared(block(hidden))
-            return self.inner.net.head(hidden.mean((2, 3)))
-
-    whole_batches(Straight(plain), sgd(plain), batches, classes_loss)
-    assert_same_gradients(buffers_of(model), buffers_of(plain), tolerance=NORMED, where="buffer ")
+    assert_like_whole(model, make_batches(2), whole=model.without_checkpoints(), micro_batch_size=size)
 
 
 def test_dropout_is_drawn_again_alike_in_a_checkpoint() -> None:
     torch.manual_seed(0)
     model = Checkpointed(dropout=0.5).double()
-    plain = copy.deepcopy(model)
-    plain.forward = lambda x: _without_checkpoints(plain, x)  # type: ignore[method-assign]
+    plain = model.without_checkpoints()
     batch = make_batches(1)
     torch.manual_seed(1)
     made, _ = trained(model, batch, micro_batch_size=4)
     torch.manual_seed(1)
     expected, _ = trained(plain, batch, micro_batch_size=4)
     assert_same(made, expected, tolerance=NORMED)
-
-
-def _without_checkpoints(model: Checkpointed, x: Tensor) -> Tensor:
-    hidden = model.net.bn(model.net.stem(x))
-    for block in model.net.blocks:
-        hidden = model.dropout(model.shared(block(model.dropout(hidden))))
-    return model.net.head(hidden.mean((2, 3)))
 
 
 def test_a_reentrant_checkpoint_is_refused() -> None:

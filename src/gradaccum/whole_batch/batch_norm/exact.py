@@ -13,43 +13,23 @@ had. Which call of a layer that is used several times it repeats is told by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradaccum.errors import BatchError, UnsupportedError
-from gradaccum.whole_batch.batch_norm.find import Layers
-from gradaccum.whole_batch.batch_norm.intercept import Call, in_backward, in_forward, replaced, torch_batch_norm
-from gradaccum.whole_batch.batch_norm.moments import Moments, Normalize, merge
+from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
+from gradaccum.whole_batch.batch_norm.moments import Merging, Moments, Normalize, Share, advance
 
-
-class Meet(Protocol):
-    """Brings a micro-batch together with all others of its batch."""
-
-    def __call__(self, key: Any, where: str, mine: Any, combine: Callable[[Sequence[Any]], Any]) -> Any:
-        """Waits for the others; ``combine`` makes from what each brought, in the batch's order, what all get.
-
-        Args:
-            key: what has to be the same for all.
-            where: the place in words.
-            mine: what this micro-batch brings.
-            combine: is called once.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What a micro-batch brings to a layer: how many values each channel has, and their mean and biased variance."""
-
-    count: int
-    mean: Tensor
-    var: Tensor
-
+Meet = Callable[[Any, str, Any, Callable[[Sequence[Any]], Any]], Any]
+"""``(key, where, mine, combine)``: waits until all micro-batches are at the key, and returns what ``combine``, called
+once, makes of what each brought in the batch's order; ``where`` is the place in words."""
 
 AcrossRanks = Callable[[Share], Sequence[Share]]
 """From this process's merged share to those of all processes, with gradient: a differentiable all-gather."""
@@ -57,12 +37,17 @@ AcrossRanks = Callable[[Share], Sequence[Share]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """Of the whole batch, in one call of one layer."""
+    """What one call of one layer takes in all micro-batches.
 
-    mean: Tensor
-    var: Tensor
-    count: int
-    each_mean: Tensor  # [micro-batches, C], detached, by which a repeated call is recognised
+    Attributes:
+        whole: of the whole batch.
+        each_mean: ``[micro-batches, C]``, detached, by which a repeated call is recognised.
+        each_var: the same.
+        has_graph: whether gradients go through the statistics.
+    """
+
+    whole: Share
+    each_mean: Tensor
     each_var: Tensor
     has_graph: bool
 
@@ -75,67 +60,79 @@ class Exact:
         across_ranks: where a batch is spread over processes.
     """
 
-    def __init__(self, models: Iterable[nn.Module], *, across_ranks: AcrossRanks | None = None) -> None:
+    def __init__(self, models: Sequence[nn.Module], *, across_ranks: AcrossRanks | None = None) -> None:
         self._layers = Layers(models)
+        self._merge = Merging()
         self._across_ranks = across_ranks
         self._statistics: dict[Any, list[Statistics]] = {}
-        self._shares: dict[tuple[int, ...], Tensor] = {}
-        self._updates: list[tuple[Tensor, Tensor, float, Statistics]] = []
-        self._counted: dict[
-            int, list[Any]
-        ] = {}  # by id of a tensor `num_batches_tracked`: itself, and what is too much
+        self._advances: list[tuple[Call, Share]] = []
         self._is_backward = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While held, batch norms are taken over; on success the running statistics advance."""
-        with replaced():
-            try:
+        """Context manager in which the batch runs; on success the running statistics advance."""
+        try:
+            with answered(self._layers, wanted='batch_norm="exact"'):
                 yield
-            except BaseException:
-                for tracked, too_much in self._counted.values():
-                    _count(tracked, -too_much)
-                raise
-            finally:
-                self._statistics.clear()
-        self._advance()
+            for call, whole in self._advances:
+                advance(call, whole)
+        finally:  # the graph refers to these by `_check`, and they to the graph: a cycle that keeps the memory
+            self._statistics.clear()
+            self._advances.clear()
+
+    def forward(self, meet: Meet) -> AbstractContextManager[None]:
+        """Context manager in which this thread runs the forward of one micro-batch."""
+        return calls.in_forward(functools.partial(self._first, meet))
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """While held, the backward may run; no forward does."""
+        """Context manager in which the backward runs, and no forward but those of checkpoints."""
         self._is_backward = True
-        with in_backward(self):
+        with calls.in_backward(self._again):
             yield
 
-    @contextmanager
-    def forward(self, meet: Meet) -> Iterator[None]:
-        """While held, this thread runs the forward of one micro-batch, which ``meet`` brings together with others."""
-        with in_forward(_Met(self, meet)):
-            yield
-
-    def first(self, call: Call, meet: Meet) -> Tensor:
+    def _first(self, meet: Meet, call: Call) -> Tensor:
         """Normalises a micro-batch in its forward."""
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 'batch_norm="exact" has to see every BatchNorm call, and this one is being compiled. Leave '
                 "torch.compile out, also around the loss function."
             )
-        self._count(call, 1)
-        x = call.input
-        mean, var = Moments.apply(x, self._check)
-        share = Share(count=x.numel() // max(x.shape[1], 1), mean=mean, var=var)
-        key = ("batch norm", *self._layers.key(call))
-        mine = share, call, torch.is_grad_enabled()
-        statistics: Statistics = meet(key, self._layers.name(call), mine, self._merged)
+        mean, var = Moments.apply(call.input, self._check)
+        mine = Share(count=call.num_values, mean=mean, var=var), call, torch.is_grad_enabled()
+        statistics = meet(("batch norm", *self._layers.key(call)), self._layers.name(call), mine, self._merged)
         return self._normalized(call, statistics)
 
-    def again(self, call: Call) -> Tensor | None:
-        """See `InBackward`."""
+    def _merged(self, brought: Sequence[tuple[Share, Call, bool]]) -> Statistics:
+        """The statistics of the whole batch from what each micro-batch brought."""
+        shares, has_graph = [share for share, _, _ in brought], any(with_graph for _, _, with_graph in brought)
+        call = brought[0][1]
+        with torch.set_grad_enabled(has_graph), torch.autocast(call.input.device.type, enabled=False):
+            whole = self._merge(shares)
+            if self._across_ranks is not None:
+                whole = self._merge(self._across_ranks(whole))
+        if whole.count < 2:
+            raise BatchError(
+                f"{self._layers.name(call)} has {whole.count} values per channel in the whole batch, and a variance "
+                "needs two. Pass more samples, or leave out batches as small as this."
+            )
+        statistics = Statistics(
+            whole=whole,
+            each_mean=torch.stack([share.mean.detach() for share in shares]),
+            each_var=torch.stack([share.var.detach() for share in shares]),
+            has_graph=has_graph,
+        )
+        self._statistics.setdefault(self._layers.key(call), []).append(statistics)
+        self._advances.append((call.without_input(), whole))
+        self._layers.count(call, is_new=True)
+        return statistics
+
+    def _again(self, call: Call) -> Tensor | None:
+        """Normalises a micro-batch in a checkpoint as its forward did; None for another's layer."""
         candidates = self._statistics.get(self._layers.key(call))
         if not candidates:
             return None
-        self._count(call, 1)
-        self._uncount(call, 1)
+        self._layers.count(call, is_new=False)
         mean, var = Moments.apply(call.input, self._check)  # a checkpoint wants as many saved tensors as before
         statistics = candidates[0] if len(candidates) == 1 else _closest(candidates, mean, var)
         if torch.is_grad_enabled() and not statistics.has_graph:
@@ -147,73 +144,11 @@ class Exact:
         return self._normalized(call, statistics)
 
     def _normalized(self, call: Call, statistics: Statistics) -> Tensor:
-        return Normalize.apply(
-            call.input, statistics.mean, statistics.var, call.weight, call.bias, call.eps, self._check
-        )
-
-    def _merged(self, brought: Sequence[tuple[Share, Call, bool]]) -> Statistics:
-        """The statistics of the whole batch from what each micro-batch brought."""
-        call, has_graph = brought[0][1], any(one[2] for one in brought)
-        with torch.set_grad_enabled(has_graph), torch.autocast(call.input.device.type, enabled=False):
-            whole = self._merge([share for share, _, _ in brought])
-            if self._across_ranks is not None:
-                whole = self._merge(self._across_ranks(whole))
-        if whole.count < 2:
-            raise BatchError(
-                f"{self._layers.name(call)} has {whole.count} values per channel in the whole batch, and a variance "
-                "needs two. Pass more samples, or leave out batches as small as this."
-            )
-        statistics = Statistics(
-            mean=whole.mean,
-            var=whole.var,
-            count=whole.count,
-            each_mean=torch.stack([share.mean.detach() for share, _, _ in brought]),
-            each_var=torch.stack([share.var.detach() for share, _, _ in brought]),
-            has_graph=has_graph,
-        )
-        self._statistics.setdefault(self._layers.key(call), []).append(statistics)
-        if call.running_mean is not None and call.running_var is not None:
-            self._updates.append((call.running_mean, call.running_var, call.momentum, statistics))
-        self._uncount(call, len(brought) - 1)
-        return statistics
-
-    def _merge(self, shares: Sequence[Share]) -> Share:
-        counts = tuple(share.count for share in shares)
-        total = sum(counts)
-        mean = shares[0].mean
-        parts = self._shares.get(counts)
-        if parts is None or parts.dtype != mean.dtype or parts.device != mean.device:
-            # Made once for all layers of one resolution: a tensor from the host waits for the device.
-            parts = torch.tensor([[count / max(total, 1)] for count in counts], dtype=torch.float64, device="cpu")
-            parts = self._shares[counts] = parts.to(dtype=mean.dtype, device=mean.device)
-        merged_mean, var = merge([share.mean for share in shares], [share.var for share in shares], parts)
-        return Share(count=total, mean=merged_mean, var=var)
-
-    def _advance(self) -> None:
-        """Running statistics, once; in the order of the calls, for layers that are used several times."""
-        with torch.no_grad():
-            for running_mean, running_var, momentum, statistics in self._updates:
-                unbiased = statistics.var * (statistics.count / (statistics.count - 1))
-                running_mean.lerp_(statistics.mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        self._updates.clear()
-
-    def _count(self, call: Call, by: int) -> None:
-        """The layer has counted a batch by itself, in each micro-batch."""
-        layer = self._layers.of(call)
-        tracked = None if layer is None or call.running_mean is None else layer.module.num_batches_tracked
-        if isinstance(tracked, Tensor):
-            self._counted.setdefault(id(tracked), [tracked, 0])[1] += by
-
-    def _uncount(self, call: Call, by: int) -> None:
-        layer = self._layers.of(call)
-        tracked = None if layer is None or call.running_mean is None else layer.module.num_batches_tracked
-        if isinstance(tracked, Tensor):
-            _count(tracked, -by)
-            self._counted[id(tracked)][1] -= by
+        whole = statistics.whole
+        return Normalize.apply(call.input, whole.mean, whole.var, call.weight, call.bias, call.eps, self._check)
 
     def _check(self) -> None:
-        """For every backward through a batch norm, that it is one that can be right."""
+        """Refuses a backward through a batch norm that cannot be right."""
         if not self._is_backward:
             raise UnsupportedError(
                 "A backward ran through BatchNorm inside of the loss function, before the other micro-batches were at "
@@ -227,63 +162,6 @@ class Exact:
             )
 
 
-class _Met:
-    """Takes the batch norms of one micro-batch over; see `InForward`."""
-
-    def __init__(self, exact: Exact, meet: Meet) -> None:
-        self._exact, self._meet = exact, meet
-
-    def first(self, call: Call) -> Tensor:
-        return self._exact.first(call, self._meet)
-
-
-class Whole:
-    """A batch in one piece: torch's own kernels, and running statistics that a checkpoint does not advance again."""
-
-    def __init__(self, models: Iterable[nn.Module]) -> None:
-        self._layers = Layers(models)
-
-    @contextmanager
-    def held(self, run_one: Callable[[Any], Any]) -> Iterator[Callable[[Any], Any]]:
-        """While held, batch norms outside of the forward that it gives, which is ``run_one``, are a checkpoint's."""
-
-        def forward(micro_batch: Any) -> Any:
-            with in_forward(self):
-                return run_one(micro_batch)
-
-        with replaced(), in_backward(self):
-            yield forward
-
-    def first(self, call: Call) -> Tensor:
-        """See `InForward`."""
-        return torch_batch_norm(
-            call, call.input, running_mean=call.running_mean, running_var=call.running_var, training=True
-        )
-
-    def again(self, call: Call) -> Tensor | None:
-        """See `InBackward`."""
-        layer = self._layers.of(call)
-        if layer is None:
-            return None
-        mean, var = call.running_mean, call.running_var
-        tracked = layer.module.num_batches_tracked
-        if mean is not None and isinstance(tracked, Tensor):
-            _count(tracked, -1)
-        return torch_batch_norm(
-            call,
-            call.input,
-            running_mean=None if mean is None else mean.clone(),
-            running_var=None if var is None else var.clone(),
-            training=True,
-        )
-
-
-def _count(tracked: Tensor, by: int) -> None:
-    if by:
-        with torch.no_grad():
-            tracked.add_(by)
-
-
 def _closest(candidates: Sequence[Statistics], mean: Tensor, var: Tensor) -> Statistics:
     """Those of the call in which a micro-batch had this mean and variance: equal, if the kernels are deterministic.
 
@@ -295,3 +173,42 @@ def _closest(candidates: Sequence[Statistics], mean: Tensor, var: Tensor) -> Sta
             for one in candidates
         ]
     return candidates[int(torch.stack(apart).argmin())]
+
+
+class Whole:
+    """A batch in one piece: torch's own kernels, and running statistics that a checkpoint does not advance again."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self._models = models
+        self._layers = Layers(())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Context manager in which batches run, by `forward`."""
+        self._layers = Layers(self._models)
+        with answered(self._layers, wanted='batch_norm="exact"'), calls.in_backward(self._again):
+            yield
+
+    def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``run_one``, so that calls outside of it are known to be a checkpoint's."""
+
+        def forward(micro_batch: Any) -> Any:
+            with calls.in_forward(self._first):
+                return run_one(micro_batch)
+
+        return forward
+
+    def _first(self, call: Call) -> Tensor:
+        self._layers.count(call, is_new=True)
+        return call.by_torch()
+
+    def _again(self, call: Call) -> Tensor | None:
+        if not self._layers.may_have(call):
+            return None
+        self._layers.count(call, is_new=False)
+        mean, var = call.running_mean, call.running_var
+        return dataclasses.replace(
+            call,
+            running_mean=None if mean is None else mean.clone(),
+            running_var=None if var is None else var.clone(),
+        ).by_torch()

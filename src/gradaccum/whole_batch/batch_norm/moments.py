@@ -24,22 +24,37 @@ Statistics of half-precision inputs are fp32, as torch's are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gradaccum.whole_batch.batch_norm.layers import Call
+
 _HALF = (torch.float16, torch.bfloat16)
 _aten: Any = torch.ops.aten
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """The statistics of some rows: how many values each channel has, and their mean and biased variance, ``[C]``."""
+
+    count: int
+    mean: Tensor
+    var: Tensor
+
+
 class Moments(Function):
-    """``(mean, biased variance)`` of every channel, each ``[C]``, of ``x`` of shape ``[n, C, ...]``."""
+    """``(mean, biased variance)`` of every channel, each ``[C]``, of ``x`` of shape ``[n, C, ...]``.
+
+    ``check`` is called when a backward comes, and raises where none may.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """See the module; ``check`` is called when a backward comes."""
+        """Mean and variance."""
         mean, var = moments(x)
         ctx.save_for_backward(x, mean)
         ctx.check = check
@@ -47,7 +62,7 @@ class Moments(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        """See the module."""
+        """``dx``, as in the formulas above."""
         ctx.check()
         dmean, dvar = cast(tuple[Tensor, Tensor], gradients)
         x, mean = ctx.saved_tensors
@@ -58,7 +73,7 @@ class Moments(Function):
 
 
 class Normalize(Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, with gradients for the statistics too."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, with gradients for the statistics too; ``check`` as above."""
 
     @staticmethod
     def forward(
@@ -71,7 +86,7 @@ class Normalize(Function):
         eps: float,
         check: Callable[[], None],
     ) -> Tensor:
-        """See the module; ``check`` is called when a backward comes."""
+        """The normalised rows."""
         ctx.save_for_backward(x, mean, var, weight)
         ctx.eps, ctx.check = eps, check
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -80,7 +95,7 @@ class Normalize(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        """See the module."""
+        """``dx``, ``dmean``, ``dvar`` as in the formulas above, and those of weight and bias."""
         ctx.check()
         (dy,) = cast(tuple[Tensor], gradients)
         x, mean, var, weight = ctx.saved_tensors
@@ -117,18 +132,36 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def merge(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Tensor) -> tuple[Tensor, Tensor]:
-    """``(mean, biased variance)`` of the whole from those of its pieces, with gradient.
+class Merging:
+    """Merges the shares of a batch.
 
-    Args:
-        means: of each piece, ``[C]``.
-        variances: of each piece, ``[C]``.
-        shares: ``[pieces, 1]``, which part of the values each piece has.
+    The parts ``n_j / N`` are made once for all layers of one resolution: a tensor from the host waits for the device.
     """
-    each_mean = torch.stack(list(means))
-    mean = (shares * each_mean).sum(0)
-    var = (shares * (torch.stack(list(variances)) + (each_mean - mean).square())).sum(0)
-    return mean, var
+
+    def __init__(self) -> None:
+        self._parts: dict[Any, Tensor] = {}
+
+    def __call__(self, shares: Sequence[Share]) -> Share:
+        """The share of the whole from those of its pieces, with gradient."""
+        counts = tuple(share.count for share in shares)
+        total, like = sum(counts), shares[0].mean
+        key = counts, like.dtype, like.device
+        if key not in self._parts:
+            parts = torch.tensor([[count / max(total, 1)] for count in counts], dtype=torch.float64, device="cpu")
+            self._parts[key] = parts.to(dtype=like.dtype, device=like.device)
+        each_mean = torch.stack([share.mean for share in shares])
+        mean = (self._parts[key] * each_mean).sum(0)
+        var = (self._parts[key] * (torch.stack([share.var for share in shares]) + (each_mean - mean).square())).sum(0)
+        return Share(count=total, mean=mean, var=var)
+
+
+def advance(call: Call, whole: Share) -> None:
+    """Moves the running statistics of a call's layer towards the batch's; the variance is made unbiased."""
+    with torch.no_grad():
+        unbiased = whole.var * (whole.count / max(whole.count - 1, 1))
+        for running, now in ((call.running_mean, whole.mean), (call.running_var, unbiased)):
+            if running is not None:
+                running.lerp_(now.to(running.dtype), call.momentum)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import torch
 
 from gradaccum.errors import UnsupportedError
-from gradaccum.whole_batch.lockstep.carried import ThreadState
+from gradaccum.whole_batch.lockstep.micro_batch_state import carry_thread_state
 
 
 class Abandoned(BaseException):
@@ -47,37 +47,37 @@ class Meeting:
 
 
 class Switched(Protocol):
-    """State that belongs to a micro-batch, while there is but one of it."""
+    """State of which there is one, and which each micro-batch has for itself."""
 
     def enter(self, index: int) -> None:
-        """The micro-batch of this index goes on."""
+        """Puts the state of the micro-batch of this index in place, which runs next."""
         ...
 
     def leave(self, index: int) -> None:
-        """It waits, or has ended."""
+        """Takes note of the state of the micro-batch of this index, which has stopped."""
         ...
 
 
 class Member:
     """One micro-batch, and its thread."""
 
-    def __init__(self, index: int, conductor: Conductor, run: Callable[[], Any]) -> None:
+    def __init__(self, index: int, conductor: Conductor) -> None:
         self.index = index
         self.result: Any = None
         self.error: BaseException | None = None
         self.meeting: Meeting | None = None
         self.is_done = False
         self._conductor = conductor
-        self._run = run
         self._answer: Any = None
+        # Two locks pass the baton: the conductor releases the one, the micro-batch the other.
         self._go = threading.Lock()
         self._go.acquire()
+        self._has_stopped = threading.Lock()
+        self._has_stopped.acquire()
         self._thread: threading.Thread | None = None
-        self.has_stopped = threading.Lock()
-        self.has_stopped.acquire()
 
     def meet(self, key: Any, where: str, mine: Any, combine: Callable[[Sequence[Any]], Any]) -> Any:
-        """Called by the micro-batch: waits for the others, and gets what `combine` made."""
+        """Called by the micro-batch: waits for the others, and returns what `combine` made."""
         if threading.current_thread() is not self._thread:
             raise UnsupportedError(
                 f"{where} was called by a thread that the loss function has started. Which micro-batch it belongs to "
@@ -87,7 +87,7 @@ class Member:
             raise Abandoned
         self.meeting = Meeting(key, where, mine, combine)
         del mine
-        _release(self.has_stopped)
+        _release(self._has_stopped)
         self._go.acquire()
         if self._conductor.is_abandoned:
             raise Abandoned
@@ -103,10 +103,10 @@ class Member:
             self._thread.start()
         else:
             self._go.release()
-        self.has_stopped.acquire()
+        self._has_stopped.acquire()
 
     def abandon(self) -> None:
-        """Called by the conductor, when `is_abandoned` is set: wakes it up, for the last time."""
+        """Called by the conductor, when `is_abandoned` is set: wakes the micro-batch up for the last time."""
         self.meeting = None
         if self._thread is not None and not self.is_done:
             _release(self._go)
@@ -118,15 +118,14 @@ class Member:
 
     def _main(self) -> None:
         try:
-            self.result = self._conductor.state.run(self._run)
+            self.result = self._conductor.run_one(self)
         except Abandoned:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again by the conductor
             self.error = error
         finally:
             self.is_done = True
-            self._run = _nothing
-            _release(self.has_stopped)
+            _release(self._has_stopped)
 
 
 class Conductor:
@@ -135,43 +134,46 @@ class Conductor:
     Args:
         device: the models'.
         switched: state to be switched with the micro-batches.
+        run_one: runs one micro-batch, in its member's thread.
+
+    Attributes:
+        is_abandoned: whether the run has ended early.
     """
 
-    def __init__(self, device: torch.device, switched: Sequence[Switched]) -> None:
-        self.state = ThreadState.here(device)
+    def __init__(self, device: torch.device, switched: Sequence[Switched], run_one: Callable[[Member], Any]) -> None:
         self.is_abandoned = False
+        self._in_state = carry_thread_state(device)
         self._switched = switched
+        self._run_one = run_one
         self._members: list[Member] = []
 
-    def run(self, micro_batches: Sequence[Callable[[Member], Callable[[], Any]]]) -> list[Any]:
-        """What each micro-batch returned.
-
-        Args:
-            micro_batches: for each, from its member to what is run in its thread; called by this one right before.
+    def run(self, count: int) -> list[Any]:
+        """Runs so many micro-batches, at least one, started in order; returns what each returned.
 
         Raises:
             UnsupportedError: micro-batches took different paths.
         """
+        self._members = [Member(index, self) for index in range(count)]
         try:
-            return self._run(micro_batches)
+            answer: Any = None
+            while not self._members[0].is_done:
+                for member in self._members:
+                    self._advance(member, answer)
+                answer = None  # not kept while the next one is made
+                answer = self._combined()
+            return [member.result for member in self._members]
         except BaseException:
-            self._abandon()
+            self.is_abandoned = True
+            for member in self._members:  # all of them before the first is waited for: Ctrl-C may come again
+                member.abandon()
+            for member in self._members:
+                member.join()
+            self._members.clear()
             raise
 
-    def _run(self, micro_batches: Sequence[Callable[[Member], Callable[[], Any]]]) -> list[Any]:
-        answer: Any = None
-        is_first = True
-        while is_first or not self._members[0].is_done:
-            for index, make in enumerate(micro_batches):
-                if is_first:
-                    member = Member(index, self, _nothing)
-                    member._run = make(member)
-                    self._members.append(member)
-                self._advance(self._members[index], answer)
-            is_first = False
-            answer = None  # not kept while the next one is made
-            answer = self._combined()
-        return [member.result for member in self._members]
+    def run_one(self, member: Member) -> Any:
+        """Called by the member's thread."""
+        return self._in_state(lambda: self._run_one(member))
 
     def _advance(self, member: Member, answer: Any) -> None:
         default_dtype = torch.get_default_dtype()
@@ -195,8 +197,7 @@ class Conductor:
 
     def _combined(self) -> Any:
         """What all micro-batches get for what they brought to one meeting; None at the end."""
-        members = self._members
-        meetings = [member.meeting for member in members]
+        meetings = [member.meeting for member in self._members]
         first = meetings[0]
         odd = next((i for i, one in enumerate(meetings) if _key(one) != _key(first)), None)
         if odd is not None:
@@ -204,26 +205,14 @@ class Conductor:
         if first is None:
             return None
         brought = [meeting.mine for meeting in meetings if meeting is not None]
-        for member in members:
+        for member in self._members:
             member.meeting = None
         return first.combine(brought)
-
-    def _abandon(self) -> None:
-        self.is_abandoned = True
-        for member in self._members:
-            member.abandon()
-        for member in self._members:
-            member.join()
-        self._members.clear()
 
 
 def _release(lock: threading.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # free already: after Ctrl-C both sides let go, in whatever order
         lock.release()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _key(meeting: Meeting | None) -> Any:

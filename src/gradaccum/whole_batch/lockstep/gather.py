@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from gradaccum.errors import BatchError, UnsupportedError
 from gradaccum.split.packing import restore_order
-from gradaccum.types import Rows
+from gradaccum.types import Rows, num_rows
+from gradaccum.whole_batch.interception import Handlers
 from gradaccum.whole_batch.lockstep.conductor import Member
+from gradaccum.whole_batch.outputs import CONCAT
 
 
 def gather(x: Tensor) -> Tensor:
@@ -47,18 +48,11 @@ def gather(x: Tensor) -> Tensor:
             f"ga.gather got {'a 0-d tensor' if isinstance(x, Tensor) else f'a {type(x).__name__}'}. It joins rows of "
             "the micro-batches: pass a tensor with one row for each sample, and gather several one by one."
         )
-    gathers: Gathers | None = getattr(_here, "gathers", None)
-    if gathers is not None:
-        return gathers.first(x, _here.member)
-    for gathers in reversed(_in_backward):
-        found = gathers.again(x)
-        if found is not None:
-            return found
-    return x
+    found = _calls.answer(x)
+    return x if found is None else found
 
 
-_here = threading.local()
-_in_backward: list[Gathers] = []
+_calls = Handlers()
 
 
 class Gathers:
@@ -75,31 +69,18 @@ class Gathers:
         self._are_slices = all(isinstance(piece, slice) for piece in pieces)
         self._gathered: list[tuple[Tensor, list[int], bool]] = []
 
-    @contextmanager
-    def in_forward(self, member: Member) -> Iterator[None]:
-        """While held, this thread's calls are this micro-batch's."""
-        before = getattr(_here, "gathers", None), getattr(_here, "member", None)
-        _here.gathers, _here.member = self, member
-        try:
-            yield
-        finally:
-            _here.gathers, _here.member = before
+    def in_forward(self, member: Member) -> AbstractContextManager[None]:
+        """Context manager in which this thread's calls are those of this micro-batch."""
+        return _calls.in_forward(functools.partial(self._first, member))
 
-    @contextmanager
-    def in_backward(self) -> Iterator[None]:
-        """While held, calls outside of a forward are those of checkpoints."""
-        _in_backward.append(self)
-        try:
-            yield
-        finally:
-            _in_backward.remove(self)
-            self._gathered.clear()
+    def in_backward(self) -> AbstractContextManager[None]:
+        """Context manager in which calls outside of a forward are those of checkpoints."""
+        return _calls.in_backward(self._again)
 
-    def first(self, x: Tensor, member: Member) -> Tensor:
-        """Joins what all micro-batches bring."""
+    def _first(self, member: Member, x: Tensor) -> Tensor:
         return member.meet("gather", "ga.gather", (x, torch.is_grad_enabled()), self._join)
 
-    def again(self, x: Tensor) -> Tensor | None:
+    def _again(self, x: Tensor) -> Tensor | None:
         """What the forward of a checkpoint got that brings ``x`` again; waits for the device."""
         for whole, rows, has_graph in self._gathered:
             if any(one.shape == x.shape and torch.equal(one, x) for one in self._apart(whole.detach(), rows)):
@@ -141,14 +122,14 @@ class Gathers:
         """What each micro-batch had brought."""
         if self._are_slices:
             return whole.split(rows)
-        return [whole[piece.to(whole.device) if isinstance(piece, Tensor) else piece] for piece in self._pieces]
+        return [CONCAT.part(whole, piece) for piece in self._pieces]
 
     def _in_order(self, tensors: list[Tensor]) -> Tensor:
         for piece, x in zip(self._pieces, tensors, strict=True):
-            rows: Any = piece.stop - piece.start if isinstance(piece, slice) else len(piece)
-            if len(x) != rows:
+            if len(x) != num_rows(piece):
                 raise BatchError(
-                    f"ga.gather got {len(x)} rows in a micro-batch of {rows} samples, whose order in the batch is its "
-                    "split's. With one row for each sample they can be put back in the batch's order; others cannot."
+                    f"ga.gather got {len(x)} rows in a micro-batch of {num_rows(piece)} samples, whose order in the "
+                    "batch is its split's. With one row for each sample they can be put back in the batch's order; "
+                    "others cannot."
                 )
         return restore_order(self._pieces, tensors)

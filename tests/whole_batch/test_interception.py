@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradaccum.whole_batch.batch_norm.intercept import Call, in_backward, in_forward, replaced, torch_batch_norm
+from gradaccum.whole_batch.batch_norm.layers import Call, calls, replaced
 
 ORIGINAL = F.batch_norm
 
@@ -36,7 +37,7 @@ X = torch.randn(4, 3)
 
 def test_a_forward_is_handed_over() -> None:
     recorder, layer = Recorder(), nn.BatchNorm1d(3, momentum=0.3, eps=1e-3)
-    with replaced(), in_forward(recorder):
+    with replaced(), calls.in_forward(recorder.first):
         assert layer(X)[0, 0] == 1
     ((kind, call),) = recorder.calls
     assert kind == "first"
@@ -50,7 +51,7 @@ def test_a_forward_is_handed_over() -> None:
 def test_evaluation_is_not() -> None:
     recorder, layer = Recorder(), nn.BatchNorm1d(3).eval()
     expected = layer(X)
-    with replaced(), in_forward(recorder), in_backward(recorder):
+    with replaced(), calls.in_forward(recorder.first), calls.in_backward(recorder.again):
         assert torch.equal(layer(X), expected)
     assert recorder.calls == []
 
@@ -60,14 +61,14 @@ def test_what_nobody_takes_over_is_torchs() -> None:
     with replaced():
         assert torch.equal(nn.BatchNorm1d(3)(X), expected)
         stranger = Recorder(knows=False)
-        with in_backward(stranger):
+        with calls.in_backward(stranger.again):
             assert torch.equal(nn.BatchNorm1d(3)(X), expected)
         assert len(stranger.calls) == 1
 
 
 def test_the_innermost_backward_that_knows_it() -> None:
     outer, inner = Recorder(), Recorder(knows=False)
-    with replaced(), in_backward(outer), in_backward(inner):
+    with replaced(), calls.in_backward(outer.again), calls.in_backward(inner.again):
         assert nn.BatchNorm1d(3)(X)[0, 0] == 2
     assert [len(one.calls) for one in (outer, inner)] == [1, 1]
 
@@ -75,7 +76,7 @@ def test_the_innermost_backward_that_knows_it() -> None:
 def test_other_threads_forward_is_their_own() -> None:
     recorder = Recorder()
     found: list[Any] = []
-    with replaced(), in_forward(recorder):
+    with replaced(), calls.in_forward(recorder.first):
         thread = threading.Thread(target=lambda: found.append(nn.BatchNorm1d(3)(X)))
         thread.start()
         thread.join()
@@ -88,7 +89,7 @@ def test_held_by_two_that_end_in_any_order() -> None:
     one.__enter__()
     other.__enter__()
     one.__exit__(None, None, None)
-    with in_forward(recorder := Recorder()):
+    with calls.in_forward((recorder := Recorder()).first):
         nn.BatchNorm1d(3)(X)
     assert len(recorder.calls) == 1
     other.__exit__(None, None, None)
@@ -109,7 +110,7 @@ def test_a_wrapper_around_the_replacement_that_stays(monkeypatch: pytest.MonkeyP
     with replaced():
         ours = F.batch_norm
     monkeypatch.setattr(F, "batch_norm", lambda *args, **kwargs: ours(*args, **kwargs) + 1)
-    with replaced(), in_forward(recorder := Recorder()):
+    with replaced(), calls.in_forward((recorder := Recorder()).first):
         layer = nn.BatchNorm1d(3)
         layer(X)
     expected = layer.eval()(X)
@@ -122,7 +123,7 @@ def test_torchs_own_for_a_call() -> None:
     layer = nn.BatchNorm1d(3)
     expected = nn.BatchNorm1d(3)(X[:2])
     recorder = Recorder()
-    with replaced(), in_forward(recorder):
+    with replaced(), calls.in_forward(recorder.first):
         layer(X)
-        found = torch_batch_norm(recorder.calls[0][1], X[:2], running_mean=None, running_var=None, training=True)
+        found = dataclasses.replace(recorder.calls[0][1], input=X[:2], running_mean=None, running_var=None).by_torch()
     assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""The options for layers over the batch: what is refused at construction, who warns, what the plan line says."""
+"""The options that choose a runner: what is refused at construction, who warns, what the plan line says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+from torch import nn
 
 import gradaccum as ga
 from normed import classes_loss, make_batches, make_network, sgd
@@ -31,15 +32,6 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
         made(**options)
 
 
-def test_kept_graphs_in_lockstep_are_refused() -> None:
-    model = make_network("residual")
-    with pytest.raises(ga.LossError, match="in lockstep all of them are"):
-        ga.TrainStep(
-            model, sgd(model), forward=lambda model, batch: model(batch[0]),
-            batch_loss=lambda outputs, batch: outputs.sum(), kept_graphs=2, batch_norm="exact",
-        )  # fmt: skip
-
-
 def test_micro_batches_by_themselves_warn_and_name_the_remedies() -> None:
     with pytest.warns(ga.BatchNormWarning, match=r'batch_norm="exact" .* "frozen" .* ga.GhostBatch\(n\)'):
         made(micro_batch_size=4)(make_batches(1)[0])
@@ -61,3 +53,28 @@ def test_sizes_are_not_compared_by_time_in_lockstep() -> None:
 def test_lockstep_with_micro_statistics_still_warns() -> None:
     with pytest.warns(ga.BatchNormWarning):
         made(micro_batch_size=4, lockstep=True)(make_batches(1)[0])
+
+
+FORWARD: dict[str, Any] = {"forward": lambda model, x: model(x), "batch_loss": lambda y, x: y.square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "loss_fn is a NoneType"),
+        ({"forward": FORWARD["forward"]}, "forward= was given without batch_loss="),
+        ({"batch_loss": FORWARD["batch_loss"]}, "batch_loss= was given without forward="),
+        ({**FORWARD, "batch_loss": 3}, "batch_loss is a int"),
+        ({**FORWARD, "loss_fn": lambda model, x: 0}, "Which of the two"),
+        ({**FORWARD, "weights": len}, "weights= counts"),
+        ({**FORWARD, "combine": "mean"}, "combine='mean'"),
+        ({**FORWARD, "kept_graphs": -1}, "kept_graphs=-1"),
+        ({"loss_fn": lambda model, x: 0, "combine": "sum"}, "loss_fn sees one micro-batch"),
+        ({"loss_fn": lambda model, x: 0, "kept_graphs": 2}, "loss_fn sees one micro-batch"),
+        ({**FORWARD, "kept_graphs": 2, "batch_norm": "exact"}, "in lockstep all of them are"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ga.GradAccumError, match=message):
+        ga.TrainStep(model, sgd(model), micro_batch_size=2, **options)

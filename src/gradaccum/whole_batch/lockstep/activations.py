@@ -1,0 +1,261 @@
+"""Where the activations of a batch in lockstep wait for the backward: in the host's memory, or not at all.
+
+In lockstep the graphs of all micro-batches are alive, as the whole batch's would be.
+
+Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
+wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
+back ahead of need, in the reverse of the order in which they were saved. Lockstep saves layer by layer, over all
+micro-batches, and the backward wants them layer by layer, so the order holds but for branches. The idea is that of
+torch.autograd.graph.save_on_cpu, which copies all of it, every time, in the stream that computes.
+
+Not copied: parameters and buffers, which stay anyway; tensors below `MIN_BYTES`, whose copy costs more than it frees;
+tensors that are not dense. A tensor that is saved twice (BatchNorm's input is needed for the statistics and for
+normalising) is copied once. Two saves are of one tensor if storage, place in it, and version are the same; the storage
+is known by a weak reference, not by its address: memory that has been freed and used again has the same address and
+other values, which made a gradient wrong by half in a prototype.
+
+Recompute (`recomputed`). With each block behind a checkpoint (Chen et al. 2016, "Training Deep Nets with Sublinear
+Memory Cost", arXiv 1604.06174) what waits for the backward is the blocks' inputs, and what one block makes while it is
+run again. A block is a child of a ``Sequential`` or a ``ModuleList`` that has children itself: a residual block, a
+transformer layer. Where blocks nest there is a choice: few large ones keep little and make much again at once, many
+small ones the other way round. Counted in layers, as if each made a tensor of one size, that level is taken with the
+least
+
+    blocks + layers outside of blocks + layers of the largest block
+
+Layers over the batch meet nobody while they are run again: they take what their forward had got (`batch_norm.exact`).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from gradaccum.errors import UnsupportedError
+
+MIN_BYTES = 1 << 16
+AHEAD_BYTES = 1 << 28  # on their way back before they are wanted: a few layers' worth
+_MAX_LOOKED_AT = 64
+
+
+class Transfer(Protocol):
+    """Copies tensors between device and host."""
+
+    def out(self, tensor: Tensor) -> Any:
+        """A copy of the tensor outside of the device's memory."""
+        ...
+
+    def back(self, host: Any) -> Callable[[], Tensor]:
+        """Starts copying that back to the device; what it returns gives the tensor, and waits for its values."""
+        ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Kept:
+    """A saved tensor in host memory.
+
+    Attributes:
+        host: what `Transfer.out` returned.
+        index: how many were saved before it.
+        num_bytes: of the tensor.
+        arrive: what `Transfer.back` returned, while the tensor is on its way back ahead of need.
+    """
+
+    host: Any
+    index: int
+    num_bytes: int
+    arrive: Callable[[], Tensor] | None = None
+
+
+class HostMemory:
+    """Hooks that keep saved tensors in host memory; for one batch.
+
+    Args:
+        models: whose parameters and buffers are left where they are.
+        transfer: how tensors are copied.
+        min_bytes: smaller tensors stay on the device.
+        ahead_bytes: how much may be on its way back before it is wanted.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        transfer: Transfer,
+        *,
+        min_bytes: int = MIN_BYTES,
+        ahead_bytes: int = AHEAD_BYTES,
+    ) -> None:
+        self._transfer = transfer
+        self._min_bytes = min_bytes
+        self._ahead_bytes = ahead_bytes
+        self._stay = {
+            tensor.untyped_storage().data_ptr()  # of memory that stays taken, so that its address says what it is
+            for model in models
+            for tensors in (model.parameters(), model.buffers())
+            for tensor in tensors
+            if tensor.layout is torch.strided
+        }
+        self._copied: dict[int, tuple[weakref.ref[UntypedStorage], dict[Any, weakref.ref[Kept]]]] = {}
+        self._order: list[weakref.ref[Kept]] = []
+
+    def held(self) -> AbstractContextManager[None]:
+        """Context manager in which what this thread saves is copied out."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: Tensor) -> Tensor | Kept:
+        """What is kept for a saved tensor."""
+        if not self._is_copied(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        known, copies = self._copied.get(id(storage), (None, {}))
+        if known is None or known() is not storage:  # a new one, perhaps under the id of one that is gone
+            copies = {}
+            self._copied[id(storage)] = weakref.ref(storage), copies
+        key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        reference = copies.get(key)
+        kept = None if reference is None else reference()
+        if kept is None:
+            kept = Kept(host=self._transfer.out(tensor.detach()), index=len(self._order), num_bytes=tensor.nbytes)
+            copies[key] = weakref.ref(kept)
+            self._order.append(weakref.ref(kept))
+        return kept
+
+    def unpack(self, kept: Tensor | Kept) -> Tensor:
+        """The saved tensor, back on the device."""
+        if isinstance(kept, Tensor):
+            return kept
+        arrive = self._transfer.back(kept.host) if kept.arrive is None else kept.arrive
+        kept.arrive = None
+        self._send_ahead(kept.index)
+        return arrive()
+
+    def _send_ahead(self, index: int) -> None:
+        """Starts on what was saved before that, which is wanted next."""
+        on_its_way = 0
+        for reference in reversed(self._order[max(0, index - _MAX_LOOKED_AT) : index]):
+            kept = reference()
+            if kept is None:
+                continue
+            on_its_way += kept.num_bytes
+            if on_its_way > self._ahead_bytes:
+                return
+            if kept.arrive is None:
+                kept.arrive = self._transfer.back(kept.host)
+
+    def _is_copied(self, tensor: Tensor) -> bool:
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        storage = tensor.untyped_storage()
+        # An expanded tensor is larger than its memory: a copy would be, too.
+        return self._min_bytes <= tensor.nbytes <= storage.nbytes() and storage.data_ptr() not in self._stay
+
+
+class CudaTransfer:
+    """By pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def out(self, tensor: Tensor) -> Any:
+        """See `Transfer`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given to others before it has been read
+        return host
+
+    def back(self, host: Any) -> Callable[[], Tensor]:
+        """See `Transfer`; behind the copies out, since they share the stream."""
+        with torch.cuda.stream(self._stream):
+            tensor = host.to(self._device, non_blocking=True)
+            sent = self._stream.record_event()
+
+        def arrive() -> Tensor:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(sent)
+            tensor.record_stream(current)
+            return tensor
+
+        return arrive
+
+
+def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks of the models that are worth running again; none is part of another.
+
+    Raises:
+        UnsupportedError: there are none.
+
+    Example:
+        >>> from gradaccum.whole_batch.lockstep.activations import find_blocks
+        >>> def layer():
+        ...     return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
+        >>> model = nn.Sequential(layer(), layer(), layer(), nn.Linear(2, 1))
+        >>> find_blocks([model]) == list(model[:3])
+        True
+    """
+    many = list(models)
+    num_layers = sum(_num_layers(model) for model in many)
+    level = [block for model in many for block in _outermost(model)]
+    levels: list[list[nn.Module]] = []
+    while level:
+        levels.append(level)
+        inner = [_outermost(block) for block in level]
+        if not any(inner):
+            break
+        level = [found for block, within in zip(level, inner, strict=True) for found in (within or [block])]
+    if not levels:
+        raise UnsupportedError(
+            'activations="recompute" runs the repeated blocks of the model again in the backward, and found none: no '
+            "nn.Sequential or nn.ModuleList has children that are made of layers themselves. Nothing would be saved. "
+            'Use activations="host", or torch.utils.checkpoint.checkpoint(..., use_reentrant=False) in the model.'
+        )
+    return min(levels, key=lambda blocks: _layers_alive(blocks, num_layers))
+
+
+@contextmanager
+def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Context manager in which these modules keep only their inputs, and run again in the backward."""
+    from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        # On the instance, past hooks, which stay outside. Not noted as the micro-batch's: set before any runs.
+        block.__dict__["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
+
+
+def _outermost(module: nn.Module) -> list[nn.Module]:
+    """The composite children of containers within, none part of another."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        is_composite = next(child.children(), None) is not None
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and is_composite:
+            found.append(child)
+        else:
+            found.extend(_outermost(child))
+    return list(dict.fromkeys(found))
+
+
+def _num_layers(module: nn.Module) -> int:
+    return sum(next(part.children(), None) is None for part in module.modules())
+
+
+def _layers_alive(blocks: Sequence[nn.Module], num_layers: int) -> int:
+    sizes = [_num_layers(block) for block in blocks]
+    return len(blocks) + num_layers - sum(sizes) + max(sizes)
