@@ -12,7 +12,7 @@ from gradaccum.types import Split
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.layers import LayerOptions, LossRunner, over_layers
 from gradaccum.whole_batch.two_pass import TwoPass
-from gradaccum.window.in_step import InStep
+from gradaccum.window.fillers import FilledRunner
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.plain import Plain
 from gradaccum.window.runner import Runner
@@ -107,7 +107,7 @@ def choose_runner(
 def _in_step(plain: Plain, loss_of: Callable[[Any], Any], ranks: OverRanks | None) -> Runner:
     if ranks is None or not ranks.runs_collectives:
         return plain
-    return InStep(runner=plain, loss_of=loss_of)
+    return FilledRunner(runner=plain, loss_of=loss_of)
 
 
 def _callable(function: Any, name: str, form: str) -> Callable[[Any, Any], Any]:

@@ -35,7 +35,7 @@ from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.outputs import Concatenated, Outputs, Summed
 from gradaccum.whole_batch.whole_over_ranks import GatheredOutputs, gathered_batch
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.in_step import Fillers
+from gradaccum.window.fillers import Fillers
 from gradaccum.window.over_ranks import OverRanks
 
 Graphs = dict[int, list[Tensor]]

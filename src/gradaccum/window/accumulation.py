@@ -147,8 +147,8 @@ class Accumulation:
         self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         last, expected = self._last_total, None
         if self.ranks is not None:
-            said = {"samples": samples, "pieces": pieces}
-            totals, expected = self.ranks.begin(totals, **said, last_total=last, is_done=is_done)
+            about = {"update": self.counters.updates + 1, "samples": samples, "pieces": pieces}
+            totals, expected = self.ranks.begin(totals, **about, last_total=last, is_done=is_done)
             first_share = first_share[0], first_share[1] * self.ranks.ranks.size
         last = 0.0 if pieces else last  # what a resumed run does not know, and a batch in hand does not need
         self._normaliser = Normaliser(

@@ -58,7 +58,7 @@ class Telling:
             return
         coupled = self.coupled_layers(models)
         if is_final and not self._has_told and (ranks is None or ranks.is_first):
-            over = None if ranks is None else ranks.in_words
+            over = None if ranks is None else ranks.description
             logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
         if coupled and is_split:
             guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
