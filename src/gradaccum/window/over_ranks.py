@@ -247,10 +247,8 @@ class OverRanks:
             RankError: another process failed otherwise.
         """
         outcome = Outcome.OUT_OF_MEMORY if is_out_of_memory else Outcome.FINE
-        return any(
-            m.outcome == Outcome.OUT_OF_MEMORY
-            for m in self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
-        )
+        messages = self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
+        return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
     def _report(self, error: BaseException) -> None:
         """Lets the others know that this process has failed; returns when they know, or cannot be reached."""
