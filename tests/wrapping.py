@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tasks import Batch, joined, make_batch
@@ -75,3 +76,8 @@ def sharded(model: nn.Module, world_size: int, *, replicas: int = 1) -> nn.Modul
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def full_tensor(tensor: Any) -> Any:
+    """A parameter or gradient, put together from its shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

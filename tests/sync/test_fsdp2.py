@@ -14,7 +14,7 @@ import gradaccum as ga
 from oracle import EXACT, SINGLE, assert_same_gradients, whole_batches
 from ranks import results_of
 from tasks import LOSSES, Batch, make_batch, make_model, pieces
-from wrapping import PASSES, WINDOW, Branches, sgd, sharded, windows
+from wrapping import PASSES, WINDOW, Branches, full_tensor, sgd, sharded, windows
 
 SHARES = {
     2: {"even": [[6, 6], [6, 6]], "uneven": [[11, 2], [3, 10]], "one empty": [[13, 1], [0, 7], [5, 0]]},
@@ -36,11 +36,7 @@ class Nested(nn.Module):
 
 
 def full(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, put together from its shards."""
-    return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+    return {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
 
 
 def check(

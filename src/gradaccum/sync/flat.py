@@ -1,8 +1,9 @@
 """Adds gradients up over processes, once a window, in flat buckets.
 
 Each process has summed its own micro-batches. Their sums are copied into a bucket, the factor by which processes differ
-is multiplied in, and the bucket is reduced. Afterwards the gradients are views of the buckets: nothing is copied back.
-Bytes on the wire for an update: ``2 (W - 1) / W`` times those of the gradients, however many micro-batches there were.
+is multiplied in, and the bucket is reduced while the next one is filled. Afterwards the gradients are views of the
+buckets: nothing is copied back. Bytes on the wire for an update: ``2 (W - 1) / W`` times those of the gradients,
+however many micro-batches there were.
 
 A parameter that only some processes used is reduced by all of them, zeros where it was not; one that nobody used keeps
 no gradient. Which those are is known from `uses`, exchanged before.
@@ -10,7 +11,8 @@ no gradient. Which those are is known from `uses`, exchanged before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -64,8 +66,13 @@ def reduce_gradients(
         used: see `merged_uses`.
         factor: what this process's gradients are multiplied by before.
     """
+    reducing: deque[Callable[[], None]] = deque()
     for bucket in _buckets([p for p, use in zip(parameters, used, strict=True) if use == Use.DENSE]):
-        _reduce_bucket(ranks, bucket, factor)
+        reducing.append(_start_reducing(ranks, bucket, factor))
+        if len(reducing) > 1:  # no more than two: until one is done, it and its gradients both take memory
+            reducing.popleft()()
+    for finish in reducing:
+        finish()
     for parameter, use in zip(parameters, used, strict=True):
         if use == Use.SPARSE:
             _add_up_sparse(ranks, parameter, factor)
@@ -92,7 +99,8 @@ def _dtype_of_gradient(parameter: nn.Parameter) -> torch.dtype:
     return parameter.dtype if wanted is None else wanted
 
 
-def _reduce_bucket(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float | Tensor | None) -> None:
+def _start_reducing(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float | Tensor | None) -> Callable[[], None]:
+    """Fills a bucket and starts its reduction; returns what waits for it and puts its parts in the gradients' place."""
     flat = torch.zeros(sum(p.numel() for p in bucket), dtype=_dtype_of_gradient(bucket[0]), device=bucket[0].device)
     views: list[Tensor] = []
     for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
@@ -108,10 +116,14 @@ def _reduce_bucket(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float |
             view.copy_(gradient.to_dense())
     if factor is not None:
         flat.mul_(_on(factor, flat))
-    # Nothing overlaps with this: with gloo a copy takes a tenth of a reduction, with NCCL the host does not wait.
-    ranks.add_up(flat)
-    for parameter, view in zip(bucket, views, strict=True):
-        parameter.grad = view
+    wait = ranks.start_adding_up(flat)
+
+    def finish() -> None:
+        wait()
+        for parameter, view in zip(bucket, views, strict=True):
+            parameter.grad = view
+
+    return finish
 
 
 def _on(factor: float | Tensor, tensor: Tensor) -> float | Tensor:

@@ -8,7 +8,7 @@ goes over the device, which waits for it once an update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,21 @@ class Ranks:
         for group in self._groups:
             with self._watched():
                 dist.all_reduce(tensor, group=group)
+
+    def start_adding_up(self, tensor: Tensor) -> Callable[[], None]:
+        """The same as `add_up`, without waiting for the last group; what is returned waits for it."""
+        *before, last = self._groups
+        for group in before:
+            with self._watched():
+                dist.all_reduce(tensor, group=group)
+        with self._watched():
+            work: Any = dist.all_reduce(tensor, group=last, async_op=True)
+
+        def wait() -> None:
+            with self._watched():
+                work.wait()
+
+        return wait
 
     def agree(
         self, message: Message, *, num_terms: int, num_uses: int, error: BaseException | None = None
