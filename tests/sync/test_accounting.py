@@ -32,8 +32,8 @@ def collectives() -> Iterator[tuple[mock.Mock, mock.Mock]]:
 def test_a_thousand_ranks(collectives: tuple[mock.Mock, mock.Mock]) -> None:
     model = make_model("mlp")
     elements = sum(parameter.numel() for parameter in model.parameters())
-    step = ga.TrainStep(model, torch.optim.SGD(model.parameters()), LOSSES["mean over tokens"].for_library,
-                        micro_batch_size=4)  # fmt: skip
+    loss_fn = LOSSES["mean over tokens"].for_library
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch_size=4)
     batch = make_batch(13)
     for _ in range(3):
         for collective in collectives:

@@ -95,15 +95,12 @@ def one_runs_out_of_memory(rank: int, world_size: int) -> None:
         own = pieces(batch, [6, 7] if world_size == 2 else [6, 7, 0])[rank]
         step = ga.TrainStep(wrapped(model, "DDP"), sgd(model), loss_fn)
         if limit:
-            loss = step.backward(own)
-            assert_same_gradients(
-                gradients_of(model), whole_batches(alone, sgd(alone), [batch], CASE.for_oracle)[0].gradients
-            )
-            assert loss.weight == 13
+            assert step.backward(own).weight == 13
+            (expected,) = whole_batches(alone, sgd(alone), [batch], CASE.for_oracle)
+            assert_same_gradients(gradients_of(model), expected.gradients)
         else:
-            with pytest.raises(
-                ga.DoesNotFitError if rank == 1 else ga.RankError, match="single sample runs out of memory"
-            ):
+            error = ga.DoesNotFitError if rank == 1 else ga.RankError
+            with pytest.raises(error, match="single sample runs out of memory"):
                 step(own)
             assert not any(parameter.grad is not None for parameter in model.parameters())
 

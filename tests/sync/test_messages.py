@@ -33,11 +33,9 @@ def test_they_arrive_as_they_were_sent(message: Message) -> None:
     numbers = message.to_numbers(**LAYOUT)
     assert len(numbers) == 8 + 3 * 2 + 3, "whatever they are about"
     assert all(type(number) is int and -(2**63) <= number < 2**63 for number in numbers)
-    padding = {
-        "terms": [*message.terms, *[TermShare()] * (2 - len(message.terms))],
-        "uses": [*message.uses, *[0] * (3 - len(message.uses))],
-    }
-    assert Message.from_numbers(numbers, **LAYOUT) == dataclasses.replace(message, **padding)
+    terms = [*message.terms, *[TermShare()] * (2 - len(message.terms))]
+    uses = [*message.uses, *[0] * (3 - len(message.uses))]
+    assert Message.from_numbers(numbers, **LAYOUT) == dataclasses.replace(message, terms=terms, uses=uses)
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,10 @@ class Ranks:
 
     def add_up(self, tensor: Tensor) -> None:
         """Adds a tensor up over all processes, in place."""
-        for group in self._groups:
-            with self._watched():
-                dist.all_reduce(tensor, group=group)
+        self.start_adding_up(tensor)()
 
     def start_adding_up(self, tensor: Tensor) -> Callable[[], None]:
-        """The same as `add_up`, without waiting for the last group; what is returned waits for it."""
+        """Starts `add_up`; what is returned waits for the last group, the groups before are waited for here."""
         *before, last = self._groups
         for group in before:
             with self._watched():
