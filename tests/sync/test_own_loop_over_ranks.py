@@ -14,7 +14,7 @@ from torch import nn
 import gradaccum as ga
 from oracle import assert_same, assert_same_gradients, own_loop, parameters_of, whole_batches
 from ranks import results_of
-from tasks import LOSSES, Batch, make_batch, make_model
+from tasks import LOSSES, make_batch, make_model
 from wrapping import PASSES, WINDOW, sgd, windows, wrapped
 
 NOTHING_ON_ONE = [[], [3, 1, 4]]
