@@ -1,4 +1,4 @@
-"""Models as they are wrapped for several processes, and one that does not use all of itself."""
+"""Models as they are wrapped for several processes, one that does not use all of itself, and each process's data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks import Batch
+from tasks import Batch, joined, make_batch
+
+# Rows of each micro-batch, by rank; a window is two of them.
+PASSES: dict[str, list[list[int]]] = {
+    "even": [[3, 3, 3, 3], [3, 3, 3, 3]],
+    "uneven sizes": [[5, 1, 2, 4], [1, 1, 7, 2]],
+    "a short tail on one": [[3, 2, 4], [3, 1, 2, 2]],
+    "fewer windows on one": [[2], [3, 1, 2, 2, 5]],
+}
+WINDOW = 2
+
+
+def windows(rows: list[list[int]]) -> tuple[list[list[Batch]], list[Batch]]:
+    """Each rank's micro-batches, and the whole batches they add up to."""
+    streams = [
+        [make_batch(count, seed=100 * rank + i) for i, count in enumerate(counts)] for rank, counts in enumerate(rows)
+    ]
+    updates = max(-(-len(stream) // WINDOW) for stream in streams)
+    whole = [joined([b for s in streams for b in s[i * WINDOW : (i + 1) * WINDOW]]) for i in range(updates)]
+    return streams, whole
 
 
 class Branches(nn.Module):
@@ -42,3 +64,20 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
         "DDP, views": {"gradient_as_bucket_view": True},
     }[how]
     return DistributedDataParallel(model, **options)
+
+
+def sharded(model: nn.Module, world_size: int, *, replicas: int = 1) -> nn.Module:
+    """FSDP2 over all ranks, its blocks one by one if it has any; HSDP with several replicas."""
+    mesh = (
+        init_device_mesh("cpu", (world_size,))
+        if replicas == 1
+        else init_device_mesh("cpu", (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+    )
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def full_tensor(tensor: Any) -> Any:
+    """A parameter or gradient, put together from its shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

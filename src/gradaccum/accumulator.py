@@ -22,10 +22,10 @@ from gradaccum.types import Update
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.fillers import SharedPasses
 from gradaccum.window.looking_ahead import Follower, LookingAhead
 from gradaccum.window.options import Options
 from gradaccum.window.progress import ProgressBar
-from gradaccum.window.together import together
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
 
@@ -113,8 +113,8 @@ class Accumulator:
             sync=sync,
         )
         self._accumulation = Accumulation(model, optimizer, options)
-        self._together = together(self._accumulation, tail=tail, counts_ahead=weights is not None)
-        self._fills = self._together.fills
+        self._passes = SharedPasses(self._accumulation, tail=tail, counts_ahead=weights is not None)
+        self._fills = self._passes.fills
         guards.refuse_closures(self._accumulation.optimizers)
         self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
@@ -172,7 +172,7 @@ class Accumulator:
             micro_batch_begins=self._micro_batch_begins,
             micro_batch_ends=self._micro_batch_ends,
             pass_ends=self._pass_ends,
-            wants_again=self._together.wants_filler if self._fills else None,
+            wants_again=self._passes.wants_filler if self._fills else None,
         )
         if isinstance(micro_batches, LookingAhead) and not micro_batches.has_begun:
             shared: LookingAhead[Item] = micro_batches
@@ -215,9 +215,9 @@ class Accumulator:
         if accumulation.ranks is None:
             accumulation.add(loss, samples=self._samples, weights=self._counted)
         else:
-            with accumulation.ranks.told():
-                if self._together.is_filler:
-                    self._together.backward_of_filler()
+            with accumulation.ranks.report_errors():
+                if self._passes.is_filler:
+                    self._passes.backward_of_filler()
                 else:
                     accumulation.add(loss, samples=self._samples, weights=self._counted)
         done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
@@ -225,7 +225,7 @@ class Accumulator:
             self._bar.inside(done, self._target)
         is_complete = done == self._target or (self._is_last and self._tail == "step")
         if self._fills:
-            is_complete = (is_complete or self._together.is_filler) and self._together.closes
+            is_complete = (is_complete or self._passes.is_filler) and self._passes.closes
         return self._close() if is_complete else None
 
     def flush(self) -> Update | None:
@@ -253,7 +253,7 @@ class Accumulator:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
         self._outside.close()
-        return self._together.held(self._accumulation.no_calls_by_hand())
+        return self._passes.held(self._accumulation.no_calls_by_hand())
 
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, items: LookingAhead[Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
@@ -261,9 +261,9 @@ class Accumulator:
         accumulation = self._accumulation
         if self._any_rows is not None:
             self._any_rows.marked(micro_batch)
-        if self._fills and self._together.is_filler:
+        if self._fills and self._passes.is_filler:
             self._samples, self._is_last, self._awaits_backward = 0, is_last, True
-            self._together.begins(completes=True)
+            self._passes.begins(completes=True)
             return
         if not accumulation.is_open:
             self._open(micro_batch, samples, items)
@@ -276,7 +276,7 @@ class Accumulator:
         if self._fills:
             before = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
             done = before + ((samples or 0) if self._counts_samples else 1)
-            self._together.begins(completes=is_last or done == self._target)
+            self._passes.begins(completes=is_last or done == self._target)
 
     def _micro_batch_ends(self) -> None:
         """The next micro-batch is asked for: this one must have had its backward."""
@@ -302,7 +302,7 @@ class Accumulator:
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
         if completely:
-            self._together.finish()
+            self._passes.finish()
         if completely and self._tail == "drop":
             if lost and self.updates == self._updates_before_pass:
                 raise self._size.too_short(lost, samples=lost_samples, target=self._target)
@@ -345,7 +345,7 @@ class Accumulator:
         if self._target_of_all is not None:
             return self._target_of_all
         size = self._size.at(self.updates + 1)
-        target = self._together.share(size) if self._counts_samples else size
+        target = self._passes.share(size) if self._counts_samples else size
         self._target_of_all = target if self._size.is_fixed else None
         return target
 
@@ -353,14 +353,14 @@ class Accumulator:
         return totals_of_window(weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples)
 
     def _close(self) -> Update | None:
-        update = self._together.close()
+        update = self._passes.close()
         self._outside.close()
         if self._bar is not None and update is not None:
             self._bar.updated(update)
         return update
 
     def _begin_outside_of_a_pass(self) -> None:
-        self._together.refuse_outside_of_a_pass(guards.user_line)
+        self._passes.refuse_outside_of_a_pass(guards.user_line)
         if self._active_pass() is not None:
             raise guards.second_backward()
         if self._counts_samples:

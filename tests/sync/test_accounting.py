@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradaccum as ga
@@ -19,39 +18,33 @@ RANKS = 1000
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
-    """Each collective's name and the bytes that this rank puts in."""
-    found: list[tuple[str, int]] = []
-    reduce, gather = dist.all_reduce, dist.all_gather
-
-    def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        found.append(("all_reduce", tensor.nbytes))
-        return reduce(tensor, *arguments, **options)
-
-    def all_gather(theirs: list[Tensor], mine: Tensor, **options: Any) -> Any:
-        found.append(("all_gather", mine.nbytes))
-        return gather(theirs, mine, **options)
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "all_gather", all_gather)
+def collectives() -> Iterator[tuple[mock.Mock, mock.Mock]]:
+    """`all_gather` and `all_reduce`, which note their calls."""
     dist.init_process_group("fake", store=FakeStore(), rank=7, world_size=RANKS)
-    yield found
+    with (
+        mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as all_gather,
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
+    ):
+        yield all_gather, all_reduce
     dist.destroy_process_group()
 
 
-def test_a_thousand_ranks(sent: list[tuple[str, int]]) -> None:
+def test_a_thousand_ranks(collectives: tuple[mock.Mock, mock.Mock]) -> None:
     model = make_model("mlp")
     elements = sum(parameter.numel() for parameter in model.parameters())
-    step = ga.TrainStep(model, torch.optim.SGD(model.parameters()), LOSSES["mean over tokens"].for_library,
-                        micro_batch_size=4)  # fmt: skip
+    loss_fn = LOSSES["mean over tokens"].for_library
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch_size=4)
     batch = make_batch(13)
     for _ in range(3):
-        sent.clear()
+        for collective in collectives:
+            collective.reset_mock()
         update = step(batch)
         assert (update.samples, update.micro_batches) == (13 * RANKS, 4 * RANKS)
         assert update.weight == RANKS * int(batch["mask"].sum())
-    # One message, of 7 counts, 3 numbers of the one term, and the uses of at most 31 parameters; one reduction.
-    assert sent == [("all_gather", 8 * (7 + 3 + 1)), ("all_reduce", 8 * elements)]
+    # One message, of a header and counts (8 numbers), the one term (3), and the uses of at most 31 parameters (1).
+    (message,), (reduction,) = (collective.call_args_list for collective in collectives)
+    assert message.args[1].nbytes == 8 * (8 + 3 + 1)
+    assert reduction.args[0].nbytes == 8 * elements
 
 
 def test_one_process_sends_nothing() -> None:
@@ -68,4 +61,4 @@ def test_uses_are_packed_and_merged() -> None:
     assert all(0 <= number < 2**63 for number in packed)
     parameters[33].grad, parameters[34].grad = None, torch.ones(2)
     merged = flat.merged_uses([packed, flat.uses(parameters)], 70)
-    assert [i for i, kind in enumerate(merged) if kind == flat.DENSE] == [0, 33, 34, 69]
+    assert [i for i, use in enumerate(merged) if use == flat.Use.DENSE] == [0, 33, 34, 69]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +27,22 @@ from wrapping import sgd, wrapped
 CASE = LOSSES["plain mean"]
 
 
+def failing(rank: int, *, at: int, fail: Callable[[], None]) -> Callable[[nn.Module, Batch], Any]:
+    """A loss function that fails on rank 1, at one of its calls."""
+    calls = itertools.count(1)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Any:
+        if next(calls) == at and rank == 1:
+            fail()
+        return CASE.for_library(model, batch)
+
+    return loss_fn
+
+
+def raise_label() -> None:
+    raise ValueError("label 7 is out of range")
+
+
 def one_raises(rank: int, world_size: int) -> None:
     """All raise, nothing is updated, and the next batch is trained with as if nothing had been."""
     for how in ("plain", "DDP"):
@@ -31,17 +50,9 @@ def one_raises(rank: int, world_size: int) -> None:
             model = make_model("mlp")
             alone = copy.deepcopy(model)
             trained = wrapped(model, how)
-            seen: list[int] = []
-
-            def loss_fn(model: nn.Module, batch: Batch, seen: list[int] = seen) -> Any:
-                seen.append(1)
-                if rank == 1 and len(seen) == 2:
-                    raise ValueError("label 7 is out of range")
-                return CASE.for_library(model, batch)
-
             batch = make_batch(9)
             own = pieces(batch, [4, 5] if world_size == 2 else [4, 4, 1])[rank]
-            step = ga.TrainStep(trained, sgd(model), loss_fn, micro_batch_size=size)
+            step = ga.TrainStep(trained, sgd(model), failing(rank, at=2, fail=raise_label), micro_batch_size=size)
             with pytest.raises(ValueError if rank == 1 else ga.RankError, match="label 7 is out of range") as caught:
                 twice(step, own)
             assert rank == 1 or "rank 1: ValueError" in str(caught.value)
@@ -84,15 +95,12 @@ def one_runs_out_of_memory(rank: int, world_size: int) -> None:
         own = pieces(batch, [6, 7] if world_size == 2 else [6, 7, 0])[rank]
         step = ga.TrainStep(wrapped(model, "DDP"), sgd(model), loss_fn)
         if limit:
-            loss = step.backward(own)
-            assert_same_gradients(
-                gradients_of(model), whole_batches(alone, sgd(alone), [batch], CASE.for_oracle)[0].gradients
-            )
-            assert loss.weight == 13
+            assert step.backward(own).weight == 13
+            (expected,) = whole_batches(alone, sgd(alone), [batch], CASE.for_oracle)
+            assert_same_gradients(gradients_of(model), expected.gradients)
         else:
-            with pytest.raises(
-                ga.DoesNotFitError if rank == 1 else ga.RankError, match="single sample runs out of memory"
-            ):
+            error = ga.DoesNotFitError if rank == 1 else ga.RankError
+            with pytest.raises(error, match="single sample runs out of memory"):
                 step(own)
             assert not any(parameter.grad is not None for parameter in model.parameters())
 
@@ -101,7 +109,41 @@ def not_killed(rank: int, world_size: int) -> None:
     one_raises(rank, world_size)
     one_raises_in_its_loop(rank, world_size)
     one_runs_out_of_memory(rank, world_size)
+    one_raises_before_its_first_window(rank)
+    different_places(rank)
     different_models(rank)
+
+
+def one_raises_before_its_first_window(rank: int) -> None:
+    """Also where the others exchange totals of the window, and have not met this process yet."""
+
+    def weights(batch: Batch) -> int:
+        if rank == 1:
+            raise ValueError("this batch has no mask")
+        return len(batch["x"])
+
+    model = make_model("mlp")
+    step = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2, weights=weights)
+    for _ in range(2):
+        with pytest.raises(ValueError if rank == 1 else ga.RankError, match="this batch has no mask"):
+            step(make_batch(3))
+
+
+def different_places(rank: int) -> None:
+    """One process is at another update, or makes it in another way: all raise one error, which names both."""
+    model = make_model("mlp")
+    step = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2)
+    if rank == 1:
+        step.load_state_dict({"updates": 4, "micro_batches": 8, "samples": 12})
+    other = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2 if rank == 1 else "auto")
+    for different, message in (
+        (step, "rank 0 is closing a window for update 1 .*, and rank 1 is closing a window for update 5 "),
+        (other, "rank 0 is looking for a micro batch size for update 1 .*, and rank 1 is closing a window"),
+    ):
+        before = parameters_of(model)
+        with pytest.raises(ga.RankError, match=message):
+            different(make_batch(3))
+        assert_same_gradients(parameters_of(model), before, tolerance=0.0)
 
 
 def different_models(rank: int) -> None:
@@ -121,24 +163,13 @@ def test_none_waits(world_size: int) -> None:
 
 def killed(rank: int, world_size: int, how: str) -> str:
     model = make_model("mlp")
-    seen: list[int] = []
     trained = fully_shard(model) if how == "FSDP2" else wrapped(model, how)
-
-    def loss_fn(model: nn.Module, batch: Batch) -> Any:
-        seen.append(1)
-        if rank == 1 and len(seen) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return CASE.for_library(model, batch)
-
+    loss_fn = failing(rank, at=5, fail=lambda: os.kill(os.getpid(), signal.SIGKILL))
     step = ga.TrainStep(trained, sgd(trained), loss_fn, micro_batch_size=2)
     step(make_batch(6, seed=rank))
-    try:
+    with pytest.raises(ga.RankError) as caught:
         step(make_batch(6, seed=rank))
-    except ga.RankError as error:
-        message = str(error)
-    else:
-        message = "no error"
-    print(message, file=__import__("sys").stderr, flush=True)
+    print(caught.value, file=sys.stderr, flush=True)
     os._exit(7)  # what would come after it waits for the one that has gone
 
 
@@ -153,13 +184,7 @@ def test_one_is_killed(how: str) -> None:
 
 def raises_among_shards(rank: int, world_size: int) -> None:
     model = fully_shard(make_model("mlp"))
-
-    def loss_fn(model: nn.Module, batch: Batch) -> Any:
-        if rank == 1:
-            raise ValueError("label 7 is out of range")
-        return CASE.for_library(model, batch)
-
-    ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=2)(make_batch(6))
+    ga.TrainStep(model, sgd(model), failing(rank, at=1, fail=raise_label), micro_batch_size=2)(make_batch(6))
 
 
 def test_one_raises_among_shards() -> None:
@@ -188,7 +213,7 @@ class EndsWhileLookedAt(Whereabouts):
     """A process that hears of another's fault, says so and ends, all just before it is looked at."""
 
     def is_gone(self) -> bool:
-        faults.tell(1, "it ended without a word, as a process that is killed")
+        faults.report(1, "it ended without a word, as a process that is killed")
         return True
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 import gradaccum as ga
 from oracle import EXACT, SINGLE, assert_same_gradients, whole_batches
 from ranks import results_of
-from tasks import LOSSES, Batch, joined, make_batch, make_model, pieces
-from wrapping import Branches, sgd
+from tasks import LOSSES, Batch, make_batch, make_model, pieces
+from wrapping import PASSES, WINDOW, Branches, full_tensor, sgd, sharded, windows
 
 SHARES = {
     2: {"even": [[6, 6], [6, 6]], "uneven": [[11, 2], [3, 10]], "one empty": [[13, 1], [0, 7], [5, 0]]},
@@ -36,23 +35,8 @@ class Nested(nn.Module):
         return self.head(hidden)
 
 
-def sharded(model: nn.Module, world_size: int, *, replicas: int = 1) -> nn.Module:
-    mesh = (
-        init_device_mesh("cpu", (world_size,))
-        if replicas == 1
-        else init_device_mesh("cpu", (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
-    )
-    for block in getattr(model, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def full(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, put together from its shards."""
-    return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+    return {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
 
 
 def check(
@@ -100,28 +84,18 @@ def every_share(rank: int, world_size: int) -> None:
         check(rank, 2, nested(), "plain mean", SHARES[2]["even"])
 
 
-PASSES = {
-    "even": [[3, 3, 3, 3], [3, 3, 3, 3]],
-    "uneven sizes": [[5, 1, 2, 4], [1, 1, 7, 2]],
-    "a short tail on one": [[3, 2, 4], [3, 1, 2, 2]],
-    "fewer windows on one": [[2], [3, 1, 2, 2, 5]],
-}
-
-
 def every_pass(rank: int, world_size: int) -> None:
     """The user's own loop, whose last micro-batch is handed out again where others have more."""
     case = LOSSES["mean over tokens"]
     for rows in PASSES.values():
         for sync in ("auto", "last"):
-            streams = [[make_batch(n, seed=100 * r + i) for i, n in enumerate(counts)] for r, counts in enumerate(rows)]
-            updates = max(-(-len(stream) // 2) for stream in streams)
-            batches = [joined([b for s in streams for b in s[2 * i : 2 * i + 2]]) for i in range(updates)]
+            streams, batches = windows(rows)
             torch.manual_seed(0)
             model = Nested().double()
             alone = copy.deepcopy(model)
             expected = whole_batches(alone, sgd(alone), batches, case.for_oracle)
             model = sharded(model, world_size)
-            accumulator = ga.Accumulator(model, sgd(model), micro_batches=2, sync=sync)
+            accumulator = ga.Accumulator(model, sgd(model), micro_batches=WINDOW, sync=sync)
             made = []
             for batch in accumulator.over(streams[rank]):
                 update = accumulator.backward(case.for_library(model, batch))
@@ -149,23 +123,28 @@ def refused(rank: int, world_size: int) -> None:
         accumulator.backward(ga.Loss.mean(torch.ones((), requires_grad=True), over=3))
 
 
+def in_single_precision(rank: int, world_size: int) -> tuple[nn.Module, Batch, dict[str, Tensor]]:
+    """A sharded model in fp32, this rank's share of a batch, and the parameters after an update with all of it."""
+    torch.manual_seed(0)
+    model = Nested()
+    alone = copy.deepcopy(model)
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in make_batch(13).items()}
+    expected = whole_batches(alone, sgd(alone), [batch], LOSSES["plain mean"].for_oracle)
+    return sharded(model, world_size), pieces(batch, [9, 4])[rank], expected[0].parameters
+
+
 def single_precision(rank: int, world_size: int) -> None:
     """In fp32 FSDP2 averages on its way, which is undone; with a factor of the user's too."""
     for factor in (None, 4.0):
-        torch.manual_seed(0)
-        model = Nested()
-        alone = copy.deepcopy(model)
-        batches = [{**make_batch(13), "x": make_batch(13)["x"].float(), "y": make_batch(13)["y"].float()}]
-        expected = whole_batches(alone, sgd(alone), batches, LOSSES["plain mean"].for_oracle)
-        model = sharded(model, world_size)
+        model, own, expected = in_single_precision(rank, world_size)
         if factor is not None:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(factor)
                     module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on its way
         step = ga.TrainStep(model, sgd(model), LOSSES["plain mean"].for_library, micro_batch_size=3)
-        step(pieces(batches[0], [9, 4])[rank])
-        assert_same_gradients(full(model), expected[0].parameters, tolerance=SINGLE)
+        step(own)
+        assert_same_gradients(full(model), expected, tolerance=SINGLE)
 
 
 def not_finite(rank: int, world_size: int) -> None:
@@ -183,19 +162,13 @@ def not_finite(rank: int, world_size: int) -> None:
 
 def scaled(rank: int, world_size: int) -> None:
     """A loss scale is undone, and one that is too large skips everywhere."""
-    torch.manual_seed(0)
-    model = Nested()
-    alone = copy.deepcopy(model)
-    batch = {**make_batch(13), "x": make_batch(13)["x"].float(), "y": make_batch(13)["y"].float()}
-    expected = whole_batches(alone, sgd(alone), [batch], LOSSES["plain mean"].for_oracle)
-    model = sharded(model, world_size)
+    model, own, expected = in_single_precision(rank, world_size)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110, growth_interval=100)
     step = ga.TrainStep(model, sgd(model), LOSSES["plain mean"].for_library, micro_batch_size=3, scaler=scaler)
-    own = pieces(batch, [9, 4])[rank]
     large = {**own, "x": own["x"] * 1e4} if rank == 0 else own
     assert step(large).skipped
     assert not step(own).skipped
-    assert_same_gradients(full(model), expected[0].parameters, tolerance=SINGLE)
+    assert_same_gradients(full(model), expected, tolerance=SINGLE)
 
 
 def test_own_loop() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,31 +12,12 @@ import torch
 from torch import nn
 
 import gradaccum as ga
-from oracle import Made, assert_same, own_loop, whole_batches
+from oracle import assert_same, assert_same_gradients, own_loop, parameters_of, whole_batches
 from ranks import results_of
-from tasks import LOSSES, Batch, joined, make_batch, make_model
-from wrapping import sgd, wrapped
+from tasks import LOSSES, make_batch, make_model
+from wrapping import PASSES, WINDOW, sgd, windows, wrapped
 
-# Rows of each micro-batch, by rank; a window is two of them.
-PASSES: dict[str, list[list[int]]] = {
-    "even": [[3, 3, 3, 3], [3, 3, 3, 3]],
-    "uneven sizes": [[5, 1, 2, 4], [1, 1, 7, 2]],
-    "a short tail on one": [[3, 2, 4], [3, 1, 2, 2]],
-    "fewer windows on one": [[2], [3, 1, 2, 2, 5]],
-    "nothing on one": [[], [3, 1, 4]],
-}
-WINDOW = 2
-
-
-def windows(rows: list[list[int]], *, masked: bool = False) -> tuple[list[list[Batch]], list[Batch]]:
-    """Each rank's micro-batches, and the whole batches they add up to."""
-    streams = [
-        [make_batch(count, seed=100 * rank + i, masked=masked) for i, count in enumerate(counts)]
-        for rank, counts in enumerate(rows)
-    ]
-    updates = max(-(-len(stream) // WINDOW) for stream in streams)
-    whole = [joined([b for s in streams for b in s[i * WINDOW : (i + 1) * WINDOW]]) for i in range(updates)]
-    return streams, whole
+NOTHING_ON_ONE = [[], [3, 1, 4]]
 
 
 def check_own_loop(rank: int, rows: list[list[int]], loss_name: str, how: str, **options: Any) -> None:
@@ -47,16 +29,10 @@ def check_own_loop(rank: int, rows: list[list[int]], loss_name: str, how: str, *
     trained = wrapped(model, how)
     optimizer = sgd(model)
     accumulator = ga.Accumulator(trained, optimizer, micro_batches=WINDOW, weights=case.weights, **options)
-
-    def loss(_: Any, batch: Batch) -> Any:
-        return case.for_library(trained, batch)
-
-    made, updates = own_loop(accumulator, model, optimizer, [streams[rank]], loss)
+    loss = partial(case.for_library, trained)
+    made, updates = own_loop(accumulator, model, optimizer, [streams[rank]], lambda _, batch: loss(batch))
     assert_same(made, expected[: len(made)])  # a rank whose loader is exhausted sees no more of them,
-    state = dict(model.named_parameters())
-    last = Made(gradients={}, parameters=state, loss=0.0, grad_norm=None, rate=0.1, is_skipped=True)
-    wanted = Made(gradients={}, parameters=expected[-1].parameters, loss=0.0, grad_norm=None, rate=0.1, is_skipped=True)
-    assert_same([last], [wanted])  # and makes them all the same
+    assert_same_gradients(parameters_of(model), expected[-1].parameters)  # and makes them all the same
     assert accumulator.updates == len(batches)
     assert accumulator.samples == sum(map(sum, rows))
     assert accumulator.micro_batches == sum(map(len, rows))
@@ -65,7 +41,7 @@ def check_own_loop(rank: int, rows: list[list[int]], loss_name: str, how: str, *
 
 
 def every_pass(rank: int, world_size: int) -> None:
-    for rows in PASSES.values():
+    for rows in [*PASSES.values(), NOTHING_ON_ONE]:
         for how in ("plain", "DDP"):
             for loss_name in ("plain mean", "mean over tokens"):
                 check_own_loop(rank, rows, loss_name, how)
@@ -75,6 +51,7 @@ def every_pass(rank: int, world_size: int) -> None:
     counts_samples(rank)
     forward_is_restored(rank)
     several_passes(rank)
+    options_are_refused()
 
 
 def drops(rank: int) -> None:
@@ -133,6 +110,16 @@ def several_passes(rank: int) -> None:
             accumulator.backward(LOSSES["plain mean"].for_library(model, batch))
     assert accumulator.updates == 6
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**6
+
+
+def options_are_refused() -> None:
+    """Options about gradients that several processes cannot have, unless each of them trains for itself."""
+    for options in ({"accumulate_into": "momentum"}, {"persistent_gradients": True}):
+        model = nn.Linear(2, 1)
+        made: dict[str, Any] = {"micro_batch_size": 2, **options}
+        with pytest.raises(ga.UnsupportedError, match=f"{next(iter(options))}=.* with several processes"):
+            ga.TrainStep(model, sgd(model), lambda model, x: model(x).mean(), **made)
+        ga.TrainStep(model, sgd(model), lambda model, x: model(x).mean(), sync="never", **made)(torch.ones(5, 2))
 
 
 def test_every_pass() -> None:

@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import gradaccum as ga
 from coupled import COUPLED, Batch, model_for
@@ -19,7 +16,7 @@ from normed import classes_loss, make_batches, make_network
 from oracle import assert_same_gradients, gradients_of
 from ranks import results_of, run_ranks
 from tasks import pieces
-from wrapping import wrapped
+from wrapping import full_tensor, sgd, sharded, wrapped
 
 EXACT = 1e-10  # of the largest component
 SHARES = {2: [[7, 6], [12, 1], [13, 0], [0, 13]], 3: [[6, 2, 5], [0, 4, 9]], 4: [[3, 0, 9, 1]]}
@@ -49,23 +46,15 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
             expected = twin_loss(case.forward(twin, case.batch), case.batch)
             expected.backward()
             owned = [] if loss_module is None else list(loss_module.parameters())
-            trained = sharded(model, world_size, replicas=2) if how == "HSDP" else (
-                sharded(model, world_size) if how == "FSDP2" else wrapped(model, how)
-            )  # fmt: skip
-            step = ga.TrainStep(
-                trained,
-                torch.optim.SGD([*model.parameters(), *owned], lr=0.1),
-                forward=case.forward,
-                batch_loss=batch_loss,
-                combine=case.combine,
-                micro_batch_size=3,
-                kept_graphs=1,
-            )
+            replicas = {"FSDP2": 1, "HSDP": 2}.get(how)
+            trained = wrapped(model, how) if replicas is None else sharded(model, world_size, replicas=replicas)
+            optimizer = torch.optim.SGD([*model.parameters(), *owned], lr=0.1)
+            options: dict[str, Any] = {"combine": case.combine, "micro_batch_size": 3, "kept_graphs": 1}
+            step = ga.TrainStep(trained, optimizer, forward=case.forward, batch_loss=batch_loss, **options)
             own = pieces(case.batch, shares)[rank]
             loss = step.backward(own)
-            assert_same_gradients(
-                whole_gradients(model), gradients_of(twin), tolerance=EXACT, where=f"{name} {shares} "
-            )
+            gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+            assert_same_gradients(gradients, gradients_of(twin), tolerance=EXACT, where=f"{name} {shares} ")
             if loss_module is not None:
                 assert_same_gradients(gradients_of(loss_module), gradients_of(twin_loss), tolerance=EXACT)
                 loss_module.zero_grad()
@@ -75,20 +64,6 @@ def check_losses(rank: int, world_size: int, how: str) -> list[float]:
             assert (update.samples, update.weight) == (13, 13)
             losses.append(float(update.loss))
     return losses
-
-
-def sharded(model: nn.Module, world_size: int, *, replicas: int = 1) -> nn.Module:
-    if replicas == 1:
-        return fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-    names = ("replicate", "shard")
-    return fully_shard(model, mesh=init_device_mesh("cpu", (replicas, world_size // replicas), mesh_dim_names=names))
-
-
-def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    """Of each parameter, put together from the parts of all processes."""
-    return {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
-    }
 
 
 def check_batch_norm(rank: int, world_size: int, how: str) -> None:
@@ -127,7 +102,7 @@ def fails_on_one(rank: int, world_size: int, what: str) -> None:
     """One process raises in the middle, or has nothing to exchange."""
     if what == "no samples":
         network = make_network("residual")
-        step = ga.TrainStep(network, torch.optim.SGD(network.parameters()), classes_loss, batch_norm="exact")
+        step = ga.TrainStep(network, sgd(network), classes_loss, batch_norm="exact")
         step(tuple(part.split([5, 0])[rank] for part in make_batches(1, 5)[0]))
         return
     case = COUPLED["triplet"]
@@ -138,10 +113,7 @@ def fails_on_one(rank: int, world_size: int, what: str) -> None:
             raise ValueError("rank 1 has had enough")
         return case.forward(model, batch)
 
-    step = ga.TrainStep(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), forward=forward, batch_loss=case.batch_loss,
-        micro_batch_size=3,
-    )  # fmt: skip
+    step = ga.TrainStep(model, sgd(model), forward=forward, batch_loss=case.batch_loss, micro_batch_size=3)
     step(pieces(case.batch, [6, 7])[rank])
 
 

@@ -2,10 +2,10 @@
 
 DDP reads whether to reduce in its *forward*, so ``no_sync()`` around a backward does nothing; and even under
 ``no_sync()`` a forward with ``static_graph=True`` arms the reducer (torch/nn/parallel/distributed.py, `_post_forward`),
-and the first one broadcasts buffers, for which a process without data would be waited for. So for as long as it is
-taken over, calling the wrapper calls the module in it, after the one thing of DDP's forward that users rely on: moving
-inputs to ``device_ids``. Buffers are broadcast from rank 0 once for each time it is taken over, which is once an update
-for `TrainStep` and once a pass for `Accumulator`.
+and the first one broadcasts buffers, for which a process without data would be waited for. So while DDP is taken over,
+calling the wrapper calls the module in it, after the one thing of DDP's forward that users rely on: moving inputs to
+``device_ids``. Rank 0's buffers are broadcast each time DDP is taken over: once an update for `TrainStep` and once a
+pass for `Accumulator`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from gradaccum.errors import UnsupportedError
+from gradaccum.sync.engine import Engine
 
 
-class DDP:
-    """One `DistributedDataParallel`.
+class DDP(Engine):
+    """The engine of one `DistributedDataParallel`.
 
     Raises:
-        UnsupportedError: its gradients go through something of the user's on their way.
+        UnsupportedError: a hook or an option of the wrapper changes gradients on their way.
     """
 
     name = "DDP"
-    averages_over = 1.0
-    runs_collectives = False
+    is_wrapper = True
 
     def __init__(self, wrapper: DistributedDataParallel) -> None:
         unusual = (
@@ -50,9 +50,9 @@ class DDP:
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
-        """While held, forwards go straight to the module, and no backward reduces."""
+        """Context manager in which forwards go straight to the module, and no backward reduces."""
         wrapper = self._wrapper
-        if "forward" in wrapper.__dict__:  # by another accumulator of the same model: that one restores it
+        if "forward" in wrapper.__dict__:  # taken over by another accumulator of the same model, which restores it
             yield
             return
         if wrapper.broadcast_buffers and wrapper.modules_buffers:

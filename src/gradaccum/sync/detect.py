@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -12,28 +12,15 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from gradaccum.errors import UnsupportedError
-from gradaccum.sync.engine import Engine, PlainModule
+from gradaccum.sync.engine import Engine
 from gradaccum.sync.ranks import Ranks
 
 Sync = Literal["auto", "last", "every", "never"]
 """When gradients are reduced over processes; see `detect`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What `detect` found.
-
-    Attributes:
-        ranks: the processes that train together.
-        engines: one for each model.
-    """
-
-    ranks: Ranks
-    engines: Sequence[Engine]
-
-
-def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> Found | None:
-    """Who reduces the gradients of some models.
+def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, list[Engine]] | None:
+    """Finds out who reduces the gradients of some models.
 
     Args:
         models: wrapped or not.
@@ -42,7 +29,8 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> Found | None:
             "never": this process trains for itself, whatever others do.
 
     Returns:
-        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped.
+        The processes that train together, and an engine for each model. None where this process trains for itself: no
+        process group, or one of a single process, and nothing wrapped.
 
     Raises:
         UnsupportedError: wrapped in something whose averages cannot be undone, or in two ways at once.
@@ -53,7 +41,8 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> Found | None:
             '("last"), in every backward where FSDP2 can ("every"), or not at all ("never").'
         )
     wrapped = [module for model in models for module in model.modules() if _is_wrapper(module)]
-    if not wrapped and (sync == "never" or not _several_processes()):
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not wrapped and (sync == "never" or not several):
         return None
     if sync == "never":
         raise UnsupportedError(
@@ -68,11 +57,7 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> Found | None:
             "them would divide some by the wrong number. Give each an accumulator and an optimizer of its own."
         )
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
-    return Found(Ranks(groups.pop(), device), [engine for engine, _ in found])
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Ranks(groups.pop(), device), [engine for engine, _ in found]
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -81,20 +66,18 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _engine(model: nn.Module, sync: Literal["auto", "last", "every"]) -> tuple[Engine, tuple[ProcessGroup, ...]]:
-    for module in model.modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedError(
-                "The model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters hide which of them "
-                "got gradients, and which divides by the number of processes in two steps of its own. With unequal "
-                "processes the gradient could not be made the batch's. Use FSDP2: "
-                "torch.distributed.fsdp.fully_shard(model)."
-            )
-    world = (_world(),)
     wrappers = [module for module in model.modules() if _is_wrapper(module)]
+    names = [type(module).__name__ for module in wrappers]
+    if "FullyShardedDataParallel" in names:
+        raise UnsupportedError(
+            "The model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters hide which of them got "
+            "gradients, and which divides by the number of processes in two steps of its own. With unequal processes "
+            "the gradient could not be made the batch's. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
+        )
     if not wrappers:
-        return PlainModule(), world
-    # Imported only where they are met: torch's distributed tensors take 0.3 s to import.
-    if type(wrappers[0]).__name__ == "DistributedDataParallel":
+        return Engine(), (_world(),)
+    # Engines are imported only for models that need them: torch's distributed tensors take 0.3 s to import.
+    if names[0] == "DistributedDataParallel":
         from torch.nn.parallel import DistributedDataParallel
 
         from gradaccum.sync.ddp import DDP
@@ -103,10 +86,9 @@ def _engine(model: nn.Module, sync: Literal["auto", "last", "every"]) -> tuple[E
         if len(wrappers) > 1 or not isinstance(wrapper, DistributedDataParallel):
             raise UnsupportedError(
                 f"{len(wrappers)} modules inside of the model are wrapped for several processes "
-                f"({', '.join(sorted({type(module).__name__ for module in wrappers}))}). Wrap the whole model once."
+                f"({', '.join(sorted(set(names)))}). Wrap the whole model once."
             )
-        group: Any = wrapper.process_group
-        return DDP(wrapper), _or_world((group,))
+        return DDP(wrapper), _or_world((cast("ProcessGroup", wrapper.process_group),))
     from gradaccum.sync.fsdp2 import FSDP2
 
     engine = FSDP2(model, sync)
@@ -121,7 +103,4 @@ def _world() -> ProcessGroup:
 
 def _or_world(groups: tuple[ProcessGroup, ...]) -> tuple[ProcessGroup, ...]:
     """The default group where these span it: it may have a backend for the host."""
-    size = 1
-    for group in groups:
-        size *= group.size()
-    return (_world(),) if size == dist.get_world_size() else groups
+    return (_world(),) if math.prod(group.size() for group in groups) == dist.get_world_size() else groups

@@ -1,13 +1,13 @@
-"""The seam to what wraps a model for several processes, and the two engines that need nothing.
+"""The seam to what wraps a model for several processes, and the engine of a model that nothing wraps.
 
-An engine is asked for one thing: to be taken over while a window's micro-batches run. What it would do with gradients
-by itself, it then does not do, or does when told; afterwards it is as it was, also where the user's code raised.
+An engine is taken over while a window's micro-batches run: it then leaves gradients alone, or reduces them when told.
+Afterwards it is as it was, also where the user's code raised.
 
 Who reduces what, for one window of K micro-batches on W processes:
 
-    plain module    nothing by itself; `flat` reduces the window's sum, once
+    plain module    `flat` reduces the window's sum, once
     DDP             taken over: forwards go past its reducer; `flat` reduces the window's sum, once
-    FSDP2           reduce-scatters by itself, in every backward or the last one; its averaging is undone in the seeds
+    FSDP2           reduce-scatters in every backward or the last one; its averaging is undone in the seeds
 
 Why DDP's own reducer is left out: it reduces what the *last* backward touched. What only an earlier micro-batch used,
 or only another process, would stay local (pytorch#69031); a process with fewer micro-batches, or none, would never
@@ -18,37 +18,34 @@ that a part of the reduction hides behind the last backward, one of K.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 
-class Engine(Protocol):
-    """What wraps a model.
+class Engine:
+    """What wraps a model; as it stands, the engine of a plain module.
 
     Attributes:
         name: as users call it.
-        averages_over: what gradients are divided by where the engine reduces by itself; 1 where it does not.
+        is_wrapper: whether the model's own forward and backward would reduce gradients.
+        averages_over: what gradients are divided by where the engine reduces them; 1 where it does not.
         runs_collectives: whether every forward and backward waits for all processes.
     """
 
+    name: str = "plain module"
+    is_wrapper: bool = False
+    averages_over: float = 1.0
+    runs_collectives: bool = False
+
     @property
-    def name(self) -> str: ...  # noqa: D102 - see the class
-    @property
-    def averages_over(self) -> float: ...  # noqa: D102
-    @property
-    def runs_collectives(self) -> bool: ...  # noqa: D102
+    def description(self) -> str:
+        """What the plan line says: the engine, and when gradients are reduced."""
+        return f"{self.name}, reduced once an update"
 
     def taken_over(self) -> AbstractContextManager[None]:
-        """While held, gradients are reduced when we say so."""
-        ...
-
-
-class PlainModule:
-    """A module that nothing wraps: it knows nothing of other processes."""
-
-    name = "plain module"
-    averages_over = 1.0
-    runs_collectives = False
-
-    def taken_over(self) -> AbstractContextManager[None]:
-        """There is nothing to take over."""
+        """Context manager in which the engine reduces gradients only when it is told to."""
         return nullcontext()
+
+    def prepare(self, *, is_last: bool) -> None:
+        """Called before a forward that waits for all processes; ``is_last`` where its window ends with it."""
+
+    def backward_of_nothing(self) -> None:
+        """Runs the collectives of a backward, with gradients of zero, for a forward that is to change nothing."""

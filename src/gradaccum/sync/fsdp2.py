@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``): it reduce-scatters by itself; we say when, and undo its averaging.
+"""FSDP2 (``fully_shard``): it reduce-scatters in its backward; the engine says when, and its averaging is undone.
 
 A parameter is whole on a process only while its module runs, so the sum of a window cannot simply be reduced at its
 end. Two ways, and their price for P parameters on W processes with gradients of g bytes (torch/distributed/fsdp/
@@ -13,32 +13,32 @@ no setting of the model is changed. Unused parameters are reduced as zeros where
 (``set_reduce_scatter_unused_params``, 2.13).
 
 Every forward and backward is a collective: all processes run equally many. A process with fewer micro-batches runs
-fillers, whose outputs get gradients of zero. Because a backward through a mean over nothing would be 0 / 0, these start
-at the model's outputs instead of at a loss; what these are is written down in passing.
+fillers, whose outputs get gradients of zero. Their backward starts at the model's outputs, which a forward hook keeps:
+through a loss that is a mean over nothing it would be 0 / 0.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from gradaccum.errors import UnsupportedError
+from gradaccum.norms import combined, norms
+from gradaccum.sync.engine import Engine
 
 Sync = Literal["auto", "last", "every"]
 
 
-class FSDP2:
-    """All FSDP2 modules of one model.
+class FSDP2(Engine):
+    """The engine of all FSDP2 modules of one model.
 
     Args:
         model: what the user calls; it holds at least one `FSDPModule`.
@@ -49,6 +49,7 @@ class FSDP2:
     """
 
     name = "FSDP2"
+    is_wrapper = True
     runs_collectives = True
 
     def __init__(self, model: nn.Module, sync: Sync = "auto") -> None:
@@ -66,19 +67,18 @@ class FSDP2:
             )
         self.averages_over = factors.pop() if factors else 1.0
         self.process_groups = _process_groups(groups)
-        self.deferred_bytes = sum(
-            parameter.numel() * parameter.element_size() - parameter.to_local().numel() * parameter.element_size()
+        self._deferred_bytes = sum(  # what a rank holds of whole gradients that are reduced once an update
+            (parameter.numel() - parameter.to_local().numel()) * parameter.element_size()
             for parameter in model.parameters()
             if isinstance(parameter, DTensor) and parameter.requires_grad
         )
         self._outputs: list[Tensor] = []
 
     @property
-    def in_words(self) -> str:
-        """For the plan line: when gradients are reduced, and what the other way would cost or save."""
-        size = f"{self.deferred_bytes / 2**30:.2g} GiB" if self.deferred_bytes >= 2**27 else (
-            f"{self.deferred_bytes / 2**20:.2g} MiB"
-        )  # fmt: skip
+    def description(self) -> str:
+        """What the plan line says: when gradients are reduced, and what the other way would cost or save."""
+        num_bytes = self._deferred_bytes
+        size = f"{num_bytes / 2**30:.2g} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.2g} MiB"
         if self._sync == "last":
             return f"FSDP2, reduced once an update (holds {size} more a rank)"
         when = "sharded every micro-batch, replicas once an update" if self._defers_replicas else "every micro-batch"
@@ -90,35 +90,26 @@ class FSDP2:
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
-        """While held, `prepare` decides when gradients are reduced, and outputs are written down."""
+        """Context manager in which `prepare` decides when gradients are reduced, and outputs are kept."""
         with ExitStack() as held:
             held.callback(self._outputs.clear)
-            handle = self._model.register_forward_hook(self._write_down)
-            held.callback(handle.remove)
+            held.callback(self._model.register_forward_hook(self._keep_outputs).remove)
             for module in self._modules:
                 held.enter_context(_unused_reduced(module))
             held.callback(self._set_reduces, is_last=True)
             yield
 
     def prepare(self, *, is_last: bool) -> None:
-        """Before a micro-batch's forward: whether its backward is the window's last."""
+        """Sets whether the backward of the micro-batch that is run next reduces."""
         self._outputs.clear()
         self._set_reduces(is_last=is_last)
 
     def backward_of_nothing(self) -> None:
-        """The backward of a micro-batch that weighs nothing: all collectives, gradients of zero."""
+        """Runs the backward of a micro-batch that weighs nothing: all collectives, with gradients of zero."""
         roots = [output for output in self._outputs if output.requires_grad]
         self._outputs.clear()
         if roots:
-            Variable._execution_engine.run_backward(
-                tuple(roots),
-                tuple(torch.zeros_like(root) for root in roots),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
     def _set_reduces(self, *, is_last: bool) -> None:
         for module in self._modules:
@@ -127,14 +118,17 @@ class FSDP2:
             elif self._defers_replicas:
                 module.set_requires_all_reduce(is_last, recurse=False)
 
-    def _write_down(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             self._outputs.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 @contextmanager
 def _unused_reduced(module: FSDPModule) -> Iterator[None]:
-    """While held, parameters that a backward did not reach are reduced as zeros, as another process may have some."""
+    """Context manager in which parameters that a backward did not reach are reduced as zeros.
+
+    Another process may have gradients for them, and would wait for this one.
+    """
     setter: Any = getattr(module, "set_reduce_scatter_unused_params", None)
     groups = _groups_of(module)
     if setter is None or not groups:
@@ -150,7 +144,7 @@ def _unused_reduced(module: FSDPModule) -> Iterator[None]:
 
 
 def _groups_of(module: FSDPModule) -> list[Any]:
-    """The parameter groups of one module; FSDP2 tells nowhere in public over what it averages."""
+    """The parameter groups of one module; private, since nothing public of FSDP2 says over what it averages."""
     state: Any = module._get_fsdp_state()
     several: Any = getattr(state, "_fsdp_param_groups", None)
     if several is not None:
@@ -179,7 +173,7 @@ def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
 
     Args:
         parameters: those that have a gradient; shards, whole ones, or both.
-        order: 2 or infinity.
+        order: 2 or infinity, which is inf too where a gradient is NaN.
 
     Returns:
         0-d tensor, the same on every process: ``(sum over shards of norm ** order) ** (1 / order)``.
@@ -196,12 +190,9 @@ def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
         by_mesh.setdefault(groups, []).append(gradient._values() if gradient.is_sparse else gradient)
     totals: list[Tensor] = []
     for groups, gradients in by_mesh.items():
-        first = gradients[0]
-        wide = functools.reduce(torch.promote_types, (gradient.dtype for gradient in gradients), torch.float32)
-        # A process may have nothing of any of them, and waits with the others all the same, in the same dtype.
-        own = [gradient for gradient in gradients if gradient.numel()] or [first.new_zeros(1)]
-        norms = torch._foreach_norm(own, order, dtype=wide)
-        norm = torch.linalg.vector_norm(torch.stack([norm.to(first.device, wide) for norm in norms]), order)
+        # A process may have nothing of any of them, and takes part in the sum all the same, in the same dtype.
+        wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
+        norm = combined(norms(gradients, order), order).to(gradients[0].device, wide)
         for group in groups:
             if order == 2.0:
                 norm = norm.square()

@@ -1,4 +1,4 @@
-"""The processes that train one model together, and the few things they tell each other.
+"""The processes that train one model together, and what they exchange: messages, objects, sums.
 
 What decides how the Python code goes on (did anybody fail, who has no data left) is exchanged between hosts, so that no
 device is waited for: the default group of ``torchrun`` has gloo beside NCCL. Where a group has NCCL alone, the exchange
@@ -7,8 +7,9 @@ goes over the device, which waits for it once an update.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,19 +20,9 @@ from torch.distributed import ProcessGroup
 from gradaccum.errors import RankError
 from gradaccum.sync import faults
 from gradaccum.sync.faults import Whereabouts
+from gradaccum.sync.messages import Message, Outcome, check_fit
 
-FINE, OUT_OF_MEMORY, FAILED = 0, 1, 2
-"""How it went for one process; of several the largest counts."""
-
-
-def bits_of(number: float) -> int:
-    """A float as the integer of its 64 bits, which travels among integers without rounding."""
-    return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
-def number_of(bits: int) -> float:
-    """The float again."""
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
+_OF_A_SUM = 1e-9  # float64 sums of equal numbers on unlike processors; seeds that differ do so in the first digits
 
 
 class Ranks:
@@ -53,10 +44,13 @@ class Ranks:
         for group in self._groups:
             self.rank += self.size * group.rank()
             self.size *= group.size()
-        self._whereabouts: list[Whereabouts] | None = None
+        self._whereabouts: list[Whereabouts] = []
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """What every process has said, by rank; each says equally many numbers.
+        """Exchanges integers, equally many on every process.
+
+        Returns:
+            Those of every process, by rank.
 
         Raises:
             RankError: another process has gone.
@@ -64,90 +58,118 @@ class Ranks:
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._control)
         for group in self._groups:
             theirs = [torch.empty_like(mine) for _ in range(group.size())]
-            with self.watched():
+            with self._watched():
                 dist.all_gather(theirs, mine, group=group)
             mine = torch.cat(theirs)
         return mine.view(self.size, len(numbers)).tolist()
 
-    def exchange_objects(self, said: Any) -> list[Any]:
-        """The same for anything that can be pickled; only where what is said is seldom new."""
-        everything = [said]
+    def exchange_objects(self, mine: Any) -> list[Any]:
+        """Exchanges anything that can be pickled, by rank; for what is rare, since it takes two collectives."""
+        everything = [mine]
         for group in self._groups:
             theirs: list[Any] = [None] * group.size()
-            with self.watched():
+            with self._watched():
                 dist.all_gather_object(theirs, everything, group=group)
             everything = [one for several in theirs for one in several]
         return everything
 
     def add_up(self, tensor: Tensor) -> None:
         """Adds a tensor up over all processes, in place."""
-        for group in self._groups:
-            with self.watched():
-                dist.all_reduce(tensor, group=group)
+        self.start_adding_up(tensor)()
 
-    def start_adding_up(self, tensor: Tensor) -> list[Any]:
-        """The same, without waiting for the last group; what is returned has ``wait()``."""
+    def start_adding_up(self, tensor: Tensor) -> Callable[[], None]:
+        """Starts `add_up`; what is returned waits for the last group, the groups before are waited for here."""
         *before, last = self._groups
         for group in before:
-            with self.watched():
+            with self._watched():
                 dist.all_reduce(tensor, group=group)
-        with self.watched():
-            return [dist.all_reduce(tensor, group=last, async_op=True)]
+        with self._watched():
+            work: Any = dist.all_reduce(tensor, group=last, async_op=True)
 
-    def heed(self, codes: Sequence[int], code: int, error: BaseException | None = None) -> int:
-        """Agrees on how it went, once all processes have said so; the largest code of all.
+        def wait() -> None:
+            with self._watched():
+                work.wait()
+
+        return wait
+
+    def agree(
+        self, message: Message, *, num_terms: int, num_uses: int, error: BaseException | None = None
+    ) -> list[Message]:
+        """Exchanges messages, by rank, and makes sure that they fit together.
 
         Args:
-            codes: of all processes, by rank: `FINE`, `OUT_OF_MEMORY` or `FAILED`.
-            code: of this one.
-            error: why this process failed.
+            message: of this process.
+            num_terms: see `Message.to_numbers`.
+            num_uses: see `Message.to_numbers`.
+            error: why this process failed, where its outcome is that.
 
         Raises:
-            RankError: another process failed, and this one did not.
+            RankError: another process failed, and this one did not; or the messages are not for the same thing.
         """
-        worst = max(codes)
-        if worst == FAILED:
-            messages = self.exchange_objects(None if error is None else faults.in_words(error))
-            if code != FAILED:
-                told = "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
-                raise RankError(
-                    f"This process (rank {self.rank} of {self.size}) is fine, and another failed. {told}. The batch's "
-                    "gradient is not complete without it: no update was made on any process."
-                )
-        return worst
+        rows = self.exchange(message.to_numbers(num_terms=num_terms, num_uses=num_uses))
+        messages = [Message.from_numbers(row, num_terms=num_terms, num_uses=num_uses) for row in rows]
+        if not any(one.outcome == Outcome.FAILED for one in messages):
+            check_fit(messages)
+            return messages
+        errors = self.exchange_objects(None if error is None else faults.description(error))
+        if message.outcome != Outcome.FAILED:
+            reported = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+            raise RankError(
+                f"This process (rank {self.rank} of {self.size}) is fine, and another failed. {reported}. The batch's "
+                "gradient is not complete without it: no update was made on any process."
+            )
+        return messages
 
-    def introduce(self, about: Any) -> list[Any]:
-        """Has the processes know each other: exchanged once, with something to compare."""
-        said = self.exchange_objects((Whereabouts.own(), about))
-        self._whereabouts = [where for where, _ in said]
-        return [one for _, one in said]
+    def check_same_model(self, model: int, parameters: Sequence[Tensor]) -> None:
+        """Checks, before anything else is exchanged, that all processes start from the same model.
 
-    def watched(self) -> _Watched:
-        """While held, a collective that fails because another process has gone says which."""
-        return _Watched(self)
+        Where each process runs is exchanged with it, so that `fault` can say later who is gone.
+
+        Args:
+            model: checksum of the parameters' names, shapes and dtypes.
+            parameters: those that every process has whole, and that must be equal; none where nothing can be compared.
+
+        Raises:
+            RankError: the models differ, or the parameters that they start from.
+        """
+        checksum = sum(_sum_of(parameter) for parameter in parameters) if parameters else None
+        found = self.exchange_objects((Whereabouts.own(), model, checksum))
+        self._whereabouts = [whereabouts for whereabouts, _, _ in found]
+        if len({theirs for _, theirs, _ in found}) > 1:
+            raise RankError(
+                "The processes have different models: names, shapes or dtypes of their parameters differ. Their "
+                "gradients cannot be added up. Build the same model on every process."
+            )
+        known = [one for _, _, one in found if one is not None and math.isfinite(one)]
+        if known and max(known) - min(known) > _OF_A_SUM * (1 + max(map(abs, known))):
+            shown = ", ".join(f"{one:.6g}" for one in known[:4])
+            raise RankError(
+                f"The processes start from different parameters (they add up to {shown}, ...), so each would go on "
+                "with a model of its own, whatever their gradients. Call torch.manual_seed with the same number on "
+                "every process before the model is made, or wrap it in DistributedDataParallel, which hands out rank "
+                "0's."
+            )
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Context manager in which a collective that fails because another process has gone says which one."""
+        try:
+            yield
+        except RuntimeError as error:  # c10d's errors are RuntimeErrors of some kind; OutOfMemoryError is one too
+            if isinstance(error, (torch.OutOfMemoryError, RankError)):
+                raise
+            raise self.fault(error) from error
 
     def fault(self, error: BaseException) -> RankError:
         """The error to raise after a collective has failed."""
-        known = self._whereabouts or []
+        known = self._whereabouts
         who = faults.found(known, own_rank=self.rank) if known else "it was gone before the first update"
         return RankError(
             f"This process (rank {self.rank} of {self.size}) waited for another that does not answer: {who}. No update "
-            f"was made; what was saved last is where to go on from. The transport says: {faults.in_words(error)[:200]}"
+            "was made; what was saved last is where to go on from. The transport says: "
+            f"{faults.description(error)[:200]}"
         )
 
 
-class _Watched:
-    """A context manager; a class, since it is entered several times an update."""
-
-    __slots__ = ("_ranks",)
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # What c10d raises is a RuntimeError of some kind; torch.OutOfMemoryError is one too.
-        if isinstance(error, RuntimeError) and not isinstance(error, (torch.OutOfMemoryError, RankError)):
-            raise self._ranks.fault(error) from error
+def _sum_of(parameter: Tensor) -> float:
+    return parameter.detach().double().sum().item() if parameter.device.type != "mps" else 0.0  # mps has no float64

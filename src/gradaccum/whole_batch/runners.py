@@ -28,7 +28,7 @@ from gradaccum.whole_batch.lockstep.lockstep import Lockstep
 from gradaccum.whole_batch.outputs import CONCAT, SUM
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.in_step import InStep
+from gradaccum.window.fillers import FilledRunner
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.runner import Plain, Runner
 from gradaccum.window.weights import WeightsFunction
@@ -219,7 +219,7 @@ def _one_after_another(
     plain = Plain(loss_of=run_one, split=split, weights=options.weights)
     if ranks is None or not ranks.runs_collectives:
         return plain
-    return InStep(runner=plain, loss_of=run_one)
+    return FilledRunner(runner=plain, loss_of=run_one)
 
 
 def _lockstep(

@@ -35,7 +35,7 @@ from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.outputs import Combination, Outputs
 from gradaccum.whole_batch.whole_over_ranks import gathered_batch, gathered_outputs
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.in_step import Fillers
+from gradaccum.window.fillers import Fillers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,12 @@ class Accumulation:
         expected = None
         if self.ranks is not None:
             totals, expected = self.ranks.begin(
-                totals, samples=samples, pieces=pieces, last_total=self._last_total, is_done=is_done
+                totals,
+                update=self.counts.updates + 1,
+                samples=samples,
+                pieces=pieces,
+                last_total=self._last_total,
+                is_done=is_done,
             )
             first_share = first_share[0], first_share[1] * self.ranks.ranks.size
         self._normaliser = Normaliser(

@@ -50,7 +50,7 @@ class PlanLine:
             return
         coupled = self.coupled_layers()
         if is_final and not self._is_logged and (self._ranks is None or self._ranks.is_first):
-            over = None if self._ranks is None else self._ranks.in_words
+            over = None if self._ranks is None else self._ranks.description
             logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
         if coupled and is_split:
             guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
