@@ -25,6 +25,7 @@ from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.fillers import SharedPasses
 from gradaccum.window.looking_ahead import Follower, LookingAhead
 from gradaccum.window.options import Options
+from gradaccum.window.parameters import refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
@@ -115,7 +116,7 @@ class Accumulator:
         self._accumulation = Accumulation(model, optimizer, options)
         self._passes = SharedPasses(self._accumulation, tail=tail, counts_ahead=weights is not None)
         self._fills = self._passes.fills
-        guards.refuse_closures(self._accumulation.optimizers)
+        refuse_closures(self._accumulation.optimizers)
         self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
         self._weights = weights

@@ -19,10 +19,10 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
-from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.options import Options
+from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.weights import WeightsFunction, weights_by_name
 
@@ -132,7 +132,7 @@ class TrainStep:
         )
         self._split = run_options.split(split, max_rows=self._max_rows)
         self._weights = weights
-        models = guards.as_sequence(model, nn.Module, name="model")
+        models = as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
             models.append(batch_loss)
         options = Options(
@@ -191,7 +191,7 @@ class TrainStep:
             LossError: the loss is not a scalar, has no graph, or cannot be normalised.
             MisuseError: a gradient is left over from something else.
         """
-        guards.refuse_closures(self._accumulation.optimizers)
+        refuse_closures(self._accumulation.optimizers)
         with self._accumulation.with_others():
             self._run(batch)
             update = self._accumulation.close()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD
 
 import gradaccum as ga
-from gradaccum.window.checked_calls import checked_before
+from gradaccum.window.guards import checked_before
 
 
 class Counting:

@@ -18,6 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR, StepLR
 
 import gradaccum as ga
 from gradaccum.window import guards
+from gradaccum.window.parameters import (
+    as_sequence,
+    check_parameters,
+    named_parameters,
+    refuse_closures,
+    refuse_data_parallel,
+)
+from gradaccum.window.plan_line import coupled_batch_norms, warn_of_batch_norms
 
 
 def line_here() -> str:
@@ -33,10 +41,10 @@ def line_here() -> str:
 
 def test_one_or_many() -> None:
     model = nn.Linear(1, 1)
-    assert guards.as_sequence(model, nn.Module, name="model") == [model]
-    assert guards.as_sequence((model, model), nn.Module, name="model") == [model, model]
+    assert as_sequence(model, nn.Module, name="model") == [model]
+    assert as_sequence((model, model), nn.Module, name="model") == [model, model]
     layers = nn.ModuleList([model])
-    assert guards.as_sequence(layers, nn.Module, name="model") == [layers], "a ModuleList is one module"
+    assert as_sequence(layers, nn.Module, name="model") == [layers], "a ModuleList is one module"
 
 
 @pytest.mark.parametrize(
@@ -57,23 +65,23 @@ def test_what_is_no_model(given: Any, described: str) -> None:
     with pytest.raises(
         ga.ParameterError, match=rf"model must be a torch Module or a non-empty sequence .*, and is {described}\."
     ):
-        guards.as_sequence(given, nn.Module, name="model")
+        as_sequence(given, nn.Module, name="model")
 
 
 def test_parameters_by_name() -> None:
     one, two = nn.Linear(1, 1), nn.Linear(1, 1, bias=False)
-    assert [name for name, _ in guards.named_parameters([one])] == ["weight", "bias"]
-    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.weight"]
+    assert [name for name, _ in named_parameters([one])] == ["weight", "bias"]
+    assert [name for name, _ in named_parameters([one, two])] == ["0.weight", "0.bias", "1.weight"]
 
 
 def test_shared_parameters_are_named_once() -> None:
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     two.weight = one.weight
-    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.bias"]
+    assert [name for name, _ in named_parameters([one, two])] == ["0.weight", "0.bias", "1.bias"]
 
 
 def check(models: list[nn.Module], optimizers: list[Optimizer]) -> None:
-    guards.check_parameters(guards.named_parameters(models), optimizers)
+    check_parameters(named_parameters(models), optimizers)
 
 
 def test_what_belongs_together() -> None:
@@ -116,11 +124,11 @@ def test_nothing_to_train() -> None:
 
 def test_closures_are_refused() -> None:
     model = nn.Linear(2, 3)
-    guards.refuse_closures([SGD(model.parameters())])
+    refuse_closures([SGD(model.parameters())])
     with pytest.raises(
         ga.UnsupportedError, match=r"LBFGS evaluates the loss several times.*train_step.backward\(batch\)"
     ):
-        guards.refuse_closures([torch.optim.LBFGS(model.parameters())])
+        refuse_closures([torch.optim.LBFGS(model.parameters())])
 
 
 # --------------------------------------------------------------------------------------------------- what wraps a model
@@ -140,17 +148,17 @@ def test_a_distributed_model_is_refused() -> None:
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
         for models in ([model], [nn.Linear(2, 2), nn.Sequential(model)]):
             with pytest.raises(ga.UnsupportedError, match=r"wrapped in DistributedDataParallel.*the plain module"):
-                guards.refuse_data_parallel(models)
+                refuse_data_parallel(models)
 
 
 @pytest.mark.parametrize("name", ["FullyShardedDataParallel", "FSDPLinear", "FSDPTransformer"])
 def test_a_sharded_model_is_refused(name: str) -> None:
     with pytest.raises(ga.UnsupportedError, match=f"wrapped in {name}"):
-        guards.refuse_data_parallel([type(name, (nn.Linear,), {})(2, 2)])
+        refuse_data_parallel([type(name, (nn.Linear,), {})(2, 2)])
 
 
 def test_plain_models_pass() -> None:
-    guards.refuse_data_parallel([nn.Sequential(nn.Linear(2, 2)), nn.DataParallel(nn.Linear(2, 2))])
+    refuse_data_parallel([nn.Sequential(nn.Linear(2, 2)), nn.DataParallel(nn.Linear(2, 2))])
 
 
 # ------------------------------------------------------------------------------------------------------------ BatchNorm
@@ -159,15 +167,15 @@ def test_plain_models_pass() -> None:
 def test_layers_that_see_the_micro_batch() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.SyncBatchNorm(2)), nn.LayerNorm(2),
                           nn.GroupNorm(1, 2), nn.InstanceNorm1d(2))  # fmt: skip
-    assert guards.coupled_batch_norms([model]) == ["1", "2.0"]
+    assert coupled_batch_norms([model]) == ["1", "2.0"]
     model[1].eval()
-    assert guards.coupled_batch_norms([model]) == ["2.0"]
-    assert guards.coupled_batch_norms([model.eval()]) == []
+    assert coupled_batch_norms([model]) == ["2.0"]
+    assert coupled_batch_norms([model.eval()]) == []
 
 
 def test_without_running_statistics_also_in_eval_mode() -> None:
     layer = nn.BatchNorm2d(2, track_running_stats=False).eval()
-    assert guards.coupled_batch_norms([layer]) == ["BatchNorm2d"]
+    assert coupled_batch_norms([layer]) == ["BatchNorm2d"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,7 @@ def test_the_warning_names_them(names: list[str], shown: str) -> None:
     with pytest.warns(
         ga.BatchNormWarning, match=f"{shown} will normalise each of the 4 micro-batches.*4 times an update"
     ) as seen:
-        guards.warn_of_batch_norms(names, micro_batches=4)
+        warn_of_batch_norms(names, micro_batches=4)
     assert seen[0].filename == __file__
 
 

@@ -29,7 +29,7 @@ from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.terms import as_terms
 from gradaccum.train_step import TrainStep
-from gradaccum.window import guards
+from gradaccum.window.parameters import named_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class Run:
 
     def gradients(self, value: Tensor) -> Gradients:
         """Returns the gradient of a value on the models' own parameters; nothing else gets one."""
-        named = guards.named_parameters(self.task.models)
+        named = named_parameters(self.task.models)
         for _, parameter in named:
             parameter.grad = None
         own = GradientSum(named)
@@ -125,7 +125,7 @@ class Run:
 
     def accumulated_gradients(self) -> Gradients:
         """Returns what ``.grad`` of the models' parameters holds."""
-        named = guards.named_parameters(self.task.models)
+        named = named_parameters(self.task.models)
         return {name: parameter.grad for name, parameter in named if parameter.requires_grad}
 
     def keep_outputs(self, module: Any, args: Any, output: Any) -> None:
@@ -215,7 +215,7 @@ class Runs:
         """`TrainStep` on micro-batches that carry the numbers of their rows, by which their piece is known."""
         task, substitutions = self.task, run.substitutions
         known = {piece.start: piece for piece in pieces(sizes)}
-        named = guards.named_parameters(task.models)
+        named = named_parameters(task.models)
         optimizer = torch.optim.SGD([parameter for _, parameter in named if parameter.requires_grad], lr=0.0)
         split = FixedSplit(tuple(sizes))
         is_own_loss = (
@@ -256,7 +256,7 @@ def loss_value(loss: Any, rows: int) -> Tensor:
 def _change_parameters(task: Task, part: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, parameter in guards.named_parameters(task.models):
+        for _, parameter in named_parameters(task.models):
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
                 parameter.mul_(1 + part * signs)

@@ -23,7 +23,7 @@ from gradaccum.auditing.suspects import buffer_culprits, find_culprits, first_li
 from gradaccum.auditing.task import Task
 from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
 from gradaccum.whole_batch.runners import Combine
-from gradaccum.window import guards
+from gradaccum.window.parameters import as_sequence, named_parameters, refuse_data_parallel
 from gradaccum.window.weights import WeightsFunction
 
 # Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
@@ -148,11 +148,11 @@ def make_task(
         )
     if loss_fn is not None and (forward is not None or batch_loss is not None):
         raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
-    models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
+    models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
     if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # with parameters of its own
         models.append(batch_loss)
-    guards.refuse_data_parallel(models)
-    named = guards.named_parameters(models)
+    refuse_data_parallel(models)
+    named = named_parameters(models)
     if any(is_lazy(parameter) for _, parameter in named):
         raise ParameterError(
             "Some parameters have no shape yet, so there is nothing to copy. Run one forward of the lazy modules first."
@@ -226,7 +226,7 @@ def _own_errors(
 
 
 def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
-    parameters = [parameter for _, parameter in guards.named_parameters(task.models)]
+    parameters = [parameter for _, parameter in named_parameters(task.models)]
     is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
     return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
 
@@ -239,7 +239,7 @@ def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
 def _own_dtype(task: Task) -> torch.dtype:
     """The dtype that most of the trained numbers have."""
     counts: dict[torch.dtype, int] = {}
-    for _, parameter in guards.named_parameters(task.models):
+    for _, parameter in named_parameters(task.models):
         if parameter.requires_grad:
             counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=counts.__getitem__)
@@ -249,7 +249,7 @@ def _hooked_parameters(task: Task) -> list[str]:
     """Hooks on parameters, which these runs do not show."""
     hooked = [
         name
-        for name, parameter in guards.named_parameters(task.models)
+        for name, parameter in named_parameters(task.models)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     ]
     shown = f"{hooked[0]} and {len(hooked) - 1} more" if len(hooked) > 1 else "".join(hooked)

@@ -27,7 +27,7 @@ from gradaccum.memory.available import available_bytes
 from gradaccum.memory.fakes import can_be_faked
 from gradaccum.memory.live_bytes import num_bytes
 from gradaccum.memory.optimizer_memory import optimizer_memory, tensors_of
-from gradaccum.window import guards
+from gradaccum.window.parameters import as_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def plan(
     request = _Request(
         workload=workload,
         target=workload.device,
-        optimizers=[] if optimizer is None else guards.as_sequence(optimizer, Optimizer, name="optimizer"),
+        optimizers=[] if optimizer is None else as_sequence(optimizer, Optimizer, name="optimizer"),
         sizes=default_sizes(workload.rows)
         if micro_batch_sizes is None
         else _checked_sizes(micro_batch_sizes, workload.rows),

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, ParameterError, WindowError
-from gradaccum.window import guards
+from gradaccum.window.parameters import as_sequence, refuse_data_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,8 @@ class Workload:
             BatchError: rows disagree, or there are none.
         """
         _check_functions(loss_fn, forward, batch_loss)
-        models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
-        guards.refuse_data_parallel(models)
+        models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
+        refuse_data_parallel(models)
         rows = tree.rows(batch)
         if rows == 0:
             raise BatchError(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaccum.window import guards
+from gradaccum.errors import BatchNormWarning
+from gradaccum.window.guards import user_stack_level
 from gradaccum.window.over_ranks import OverRanks
 
 logger = logging.getLogger("gradaccum")
+_MAX_SHOWN = 3
 
 
 class PlanLine:
@@ -29,7 +33,7 @@ class PlanLine:
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
-        return guards.coupled_batch_norms(self._models) if self._couples_batch_norms else []
+        return coupled_batch_norms(self._models) if self._couples_batch_norms else []
 
     def is_due(self, sizes: Sequence[int | None]) -> bool:
         """Whether there is anything to say before a window of these sizes that has not been said."""
@@ -53,7 +57,7 @@ class PlanLine:
             over = None if self._ranks is None else self._ranks.description
             logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
         if coupled and is_split:
-            guards.warn_of_batch_norms(coupled, micro_batches=len(sizes))
+            warn_of_batch_norms(coupled, micro_batches=len(sizes))
         self._is_logged = self._is_logged or is_final
         self._has_seen_split = is_split
 
@@ -83,3 +87,27 @@ def plan_line(
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
     return " | ".join(parts)
+
+
+def coupled_batch_norms(models: Sequence[nn.Module]) -> list[str]:
+    """Qualified names of the BatchNorm layers that would normalise with the micro-batch's own statistics."""
+    return [
+        name or type(module).__name__
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+
+
+def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int) -> None:
+    """Says which layers make the gradient another than the whole batch's."""
+    shown = ", ".join(names[:_MAX_SHOWN]) + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
+    warnings.warn(
+        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each "
+        f"of the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the "
+        f"whole batch's, and running statistics advance {micro_batches} times an update. With ga.TrainStep: "
+        'batch_norm="exact" takes the whole batch\'s statistics, "frozen" the running ones (for fine-tuning), '
+        "ga.GhostBatch(n) those of fixed groups. Otherwise freeze them (module.eval()), or use GroupNorm or LayerNorm.",
+        BatchNormWarning,
+        stacklevel=user_stack_level(),
+    )
