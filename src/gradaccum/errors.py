@@ -2,24 +2,36 @@
 
     GradAccumError
     ├── LossError (ValueError)           a loss that cannot be accumulated: not a scalar, no graph, totals unknown
-    │   └── MeanError                    a plain mean that was not over samples
+    │   │                                [losses/terms.py, losses/loss.py, losses/normaliser.py]
+    │   └── MeanError                    a plain mean that was not over samples [losses/meaning.py]
     ├── UnknownLossError (TypeError)     a loss whose mean nothing is known about, or that is not reduced at all
+    │                                    [losses/criterion.py]
     ├── BatchError (ValueError)          a batch that cannot be cut: rows disagree, no rows, no tensors
+    │                                    [tree.py, split/by_cost.py, whole_batch/outputs.py]
     ├── WindowError (ValueError)         sizes that make no window: below 1, larger than an epoch, not adding up
+    │                                    [window/window_size.py, window/options.py, whole_batch/runners.py]
     ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train
+    │                                    [window/parameters.py, window/options.py]
     ├── MisuseError (RuntimeError)       something was called by hand that would break the window
+    │                                    [window/guards.py, gradients/gradient_sum.py, accumulator.py]
     ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
-    ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory
-    ├── RankError (RuntimeError)         another process failed, or has gone
+    │                                    [whole_batch/forward_replay.py]
+    ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory [fit/transaction.py]
+    ├── RankError (RuntimeError)         another process failed, or has gone [sync/ranks.py, sync/messages.py]
     ├── StateError (ValueError)          a state that cannot be saved or loaded
+    │                                    [checkpoint/checkpoint.py, window/run_counts.py]
     ├── InexactError (AssertionError)    an audit found that accumulation is not the whole batch
+    │                                    [auditing/audit_report.py]
     ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
-    └── MissingExtraError (ImportError)  an optional dependency is needed for what was asked
+    │                                    [sync/detect.py, window/parameters.py, whole_batch/batch_norm/layers.py]
+    └── MissingExtraError (ImportError)  an optional dependency is needed for what was asked [report/__init__.py]
 
     GradAccumWarning (UserWarning)
     ├── BatchNormWarning                 normalisation statistics are the micro-batch's, not the batch's
-    └── DiscardedWindowWarning           gradients were thrown away with a window that never closed
+    │                                    [window/plan_line.py]
+    └── DiscardedWindowWarning           gradients were thrown away with a window that never closed [window/guards.py]
 
+In brackets: the files where most of a class's texts stand, each where it is raised.
 A message says three things: what happened, with the numbers; what it would do to the gradient; what to type instead.
 """
 

@@ -148,3 +148,13 @@ Outside of tables `gone.py` is not read.
           for name in ("gone/", "split/gone.py:function", "tests/gone")),
         "the room `gone` does not exist",
     ]  # fmt: skip
+
+
+def test_errors_are_raised_where_their_tree_says() -> None:
+    tree = (SRC / "errors.py").read_text(encoding="utf-8").partition("In brackets")[0]
+    named = re.findall(r"── (\w+)|\[([^\]]+)\]", tree)
+    error = ""
+    for name, files in named:
+        error = name or error
+        for file in files.split(", ") if files else ():
+            assert error in (SRC / file).read_text(encoding="utf-8"), f"{file} does not speak of {error}"
