@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -38,22 +38,25 @@ def rows(batch: Any) -> int:
 
 def rows_or_none(batch: Any) -> int | None:
     """Like `rows`, but None where nothing in the batch has rows."""
-    first: int | None = None
-    first_path = ""
-    for path, leaf in named_leaves(batch, "batch"):
-        if not _has_rows(leaf):
-            continue
-        here = int(leaf.shape[0])
-        if first is None:
-            first, first_path = here, path
-        elif here != first:
-            raise BatchError(
-                f"Rows disagree: {first_path} has {first} and {path} has {here} (shape {tuple(leaf.shape)}). Cut along "
-                "index 0, samples would be paired with the wrong targets. Every tensor of the batch needs one row for "
-                "each sample; what all samples share (class weights, say) belongs outside of the batch, in the loss "
-                "function."
-            )
-    return first
+    found: int | None = None
+    for leaf in leaves(batch):
+        if _has_rows(leaf):
+            if found is not None and leaf.shape[0] != found:
+                raise _rows_disagree(batch)
+            found = int(leaf.shape[0])
+    return found
+
+
+def _rows_disagree(batch: Any) -> BatchError:
+    seen = [(path, leaf) for path, leaf in named_leaves(batch, "batch") if _has_rows(leaf)]
+    first_path, first = seen[0]
+    path, leaf = next((path, leaf) for path, leaf in seen if leaf.shape[0] != first.shape[0])
+    return BatchError(
+        f"Rows disagree: {first_path} has {first.shape[0]} and {path} has {leaf.shape[0]} (shape {tuple(leaf.shape)}). "
+        "Cut along index 0, samples would be paired with the wrong targets. Every tensor of the batch needs one row "
+        "for each sample; what all samples share (class weights, say) belongs outside of the batch, in the loss "
+        "function."
+    )
 
 
 def take(batch: Any, which: Rows) -> Any:
@@ -87,7 +90,7 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False) -
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Every tensor in the batch, depth first."""
-    return (leaf for _, leaf in named_leaves(batch, "batch") if isinstance(leaf, Tensor))
+    return (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
@@ -128,23 +131,40 @@ def _rebuilt_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any
     return clone
 
 
+def leaves(tree: Any) -> Iterator[Any]:
+    """Every leaf, depth first."""
+    parts = _parts(tree)
+    if parts is None:
+        yield tree
+    else:
+        for _, part in parts:
+            yield from leaves(part)
+
+
 def named_leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Every leaf with the code that leads to it, depth first; ``path`` is that of the tree itself."""
-    if isinstance(tree, Tensor) or _is_column(tree):
+    parts = _parts(tree)
+    if parts is None:
         yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from named_leaves(value, f"{path}[{key!r}]")
-    elif isinstance(tree, (tuple, list)):
-        names = getattr(tree, "_fields", None)
-        for i, value in enumerate(tree):
-            yield from named_leaves(value, f"{path}.{names[i]}" if names else f"{path}[{i}]")
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            if hasattr(tree, field.name):
-                yield from named_leaves(getattr(tree, field.name), f"{path}.{field.name}")
     else:
-        yield path, tree
+        for key, part in parts:
+            step = f"[{key!r}]" if isinstance(tree, Mapping) or type(key) is int else f".{key}"
+            yield from named_leaves(part, path + step)
+
+
+def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
+    """What a container holds, by key, index or name; None for a leaf."""
+    if isinstance(tree, Tensor) or _is_column(tree):
+        return None
+    if isinstance(tree, Mapping):
+        return tree.items()
+    if isinstance(tree, (tuple, list)):
+        names = getattr(tree, "_fields", None)
+        return enumerate(tree) if names is None else zip(names, tree, strict=True)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = [field.name for field in dataclasses.fields(tree)]
+        return [(name, getattr(tree, name)) for name in fields if hasattr(tree, name)]
+    return None
 
 
 def _has_rows(leaf: Any) -> bool:
