@@ -156,11 +156,11 @@ def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
     """What a container holds, by key, index or name; None for a leaf."""
     if isinstance(tree, Tensor) or _is_column(tree):
         return None
-    if isinstance(tree, Mapping):
-        return tree.items()
     if isinstance(tree, (tuple, list)):
         names = getattr(tree, "_fields", None)
         return enumerate(tree) if names is None else zip(names, tree, strict=True)
+    if isinstance(tree, Mapping):
+        return tree.items()
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = [field.name for field in dataclasses.fields(tree)]
         return [(name, getattr(tree, name)) for name in fields if hasattr(tree, name)]
