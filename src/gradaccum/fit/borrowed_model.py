@@ -32,8 +32,6 @@ _CONTAINERS = (dict, OrderedDict, list, set, deque)
 # Buffers up to here are copied: the kernels of BatchNorm write theirs without saying so. Larger ones (a quantised
 # model's frozen weights) are watched, and saved when an operation writes them.
 _MOST_COPIED_BYTES = 16 * 2**20
-
-
 # What nn.Module keeps for itself: tensors in it are replaced by `borrowed`, or there are none.
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -48,12 +46,9 @@ def borrowed(
 ) -> Iterator[None]:
     """Context manager that puts a stand-in in the place of every parameter and buffer, and afterwards everything back.
 
-    Args:
-        models: all of their modules are borrowed.
-        optimizers: their parameters keep their gradients; the optimizers themselves are not touched.
-        stand_in: from a parameter or buffer to what takes its place; called once for each.
-        everywhere: whether what modules hold under other names is replaced too: the flat weights of recurrent layers,
-            a tied parameter in a list. Those are needed where stand-ins have other values.
+    Optimizers are not touched, and their parameters keep their gradients. With ``everywhere`` what modules hold under
+    other names is replaced too, which is needed where stand-ins have other values: the flat weights of recurrent
+    layers, a tied parameter in a list.
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     with ExitStack() as undone:
@@ -95,9 +90,7 @@ def sharing_memory(tensor: Tensor) -> Tensor:
 def on_copies(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
     """Context manager in which every parameter and buffer is a copy, and afterwards everything is back as it was.
 
-    Args:
-        models: all of their modules are borrowed.
-        cast: to another dtype. Parameters of a class of their own are not cast; torch's default dtype is.
+    A ``cast`` changes their dtype and torch's default dtype; parameters of a class of their own are not cast.
     """
 
     def copied(tensor: Tensor) -> Tensor:
@@ -140,13 +133,8 @@ class SavedBeforeWriting(TorchDispatchMode):
     """Saves a tensor's memory right before an operation writes it, and puts it back at the end.
 
     A forward may write parameters: the average of a teacher, the vectors of a codebook. Copying all of them ahead
-    would take the memory that is to be measured. Sees what operations declare to write, in this thread and in
-    backward.
-
-    May be entered again: what was saved once is put back at every end.
-
-    Args:
-        tensors: whose memory is watched.
+    would take the memory that is to be measured. It sees what operations declare to write, in this thread and in
+    backward. It may be entered again: what was saved once is put back at every end.
     """
 
     supports_higher_order_operators = True

@@ -40,17 +40,10 @@ def estimate(
     target: torch.device,
     memory: int | None = None,
 ) -> None:
-    """Runs a few sizes on fake tensors, and all of them where memory turns out not to be affine in the size.
+    """Adds to ``found`` the peaks of a few sizes, and of all where memory turns out not to be affine in the size.
 
-    Args:
-        workload: with the device that fake tensors are on.
-        found: has the sizes to look at, ascending; gets what is found.
-        optimizers: see `borrowed`.
-        target: the device to estimate for.
-        memory: bytes for everything; sizes about which it decides are run as well.
-
-    Raises:
-        Exception: whatever the model raises when it is shown tensors without data.
+    Fake tensors are on the workload's device and stand for those of ``target``. Sizes about which the budget ``memory``
+    decides are run as well. What the model raises when it is shown tensors without data passes through.
     """
     device, mode = workload.device, fake_mode()
     stand_in = functools.partial(fake_of, mode=mode, device=device)

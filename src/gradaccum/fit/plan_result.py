@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradaccum.errors import WindowError
-from gradaccum.fit.size_model import Curve
-from gradaccum.fit.units import in_words
+from gradaccum.fit.size_model import Curve, in_words
 from gradaccum.report.size_plots import Point, SizePlot, draw_size_plots
 
 _WIDTH = 80
@@ -112,8 +111,10 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """What to do, in a few sentences."""
-        return _advice(self)
+        """What to do, in a few sentences: nothing, take a size, or something else than accumulation."""
+        if self.micro_batch_size is None:
+            return _nothing_fits(self)
+        return (_whole_fits if self.whole_batch_fits else _a_size_fits)(self, self.row(self.micro_batch_size))
 
     def peak_bytes(self, micro_batch_size: int) -> int:
         """The peak at any size, looked at or not: predicted from those that were.
@@ -187,43 +188,30 @@ def cells(plan: Plan, row: Row) -> tuple[str, ...]:
 def memory(plan: Plan) -> str:
     """What the peak is made of."""
     parts = plan.breakdown
-    named = {
-        "parameters": parts.parameters,
-        "buffers": parts.buffers,
-        "gradients": parts.gradients,
-        "optimizer state": parts.optimizer_state,
-        "temporaries": parts.temporaries,
-    }
-    fixed = ", ".join(f"{name} {in_words(size)}" for name, size in named.items() if size > 0)
+    names = ("parameters", "buffers", "gradients", "optimizer_state", "temporaries")
+    sizes = {name.replace("_", " "): getattr(parts, name) for name in names}
+    fixed = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items() if size > 0)
     step = f" The optimizer's step needs {in_words(parts.optimizer_step)} for a moment." if parts.optimizer_step else ""
     return f"Memory: {fixed}; and {in_words(parts.activations_per_sample)} a sample.{step}"
 
 
-def _advice(plan: Plan) -> str:
-    """What to do: nothing, take a size, or something else than accumulation."""
-    if plan.micro_batch_size is None:
-        return _nothing_fits(plan)
-    if plan.whole_batch_fits:
-        return _whole_fits(plan)
-    chosen = plan.row(plan.micro_batch_size)
+def _a_size_fits(plan: Plan, chosen: Row) -> str:
     rate, largest = chosen.samples_per_second, plan.largest_micro_batch_size
     best, speed = ("largest", "") if rate is None else ("fastest", f", {_rate(rate)} samples a second")
-    more = f" Up to {largest:,} samples fit." if largest is not None and largest > plan.micro_batch_size else ""
+    more = f" Up to {largest:,} samples fit." if largest is not None and largest > chosen.micro_batch_size else ""
     return (
-        f"micro_batch_size={plan.micro_batch_size} is the {best} that fits: {chosen.micro_batches:,} micro-batches an "
-        f"update, {_of_budget(plan, chosen.peak_bytes)}{speed}.{more} In one piece the batch would take "
+        f"micro_batch_size={chosen.micro_batch_size} is the {best} that fits: {chosen.micro_batches:,} micro-batches "
+        f"an update, {_of_budget(plan, chosen.peak_bytes)}{speed}.{more} In one piece the batch would take "
         f"{in_words(plan.peak_bytes(plan.batch_size))}."
     )
 
 
-def _whole_fits(plan: Plan) -> str:
+def _whole_fits(plan: Plan, chosen: Row) -> str:
     takes = _of_budget(plan, plan.peak_bytes(plan.batch_size))
     if plan.memory is None:
         start = f"No budget was given (memory='24GiB'). The whole batch of {plan.batch_size:,} takes {takes}"
     else:
         start = f"Accumulation is not needed: the whole batch of {plan.batch_size:,} fits, with {takes}"
-    assert plan.micro_batch_size is not None
-    chosen = plan.row(plan.micro_batch_size)
     whole = next((row for row in plan.rows if row.micro_batch_size == plan.batch_size), chosen)
     if chosen is whole or not chosen.samples_per_second or not whole.samples_per_second:
         return f"{start}."

@@ -8,6 +8,7 @@ workload --borrowed_model--> probe at a few sizes --> size_model --> plan
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,6 @@ from gradaccum.fit.estimate import block_bytes, estimate, is_cuda_elsewhere
 from gradaccum.fit.measure import measure
 from gradaccum.fit.plan_result import Breakdown, Plan, Row
 from gradaccum.fit.size_model import SizeModel
-from gradaccum.fit.units import as_bytes
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.available import available_bytes
 from gradaccum.memory.fakes import can_be_faked
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 MEASURE, ESTIMATE = "measure", "estimate"
 _MOST_SIZES = 12
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_UNITS = {"b": 1} | {f"{letter}b": 1000**i for i, letter in enumerate("kmgt", start=1)}
+_UNITS |= {f"{letter}ib": 1024**i for i, letter in enumerate("kmgt", start=1)}
 
 
 def plan(
@@ -100,9 +103,7 @@ def plan(
         workload=workload,
         target=workload.device,
         optimizers=[] if optimizer is None else guards.as_sequence(optimizer, Optimizer, name="optimizer"),
-        sizes=default_sizes(workload.rows)
-        if micro_batch_sizes is None
-        else _checked_sizes(micro_batch_sizes, workload.rows),
+        sizes=_checked_sizes(micro_batch_sizes, workload.rows),
         looks_between=micro_batch_sizes is None,
         memory=None if memory is None else as_bytes(memory),
         dataset_size=dataset_size,
@@ -137,7 +138,9 @@ def default_sizes(rows: int) -> list[int]:
     return [*powers[-_MOST_SIZES:], rows]
 
 
-def _checked_sizes(sizes: Sequence[int], rows: int) -> list[int]:
+def _checked_sizes(sizes: Sequence[int] | None, rows: int) -> list[int]:
+    if sizes is None:
+        return default_sizes(rows)
     wrong = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int)]
     if wrong or not sizes or min(sizes) < 1 or max(sizes) > rows:
         raise WindowError(
@@ -147,27 +150,40 @@ def _checked_sizes(sizes: Sequence[int], rows: int) -> list[int]:
     return sorted(set(sizes))
 
 
+def as_bytes(size: str | int) -> int:
+    """A budget in bytes, from a number of them or from text such as "24GiB", "24 GB", "512MiB".
+
+    Raises:
+        WindowError: it is not a size, or not above 0.
+
+    Example:
+        >>> from gradaccum.fit.planner import as_bytes
+        >>> as_bytes("24GiB"), as_bytes("1.5 kB"), as_bytes(4096)
+        (25769803776, 1500, 4096)
+    """
+    found = 0
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        # Without a unit it is more often a slip than a number of bytes.
+        found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
+    elif isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    if found <= 0:
+        raise WindowError(
+            f"memory={size!r} is no size, so nothing can be said to fit into it. Write a number with its unit, "
+            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or pass an int: the number of bytes."
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """What the user wants to know.
-
-    Attributes:
-        workload: its device is where the tensors are that run.
-        target: the device that is planned for.
-        optimizers: none where none was passed.
-        sizes: ascending.
-        looks_between: whether the largest size that fits is added to these.
-        memory: the budget in bytes, where one was given.
-        dataset_size: samples of an epoch, where it was given.
-        max_seconds: about how long to measure.
-    """
-
-    workload: Workload
-    target: torch.device
+    workload: Workload  # its device is where the tensors are that run
+    target: torch.device  # that is planned for
     optimizers: Sequence[Optimizer]
-    sizes: Sequence[int]
-    looks_between: bool
-    memory: int | None
+    sizes: Sequence[int]  # ascending
+    looks_between: bool  # whether the largest size that fits is added to these
+    memory: int | None  # bytes
     dataset_size: int | None
     max_seconds: float
 
@@ -198,25 +214,21 @@ def _elsewhere(request: _Request, device: str | torch.device | None) -> tuple[_R
 
 
 def _estimated(request: _Request, notes: Sequence[str]) -> Plan:
-    found, fixed = _fixed_bytes(request)
+    found = _size_model(request)
     estimate(request.workload, found, optimizers=request.optimizers, target=request.target, memory=request.memory)
-    return _assembled(request, found, fixed, memory=request.memory, method=ESTIMATE, notes=notes)
+    return _assembled(request, found, memory=request.memory, method=ESTIMATE, notes=notes)
 
 
 def _measured(request: _Request, notes: list[str]) -> Plan:
     workload, optimizers = request.workload, request.optimizers
-    found, fixed = _fixed_bytes(request)
-    memory = request.memory
-    if memory is None:
-        left = available_bytes(workload.device)
-        memory = None if left is None else left + _bytes_in_use(workload, optimizers)
-    measure(
-        workload, found, optimizers=optimizers, memory=memory, max_seconds=request.max_seconds,
-        looks_between=request.looks_between,
-    )  # fmt: skip
+    found, memory = _size_model(request), request.memory
+    if memory is None and (left := available_bytes(workload.device)) is not None:
+        memory = left + _bytes_in_use(workload, optimizers)
+    between, seconds = request.looks_between, request.max_seconds
+    measure(workload, found, optimizers=optimizers, memory=memory, max_seconds=seconds, looks_between=between)
     if len(found.peaks) < 2:  # a size or two do not fit: how much they would take can still be estimated
         smallest = min(found.failed)
-        guess, _ = _fixed_bytes(request)
+        guess = _size_model(request)
         try:
             estimate(workload, guess, optimizers=optimizers, target=request.target)
         except Exception as error:
@@ -229,31 +241,28 @@ def _measured(request: _Request, notes: list[str]) -> Plan:
         found.whole = guess.whole
         found.gradient_bytes = found.gradient_bytes or guess.gradient_bytes
         notes.append(f"Micro-batches of {smallest} ran out of memory; peaks above that are estimated.")
-    return _assembled(request, found, fixed, memory=memory, method=MEASURE, notes=notes)
+    return _assembled(request, found, memory=memory, method=MEASURE, notes=notes)
 
 
-def _fixed_bytes(request: _Request) -> tuple[SizeModel, Breakdown]:
-    """What does not depend on the size: in a model for which no size has been run yet, and by its parts."""
+def _size_model(request: _Request) -> SizeModel:
+    """What does not depend on the size; no size has been run yet."""
     workload, optimizers = request.workload, request.optimizers
     device, target = workload.device, request.target
     # Parameters that no model has (a temperature) are the optimizers'.
     of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    parameters = num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers])
-    buffers = num_bytes(buffer for model in workload.models for buffer in model.buffers())
     optimizer = optimizer_memory(
         optimizers, device=device, as_on_cuda=is_cuda_elsewhere(device, target), rounded_to=block_bytes(target)
     )
-    found = SizeModel(
+    return SizeModel(
         rows=workload.rows,
         sizes=list(request.sizes),
-        resident_bytes=parameters + buffers + optimizer.state,
-        step_bytes=optimizer.step + workload.input_bytes(0, device=target),
+        parameters=num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers]),
+        buffers=num_bytes(buffer for model in workload.models for buffer in model.buffers()),
+        optimizer_state=optimizer.state,
+        optimizer_step=optimizer.step,
+        inputs=workload.input_bytes(0, device=target),
         notes=[f"The memory of {name} is not counted: its step could not be run." for name in optimizer.unknown],
     )
-    fixed = Breakdown(
-        parameters=parameters, buffers=buffers, optimizer_state=optimizer.state, optimizer_step=optimizer.step
-    )
-    return found, fixed
 
 
 def _bytes_in_use(workload: Workload, optimizers: Sequence[Optimizer]) -> int:
@@ -264,9 +273,7 @@ def _bytes_in_use(workload: Workload, optimizers: Sequence[Optimizer]) -> int:
     return num_bytes(tensor for tensor in tensors if tensor.device == workload.device)
 
 
-def _assembled(
-    request: _Request, found: SizeModel, fixed: Breakdown, *, memory: int | None, method: str, notes: Sequence[str]
-) -> Plan:
+def _assembled(request: _Request, found: SizeModel, *, memory: int | None, method: str, notes: Sequence[str]) -> Plan:
     curve, rows = found.curve(), found.rows
     limit = min(found.failed, default=rows + 1)  # from here on nothing fits, whatever is predicted
     largest = rows if memory is None else curve.largest(memory, rows)
@@ -292,16 +299,21 @@ def _assembled(
     fitting = [row for row in table if row.fits]
     chosen = max(fitting, key=lambda row: (row.samples_per_second or 0.0, row.micro_batch_size), default=None)
     temporaries = round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)
+    device = request.target
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" and torch.cuda.is_available() else ""
     return Plan(
         method=method,
-        device=_described(request.target),
+        device=f"{device}{name}",
         batch_size=rows,
         memory=memory,
         micro_batch_size=None if chosen is None else chosen.micro_batch_size,
         largest_micro_batch_size=largest,
         rows=table,
-        breakdown=replace(
-            fixed,
+        breakdown=Breakdown(
+            parameters=found.parameters,
+            buffers=found.buffers,
+            optimizer_state=found.optimizer_state,
+            optimizer_step=found.optimizer_step,
             gradients=found.gradient_bytes,
             activations_per_sample=round(curve.bytes_per_sample),
             temporaries=max(0, temporaries),
@@ -309,9 +321,3 @@ def _assembled(
         notes=(*notes, *found.notes),
         _curve=curve,
     )
-
-
-def _described(device: torch.device) -> str:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
