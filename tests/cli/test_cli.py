@@ -30,13 +30,19 @@ def test_help_names_the_commands(option: str, gradaccum: Command) -> None:
     ("command", "exit_status", "options"),
     [
         ("demo", "0 if the library is exact, 1 if it is not, 2 if the demo could not run.", "--plot FILE"),
-        ("audit", "0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.",
-         "--html FILE,--micro-batch-size N"),
-        ("plan", "0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.",
-         "--memory SIZE,--estimate,--device DEVICE,--html FILE"),
+        (
+            "audit",
+            "0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.",
+            "--html FILE,--micro-batch-size N",
+        ),
+        (
+            "plan",
+            "0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.",
+            "--memory SIZE,--estimate,--device DEVICE,--html FILE",
+        ),
         ("bench", "0, or 2 if it could not run.", "--json FILE"),
     ],
-)  # fmt: skip
+)
 def test_help_tells_the_exit_status(command: str, exit_status: str, options: str, gradaccum: Command) -> None:
     done = gradaccum(command, "--help")
     assert done.status == 0

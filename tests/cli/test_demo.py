@@ -26,8 +26,10 @@ def test_the_whole_demo_in_a_pipe_that_only_knows_ascii(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, "demo", "--plot", str(picture)],
         env={**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
     lines = done.stdout.splitlines()
@@ -48,8 +50,10 @@ def test_the_whole_demo_in_a_pipe_that_only_knows_ascii(tmp_path: Path) -> None:
         assert float(library) == pytest.approx(float(whole), rel=1e-6)
     published = [line.split()[3:] for line in lines if "tutorial, epoch" in line]
     assert [[f"{float(loss):.6f}" for loss in row] for row in published] == [
-        ["0.552948"] * 3, ["0.188646"] * 3, ["0.064521"] * 3,
-    ]  # fmt: skip
+        ["0.552948"] * 3,
+        ["0.188646"] * 3,
+        ["0.064521"] * 3,
+    ]
 
     text = " ".join(done.stdout.split())
     for word in ('"same": the parameters', '"exact": the same, and', "tutorial: the loss as"):
@@ -220,6 +224,9 @@ def test_a_row_of_losses_and_a_row_of_distances(comparison: Comparison) -> None:
     assert [panel.title for panel in losses] == ["97 samples", "97 samples"]
     assert [panel.is_logarithmic for panel in losses + distances] == [False, False, True, True]
     assert [series.label for series in distances[0].series] == [
-        "whole batch", "textbook loop", "gradaccum", "gradaccum in float64",
-    ]  # fmt: skip
+        "whole batch",
+        "textbook loop",
+        "gradaccum",
+        "gradaccum in float64",
+    ]
     assert all(len(series.values) == 9 for panel in losses + distances for series in panel.series)

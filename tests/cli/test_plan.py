@@ -22,8 +22,13 @@ def test_a_plan(plan: Command) -> None:
     lines = done.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[:2] for line in lines if " yes " in line] == [
-        ["1", "32"], ["2", "16"], ["4", "8"], ["8", "4"], ["16", "2"], ["32", "1"],
-    ]  # fmt: skip
+        ["1", "32"],
+        ["2", "16"],
+        ["4", "8"],
+        ["8", "4"],
+        ["16", "2"],
+        ["32", "1"],
+    ]
     assert "A batch of 32 samples, measured on cpu, budget 1 GiB." in done.text
     assert "Accumulation is not needed: the whole batch of 32 fits" in done.text
     assert "The job's own micro_batch_size=16 takes" in done.text

@@ -49,9 +49,14 @@ def test_five_architectures(name: str, optimizer: str) -> None:
 
     def plan(method: str, sizes: tuple[int, ...]) -> ga.Plan:
         return ga.plan(
-            model, architecture.loss_fn, batch, optimizer=make_optimizer(model), memory="1GiB", method=method,
+            model,
+            architecture.loss_fn,
+            batch,
+            optimizer=make_optimizer(model),
+            memory="1GiB",
+            method=method,
             micro_batch_sizes=sizes,
-        )  # fmt: skip
+        )
 
     estimated, measured = plan("estimate", SIZES[1:]), plan("measure", SIZES)
     assert (estimated.method, measured.method) == ("estimate", "measure")
@@ -77,8 +82,14 @@ def test_gpt2_of_transformers() -> None:
     adamw = OPTIMIZERS["adamw"]
     for method, tolerance in (("estimate", ESTIMATED), ("measure", MEASURED)):
         plan = ga.plan(
-            model, loss_fn, batch, optimizer=adamw(model), memory="1GiB", method=method, micro_batch_sizes=SIZES,
-        )  # fmt: skip
+            model,
+            loss_fn,
+            batch,
+            optimizer=adamw(model),
+            memory="1GiB",
+            method=method,
+            micro_batch_sizes=SIZES,
+        )
         assert plan.method == method
         for size in SIZES[1:]:
             true = true_peak(gpt2, adamw, batch, size)

@@ -12,9 +12,16 @@ from gradaccum.memory.fakes import fake_input, fake_mode
 
 @pytest.mark.parametrize(
     ("sizes", "batch_size", "expected"),
-    [([1], 1, [1, 2]), ([1, 2], 2, [1, 2]), ([1, 2, 4], 4, [1, 2]), ([5], 16, [1, 5]), ([16], 16, [1, 2]),
-     ([1, 16], 16, [1, 2]), ([2, 8, 16], 16, [2, 8])],
-)  # fmt: skip
+    [
+        ([1], 1, [1, 2]),
+        ([1, 2], 2, [1, 2]),
+        ([1, 2, 4], 4, [1, 2]),
+        ([5], 16, [1, 5]),
+        ([16], 16, [1, 2]),
+        ([1, 16], 16, [1, 2]),
+        ([2, 8, 16], 16, [2, 8]),
+    ],
+)
 def test_two_sizes_at_least_to_make_a_line_of(sizes: list[int], batch_size: int, expected: list[int]) -> None:
     assert sizes_to_accumulate(sizes, batch_size) == expected
 

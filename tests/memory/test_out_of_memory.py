@@ -37,14 +37,16 @@ OTHERWISE = [
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
     RuntimeError("the cache is out of memory slots of its own"),
-    RuntimeError("view size is not compatible with input tensor's size and stride (at least one dimension spans across "
-                 "two contiguous subspaces)"),
+    RuntimeError(
+        "view size is not compatible with input tensor's size and stride (at least one dimension spans across "
+        "two contiguous subspaces)"
+    ),
     RuntimeError(""),
     ValueError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     KeyError("std::bad_alloc"),
     OSError(12, "Cannot allocate memory"),
     KeyboardInterrupt(),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text", SAID.values(), ids=SAID)

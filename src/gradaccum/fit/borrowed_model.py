@@ -25,7 +25,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum.memory.live_bytes import storages_of
+from gradaccum.memory.live_bytes import storages_in
 from gradaccum.window.snapshot import RandomState
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
@@ -141,7 +141,7 @@ class SavedBeforeWriting(TorchDispatchMode):
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self._watched = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+        self._watched = {id(storage): storage for storage in storages_in(tensors)}
         self._saved: dict[int, UntypedStorage] = {}
 
     @property
@@ -154,25 +154,17 @@ class SavedBeforeWriting(TorchDispatchMode):
         for key, saved in self._saved.items():
             self._watched[key].copy_(saved)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation, after saving what it is about to write."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable:
             given = [*zip(schema.arguments, args, strict=False)]
             given += [(one, (kwargs or {}).get(one.name)) for one in schema.arguments[len(args) :]]
             for declared, value in given:
                 if declared.alias_info is not None and declared.alias_info.is_write:
-                    self._save(value)
+                    for storage in storages_in(value):
+                        if id(storage) in self._watched and id(storage) not in self._saved:
+                            self._saved[id(storage)] = storage.clone()
         return func(*args, **(kwargs or {}))
-
-    def _save(self, written: Any) -> None:
-        for tensor in written if isinstance(written, (list, tuple)) else [written]:
-            if isinstance(tensor, Tensor):
-                for storage in storages_of(tensor):
-                    if id(storage) in self._watched and id(storage) not in self._saved:
-                        self._saved[id(storage)] = storage.clone()
 
 
 def _parameters(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:

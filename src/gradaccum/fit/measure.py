@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from gradaccum.fit.borrowed_model import SavedBeforeWriting, borrowed, sharing_memory
 from gradaccum.fit.probe import Probe, sizes_to_accumulate
@@ -20,30 +19,19 @@ from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go
 _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 
 
-def measure(
-    workload: Workload,
-    found: SizeModel,
-    *,
-    optimizers: Sequence[Optimizer],
-    memory: int | None,
-    max_seconds: float,
-    looks_between: bool,
-) -> None:
-    """Adds to ``found`` what its sizes take, the smallest first, as long as they are expected to fit and time is left.
-
-    Where ``looks_between``, the largest size that fits into ``memory`` bytes is added to the sizes.
-    """
-    run = _Measurement(workload=workload, found=found, memory=memory, max_seconds=max_seconds)
+def measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+    """Adds to ``found`` what its sizes take, the smallest first, as long as they should fit and time is left."""
+    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds)
     saved = SavedBeforeWriting([t for model in workload.models for t in [*model.parameters(), *model.buffers()]])
 
     def own(tensor: Tensor) -> Tensor:  # a loss function may write its micro-batch
         return tensor.detach().to(workload.device, copy=True).requires_grad_(tensor.requires_grad)
 
-    with borrowed(workload.models, optimizers, sharing_memory):
+    with borrowed(workload.models, workload.optimizers, sharing_memory):
         with measured_peak(workload.device) as meter:
             probe = Probe(workload, workload.device, found, own, meter)
             with saved:
-                run.take_peaks(probe, looks_between=looks_between)
+                run.take_peaks(probe)
         with saved if saved.has_saved else nullcontext():
             run.take_times(probe)
     free_memory(workload.device)
@@ -53,12 +41,11 @@ def measure(
 class _Measurement:
     workload: Workload
     found: SizeModel
-    memory: int | None
     max_seconds: float
     start: float = field(default_factory=time.perf_counter)
     last: tuple[int, float] = (1, 0.0)  # the size that was run last, and its seconds
 
-    def take_peaks(self, probe: Probe, *, looks_between: bool) -> None:
+    def take_peaks(self, probe: Probe) -> None:
         """Runs one size after another until one does not fit, or is not expected to, or time is up."""
         found = self.found
         accumulated: list[int] = []
@@ -69,8 +56,8 @@ class _Measurement:
         for size, is_whole in [*((size, False) for size in accumulated), *((size, True) for size in whole)]:
             if not self._can_be_tried(size, is_whole=is_whole) or not self._tried(probe, size, is_whole=is_whole):
                 break
-        if looks_between and self.memory is not None and len(found.peaks) > 1 and not found.failed:
-            between = found.curve().largest(self.memory, found.rows)
+        if found.looks_between and found.memory is not None and len(found.peaks) > 1 and not found.failed:
+            between = found.curve().largest(found.memory, found.rows)
             if between is not None and between not in (*found.sizes, *found.peaks):
                 is_new = self._can_be_tried(between, is_whole=False) and self._tried(probe, between, is_whole=False)
                 found.sizes += [between] if is_new else []
@@ -81,7 +68,7 @@ class _Measurement:
         for size in sorted(found.sizes):
             is_whole = size == found.rows
             peak = found.whole if is_whole else found.peaks.get(size)
-            if peak is None or (self.memory is not None and found.resident_bytes + peak > self.memory):
+            if peak is None or (found.memory is not None and found.resident_bytes + peak > found.memory):
                 continue
             left = self.max_seconds - self._elapsed()
             if left <= 0 and found.times.of_size:
@@ -95,7 +82,7 @@ class _Measurement:
         if len(found.peaks) < 2:
             return True
         expected = found.curve().at(size) - (found.gradient_bytes if is_whole else 0)
-        if self.memory is not None and expected > self.memory:
+        if found.memory is not None and expected > found.memory:
             return False
         last_size, seconds = self.last
         if self._elapsed() + seconds * size / last_size > _FOR_PEAKS * self.max_seconds:

@@ -17,6 +17,7 @@ trains (`size_search`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -63,15 +64,8 @@ class Curve:
     def largest(self, memory: int, rows: int) -> int | None:
         """The largest size up to ``rows`` that takes at most so much memory; None where no size does."""
         if self.at(rows) <= memory:
-            return rows
-        low, high = 0, rows  # low fits, or is 0; high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.at(middle) <= memory:
-                low = middle
-            else:
-                high = middle
-        return low or None
+            return rows  # in one piece it may take less than a smaller size does
+        return bisect_right(range(1, rows), memory, key=self.at) or None
 
     def _accumulating(self, size: int) -> float:
         last = self.points[-1]
@@ -121,6 +115,8 @@ class SizeModel:
 
     rows: int
     sizes: list[int]  # that the user is told about
+    looks_between: bool = False  # whether the largest size that fits is added to these
+    memory: int | None = None  # the budget in bytes; None where there is no limit but the device's own
     parameters: int = 0
     buffers: int = 0
     optimizer_state: int = 0

@@ -23,6 +23,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def num_rows(piece: Rows) -> int:
     return piece.stop - piece.start if isinstance(piece, slice) else len(piece)
 
 
+@dataclass(eq=False)
 class Fitting:
     """Runs one batch after another in micro-batches of the fastest size that fits; of the largest without ``by_time``.
 
@@ -58,22 +60,16 @@ class Fitting:
     Where there are several processes, ``agree`` tells from whether this one ran out of memory whether any has.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        accumulation: Accumulation,
-        *,
-        by_time: bool = True,
-        advice: str = "",
-        agree: Callable[[bool], bool] = bool,
-    ) -> None:
-        self._split = split
-        self._accumulation = accumulation
-        self._by_time = by_time
-        self._advice = advice
-        self._agree = agree
-        self._cuts_by_samples = type(split) is type(split_by_samples())
-        self._has_told = False
+    split: Split
+    accumulation: Accumulation
+    by_time: bool = True
+    advice: str = ""
+    agree: Callable[[bool], bool] = bool
+    _has_told: bool = False
+
+    @property
+    def _cuts_by_samples(self) -> bool:
+        return type(self.split) is type(split_by_samples())
 
     @property
     def is_settled(self) -> bool:
@@ -88,10 +84,10 @@ class Fitting:
         """
         random_seed = RandomSeed()
         try:
-            with _state_reserved(self._accumulation.optimizers, self._accumulation.device()):
+            with _state_reserved(self.accumulation.optimizers, self.accumulation.device()):
                 sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
         except BaseException:
-            self._accumulation.discard()
+            self.accumulation.discard()
             random_seed.undo()
             raise
         random_seed.end()
@@ -99,17 +95,17 @@ class Fitting:
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         largest, elements = self._largest_and_elements(batch)
-        buffers = Buffers.of(self._accumulation.models)
+        buffers = Buffers.of(self.accumulation.models)
         while True:
             random_seed.begin()
             pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
-            if not self._agree(failure is not None):
+            if not self.agree(failure is not None):
                 if sizes:
                     self._search.updated(sizes, elements)
                 return sizes
             if failure is None:  # another process did: it takes smaller pieces, this one the same again
-                self._accumulation.discard()
+                self.accumulation.discard()
                 buffers.restore()
                 continue
             message = str(failure)
@@ -117,8 +113,8 @@ class Fitting:
             failed_rows = num_rows(pieces[failed_at])
             size = failed_rows if self._cuts_by_samples else max(sizes)
             failure = None
-            self._accumulation.discard()
-            free_memory(self._accumulation.device())
+            self.accumulation.discard()
+            free_memory(self.accumulation.device())
             buffers.restore()
             if not self._search.failed(size, elements) or failed_rows == 1:
                 raise DoesNotFitError(self._diagnosis(batch, message))
@@ -139,15 +135,15 @@ class Fitting:
 
     @functools.cached_property
     def _search(self) -> SizeSearch:  # begun at the first batch: whether a BatchNorm is in training mode may change
-        coupled = self._accumulation.plan_line.coupled_layers()
-        by_time = self._by_time and self._cuts_by_samples and not coupled
+        coupled = self.accumulation.plan_line.coupled_layers()
+        by_time = self.by_time and self._cuts_by_samples and not coupled
         return SizeSearch() if by_time else SizeSearch.of_memory_only()
 
     def _largest_and_elements(self, batch: Any) -> tuple[int, int]:
         """How large a piece can be, and how many elements each of its rows has."""
         if not tree.rows(batch):  # an empty share of a batch that other processes have
             return 0, 1
-        largest = self._split.largest(batch)
+        largest = self.split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
         rows = rows_to_split(batch)
@@ -159,7 +155,7 @@ class Fitting:
             return [], []
         if not self._cuts_by_samples:
             size = self._search.size(largest, elements)
-            return self._split.plan(batch, size), [size]
+            return self.split.plan(batch, size), [size]
         sizes = self._search.sizes(largest, elements)
         starts = list(itertools.accumulate(sizes, initial=0))
         return [slice(start, stop) for start, stop in itertools.pairwise(starts)], sizes
@@ -168,7 +164,7 @@ class Fitting:
         self, pieces: Sequence[Rows], run_pieces: RunPieces, elements: int
     ) -> tuple[int, BaseException | None]:
         """Runs the pieces; how many have run, and the error where memory ran out."""
-        search, device = self._search, self._accumulation.device()
+        search, device = self._search, self.accumulation.device()
         done_before, since = 0, time.perf_counter()
 
         def ran(done: int) -> None:
@@ -201,8 +197,8 @@ class Fitting:
         )
 
     def _diagnosis(self, batch: Any, message: str) -> str:
-        parameters = [parameter for model in self._accumulation.models for parameter in model.parameters()]
-        states = [state for optimizer in self._accumulation.optimizers for state in optimizer.state.values()]
+        parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]
+        states = [state for optimizer in self.accumulation.optimizers for state in optimizer.state.values()]
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
         gradients = [parameter for parameter in parameters if parameter.requires_grad]  # of the same size, when there
         held = (
@@ -211,8 +207,8 @@ class Fitting:
         )
         return (
             "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
-            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self._advice}"
-            f"{' Otherwise' if self._advice else 'What can help'}: gradient "
+            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self.advice}"
+            f"{' Otherwise' if self.advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, ParameterError, WindowError
@@ -27,9 +28,12 @@ class Workload:
     batch: Any  # where the user keeps it
     rows: int  # of the batch; one at least
     device: torch.device  # where the models are
+    optimizers: Sequence[Optimizer] = ()
 
     @staticmethod
-    def checked(model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any) -> Workload:
+    def checked(
+        model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any, optimizer: Any = None
+    ) -> Workload:
         """The workload of what a user has passed; an error where it cannot be run."""
         _check_functions(loss_fn, forward, batch_loss)
         models: list[nn.Module] = guards.as_sequence(model, nn.Module, name="model")
@@ -48,6 +52,7 @@ class Workload:
             batch=batch,
             rows=rows,
             device=_device_of(models),
+            optimizers=[] if optimizer is None else guards.as_sequence(optimizer, Optimizer, name="optimizer"),
         )
 
     def input_bytes(self, size: int, *, device: torch.device) -> int:
