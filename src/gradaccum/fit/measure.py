@@ -52,15 +52,12 @@ class _Measurement:
         smallest = sizes_to_accumulate(found.sizes, found.rows)[0]
         if not self._fits(smallest, lambda: accumulated.extend(probe.warm_up())):
             return
-        whole = [found.rows] if found.rows in found.sizes else []
-        for size, is_whole in [*((size, False) for size in accumulated), *((size, True) for size in whole)]:
-            if not self._can_be_tried(size, is_whole=is_whole) or not self._tried(probe, size, is_whole=is_whole):
-                break
+        if all(self._try(probe, size) for size in accumulated) and found.rows in found.sizes:
+            self._try(probe, found.rows, is_whole=True)
         if found.looks_between and found.memory is not None and len(found.peaks) > 1 and not found.failed:
             between = found.curve().largest(found.memory, found.rows)
-            if between is not None and between not in (*found.sizes, *found.peaks):
-                is_new = self._can_be_tried(between, is_whole=False) and self._tried(probe, between, is_whole=False)
-                found.sizes += [between] if is_new else []
+            if between is not None and between not in (*found.sizes, *found.peaks) and self._try(probe, between):
+                found.sizes.append(between)
 
     def take_times(self, probe: Probe) -> None:
         """Times the sizes that have been run and fit, small ones first."""
@@ -76,26 +73,21 @@ class _Measurement:
                 return
             probe.take_times(size, is_whole=is_whole, at_most=left)
 
-    def _can_be_tried(self, size: int, *, is_whole: bool) -> bool:
-        """Whether a size is expected to fit, and to be done in time. The first two are always tried."""
-        found = self.found
-        if len(found.peaks) < 2:
-            return True
-        expected = found.curve().at(size) - (found.gradient_bytes if is_whole else 0)
-        if found.memory is not None and expected > found.memory:
-            return False
-        last_size, seconds = self.last
-        if self._elapsed() + seconds * size / last_size > _FOR_PEAKS * self.max_seconds:
-            self._note_the_time(f"from {size} on sizes were not run, and their peaks are predicted")
-            return False
-        return True
-
-    def _tried(self, probe: Probe, size: int, *, is_whole: bool) -> bool:
-        start = self._elapsed()
+    def _try(self, probe: Probe, size: int, *, is_whole: bool = False) -> bool:
+        """Runs a size that is expected to fit, and in time, and tells whether it did. The first two are always run."""
+        found, start = self.found, self._elapsed()
+        if len(found.peaks) > 1:
+            expected = found.curve().at(size) - (found.gradient_bytes if is_whole else 0)
+            if found.memory is not None and expected > found.memory:
+                return False
+            last_size, seconds = self.last
+            if start + seconds * size / last_size > _FOR_PEAKS * self.max_seconds:
+                self._note_the_time(f"from {size} on sizes were not run, and their peaks are predicted")
+                return False
         fits = self._fits(size, lambda: probe.take_peak(size, is_whole=is_whole))
         if fits:
             self.last = (size, self._elapsed() - start)
-            self.found.ran.add(size)
+            found.ran.add(size)
         return fits
 
     def _fits(self, size: int, run: Callable[[], None]) -> bool:

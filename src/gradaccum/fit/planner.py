@@ -148,11 +148,6 @@ def as_bytes(size: str | int) -> int:
 
     Raises:
         WindowError: it is not a size, or not above 0.
-
-    Example:
-        >>> from gradaccum.fit.planner import as_bytes
-        >>> as_bytes("24GiB"), as_bytes("1.5 kB"), as_bytes(4096)
-        (25769803776, 1500, 4096)
     """
     found = 0
     if isinstance(size, str):

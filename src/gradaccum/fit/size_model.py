@@ -152,12 +152,7 @@ class SizeModel:
 
 
 def in_words(num_bytes: float) -> str:
-    """Bytes with three digits and a binary unit.
-
-    Example:
-        >>> in_words(512), in_words(25_769_803_776), in_words(1_300_000)
-        ('512 B', '24 GiB', '1.24 MiB')
-    """
+    """Bytes with three digits and a binary unit."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 999.5:

@@ -33,7 +33,7 @@ from gradaccum import tree
 from gradaccum.errors import DoesNotFitError
 from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
-from gradaccum.memory.live_bytes import num_bytes
+from gradaccum.memory.live_bytes import num_bytes, tensors_in
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
@@ -191,24 +191,21 @@ class Fitting:
             return
         self._has_told = True
         rates = ", ".join(f"{size}: {1 / seconds[size]:.3g}" for size in sorted(seconds) if seconds[size])
-        logger.info(
-            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
-            *(search.best_size(), rates, search.best_size()),
+        text = (
+            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d"
         )
+        logger.info(text, search.best_size(), rates, search.best_size())
 
     def _diagnosis(self, batch: Any, message: str) -> str:
         parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]
-        states = [state for optimizer in self.accumulation.optimizers for state in optimizer.state.values()]
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
         gradients = [parameter for parameter in parameters if parameter.requires_grad]  # of the same size, when there
-        held = (
-            f"parameters {in_words(num_bytes(parameters))}, gradients {in_words(num_bytes(gradients))}, "
-            f"optimizer state {in_words(num_bytes(tree.tensors(states)))}"
-        )
+        states = tensors_in([dict(optimizer.state) for optimizer in self.accumulation.optimizers])
+        held, trained, state = (in_words(num_bytes(tensors)) for tensors in (parameters, gradients, states))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
         return (
             "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
-            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self.advice}"
-            f"{' Otherwise' if self.advice else 'What can help'}: gradient "
+            f"of shape {shapes}; parameters {held}, gradients {trained}, optimizer state {state}; the rest are "
+            f"activations and temporaries. {self.advice}{' Otherwise' if self.advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"

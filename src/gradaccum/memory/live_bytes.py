@@ -84,14 +84,6 @@ class LiveBytes(TorchDispatchMode):
 
     It follows the backward into the engine's threads. Storages that die after it is off are no longer counted off.
     Every size is rounded up to a multiple of ``rounded_to``, as an allocator would: 512 on CUDA.
-
-    Example:
-        >>> with LiveBytes() as memory:
-        ...     x = torch.ones(10, requires_grad=True)
-        ...     y = x.exp()                     # saved for backward
-        ...     loss = y.sum()
-        >>> memory.current
-        84
     """
 
     supports_higher_order_operators = True
@@ -218,14 +210,6 @@ def measured_peak(device: torch.device) -> Meter:
 
     CUDA counts by its allocator, whose peak statistics are reset; every other device op by op, which sees the tensors
     of all devices.
-
-    Example:
-        >>> with measured_peak(torch.device("cpu")) as memory:
-        ...     x = torch.zeros(1000)
-        ...     y = x + x
-        ...     del y
-        >>> memory.peak
-        8000
     """
     return AllocatorBytes(device) if device.type == "cuda" else LiveBytes()
 
@@ -243,14 +227,6 @@ def graph_bytes(not_counted: Iterable[Tensor]) -> Iterator[GraphBytes]:
 
     The same on every device, and it costs about a microsecond a saved tensor. What checkpoints save is counted, what
     they will recompute is not, nor are parameters, buffers and inputs, whose memory is in use in any case.
-
-    Example:
-        >>> from gradaccum.memory.live_bytes import graph_bytes
-        >>> layer, x = nn.Linear(5, 7), torch.randn(3, 5)
-        >>> with graph_bytes([*layer.parameters(), x]) as saved:
-        ...     y = layer(x).sigmoid()
-        >>> saved.count  # the sigmoid keeps its output, 3 x 7 numbers; the layer its input
-        84
     """
     saved = GraphBytes()
     seen = {id(storage) for storage in storages_in(list(not_counted))}
