@@ -54,7 +54,10 @@ def borrowed(
     with ExitStack() as undone:
         undone.callback(torch.clear_autocast_cache)  # casts of stand-ins, if the caller has autocast on
         undone.callback(_restorer_of_random_state())
-        for parameter in _parameters(modules, optimizers):
+        of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
+        # Optimizers may train some that no module has.
+        of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        for parameter in {id(p): p for p in [*of_modules, *of_optimizers]}.values():
             undone.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         undone.callback(_restorer_of_attributes(modules))
@@ -165,13 +168,6 @@ class SavedBeforeWriting(TorchDispatchMode):
                         if id(storage) in self._watched and id(storage) not in self._saved:
                             self._saved[id(storage)] = storage.clone()
         return func(*args, **(kwargs or {}))
-
-
-def _parameters(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """Every parameter of the modules and of the optimizers, which may train some that no module has."""
-    of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
-    of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    return list({id(parameter): parameter for parameter in [*of_modules, *of_optimizers]}.values())
 
 
 def _restorer_of_random_state() -> Callable[[], None]:

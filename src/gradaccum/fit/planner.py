@@ -103,7 +103,11 @@ def plan(
             f"method='measure' runs on the model's own device, {workload.device}, and device={str(device)!r} was asked "
             "for. Move the model there, or pass method='estimate', which needs no device."
         )
-    notes = _remarks(workload)
+    notes: list[str] = []
+    if not workload.optimizers:
+        notes.append("No optimizer was passed, so its state is not counted: Adam's is twice the parameters.")
+    if not any(module.training for model in workload.models for module in model.modules()):
+        notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
     failure: Exception | None = None
     if method == ESTIMATE:
         elsewhere, target, note = _elsewhere(workload, device)
@@ -162,16 +166,6 @@ def as_bytes(size: str | int) -> int:
             "'24GiB' (2**30 bytes each) or '24GB' (10**9), or pass an int: the number of bytes."
         )
     return found
-
-
-def _remarks(workload: Workload) -> list[str]:
-    """What makes the numbers other than those of the training to come."""
-    notes: list[str] = []
-    if not workload.optimizers:
-        notes.append("No optimizer was passed, so its state is not counted: Adam's is twice the parameters.")
-    if not any(module.training for model in workload.models for module in model.modules()):
-        notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
-    return notes
 
 
 def _elsewhere(workload: Workload, device: str | torch.device | None) -> tuple[Workload, torch.device, list[str]]:
