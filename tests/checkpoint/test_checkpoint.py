@@ -42,22 +42,12 @@ class Parts:
         )
         self.sampler = ga.GlobalBatchSampler(23, 5)
         # A generator of its own: a loader draws from it whenever an iteration begins, and one begins after each stop.
-        self.loader = DataLoader(
-            data,
-            batch_sampler=self.sampler,
-            collate_fn=self.sampler.collate(data),
-            generator=torch.Generator(),
-        )
+        collate = self.sampler.collate(data)
+        self.loader = DataLoader(data, batch_sampler=self.sampler, collate_fn=collate, generator=torch.Generator())
         self.history = History()
-        self.checkpoint = ga.Checkpoint(
-            folder,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            train_step=self.step,
-            sampler=self.sampler,
-            history=self.history,
-        )
+        saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        saved |= {"train_step": self.step, "sampler": self.sampler, "history": self.history}
+        self.checkpoint = ga.Checkpoint(folder, **saved)
 
     def train(self, updates: int) -> None:
         while self.step.updates < updates:

@@ -17,15 +17,12 @@ def test_cut_short_at_any_byte(tmp_path: Path) -> None:
     content = bytes(range(256)) * 3
     path = write(tmp_path, 1, content)
     assert files.is_whole(path)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
+    changed = [content[:7] + bytes([content[7] ^ 1]) + content[8:], content + b"\0"]
+    for other in [*(content[:length] for length in range(len(content))), *changed]:
+        path.write_bytes(other)
         assert not files.is_whole(path)
     path.write_bytes(content)
     assert files.is_whole(path)
-    path.write_bytes(content[:7] + bytes([content[7] ^ 1]) + content[8:])
-    assert not files.is_whole(path)
-    path.write_bytes(content + b"\0")
-    assert not files.is_whole(path)
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:

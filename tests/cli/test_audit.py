@@ -33,13 +33,10 @@ def test_inexact(audit: Command) -> None:
     assert 'batch_norm="exact"' in done.text
 
 
-def test_the_size(audit: Command) -> None:
+def test_the_size_and_a_loss_over_the_batch(audit: Command) -> None:
     done = audit("inexact", "--micro-batch-size", "5")
     assert done.status == 1
     assert "against micro-batches of 5, 5, 4" in done.text
-
-
-def test_a_loss_over_the_batch(audit: Command) -> None:
     assert audit("coupled").status == 0
 
 
@@ -53,17 +50,3 @@ def test_the_page(audit: Command, tmp_path: Path) -> None:
         assert expected in text
     for link in ("<script", "src=", "href="):  # it needs nothing else
         assert link not in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("gone",), "has no function 'gone'"),
-        (("mistaken",), "a gradient needs a scalar"),
-        (("exact", "--micro-batch-size", "0"), "Invalid value for '--micro-batch-size'"),
-    ],
-)
-def test_what_could_not_run(arguments: tuple[str, ...], message: str, audit: Command) -> None:
-    done = audit(*arguments)
-    assert (done.status, done.out) == (2, "")
-    assert message in done.error

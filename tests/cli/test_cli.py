@@ -26,37 +26,43 @@ def test_help_names_the_commands(option: str, gradaccum: Command) -> None:
         assert expected in done.out
 
 
-@pytest.mark.parametrize(
-    ("command", "exit_status", "options"),
-    [
-        ("demo", "0 if the library is exact, 1 if it is not, 2 if the demo could not run.", "--plot FILE"),
-        ("audit", "0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.",
-         "--html FILE,--micro-batch-size N"),
-        ("plan", "0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.",
-         "--memory SIZE,--estimate,--device DEVICE,--html FILE"),
-        ("bench", "0, or 2 if it could not run.", "--json FILE"),
-    ],
-)  # fmt: skip
-def test_help_tells_the_exit_status(command: str, exit_status: str, options: str, gradaccum: Command) -> None:
-    done = gradaccum(command, "--help")
+HELP = {
+    "demo": ("0 if the library is exact, 1 if it is not, 2 if the demo could not run.", "--plot FILE"),
+    "audit": ("0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.", "--html FILE"),
+    "plan": ("0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.", "--estimate,--device DEVICE"),
+    "bench": ("0, or 2 if it could not run.", "--json FILE"),
+}
+MORE = {"audit": ",--micro-batch-size N", "plan": ",--memory SIZE,--html FILE"}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_tells_the_exit_status(command: str, gradaccum: Command) -> None:
+    done, (exit_status, options) = gradaccum(command, "--help"), HELP[command]
     assert done.status == 0
     assert f"Exit status: {exit_status}" in done.text
-    for option in options.split(","):
+    for option in (options + MORE.get(command, "")).split(","):
         assert option in done.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nonsense",), "nonsense"),
-        (("demo", "--nonsense"), "nonsense"),
-        (("audit",), "Missing argument 'TARGET'"),
-        (("plan",), "Missing argument 'TARGET'"),
-        (("plan", "gone.py:job"), "There is no file"),
+        ("nonsense", "nonsense"),
+        ("demo --nonsense", "nonsense"),
+        ("audit", "Missing argument 'TARGET'"),
+        ("audit {target}:gone", "has no function 'gone'"),
+        ("audit {target}:mistaken", "a gradient needs a scalar"),
+        ("audit {target}:exact --micro-batch-size 0", "Invalid value for '--micro-batch-size'"),
+        ("plan", "Missing argument 'TARGET'"),
+        ("plan gone.py:job", "There is no file"),
+        ("plan {target}:gone", "has no function 'gone'"),
+        ("plan {target}:job --memory 24", "memory='24' is no size"),
+        ("plan {target}:mistaken --memory 1GiB", "needs a scalar"),
+        ("plan {target}:job --device cuda --memory 1GiB", "method='measure' runs on the model's own device"),
     ],
 )
-def test_a_wrong_command_could_not_run(arguments: tuple[str, ...], message: str, gradaccum: Command) -> None:
-    done = gradaccum(*arguments)
+def test_a_wrong_command_could_not_run(arguments: str, message: str, target: str, gradaccum: Command) -> None:
+    done = gradaccum(*arguments.format(target=target).split())
     assert (done.status, done.out) == (2, "")
     assert message in done.error
 

@@ -23,22 +23,17 @@ Command = Callable[..., Any]
 def test_the_whole_demo_in_a_pipe_that_only_knows_ascii(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     code = "from gradaccum.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, "demo", "--plot", str(picture)],
-        env={**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, "-W", "error", "-c", code, "demo", "--plot", str(picture)]
+    environment = {**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
     lines = done.stdout.splitlines()
     assert any("EXACT: every update is the whole batch's." in line for line in lines)
     headings = [line.rstrip("-").rstrip() for line in lines if line.endswith("---") and not line.startswith(" ")]
     assert headings == ["1,000 samples", "957 samples", "1,000 sequences"]
-    assert [line.split() for line in lines if "verdict" in line] == [
-        ["verdict", "-", "same", "exact"],
-        ["verdict", "-", "drifts", "exact"],
-        ["verdict", "-", "drifts", "exact"],
-    ]
+    verdicts = [line.split() for line in lines if "verdict" in line]
+    assert verdicts == [["verdict", "-", word, "exact"] for word in ("same", "drifts", "drifts")]
 
     losses = [line.split()[3:] for line in lines if "loss, epoch" in line]
     assert len(losses) == 9
@@ -47,9 +42,8 @@ def test_the_whole_demo_in_a_pipe_that_only_knows_ascii(tmp_path: Path) -> None:
         assert float(textbook) == pytest.approx(float(whole), rel=1e-6)
         assert float(library) == pytest.approx(float(whole), rel=1e-6)
     published = [line.split()[3:] for line in lines if "tutorial, epoch" in line]
-    assert [[f"{float(loss):.6f}" for loss in row] for row in published] == [
-        ["0.552948"] * 3, ["0.188646"] * 3, ["0.064521"] * 3,
-    ]  # fmt: skip
+    expected = [["0.552948"] * 3, ["0.188646"] * 3, ["0.064521"] * 3]
+    assert [[f"{float(loss):.6f}" for loss in row] for row in published] == expected
 
     text = " ".join(done.stdout.split())
     for word in ('"same": the parameters', '"exact": the same, and', "tutorial: the loss as"):
@@ -64,21 +58,14 @@ def small(*lengths: int, title: str = "97 samples") -> Task:
     return Task(title=title, text="Few.", samples=regression(list(lengths) or [1] * 97))
 
 
-@pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_news_exits_with_0_and_an_inexact_library_with_1(
+    monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+) -> None:
     monkeypatch.setattr(demo, "tasks", lambda: [small()])
-
-
-@pytest.mark.usefixtures("_small")
-def test_good_news_exits_with_0(gradaccum: Command) -> None:
     done = gradaccum("demo")
     assert done.status == 0
     assert "97 samples" in done.out
     assert "tutorial, epoch" not in done.out, "only the published task has the published scale"
-
-
-@pytest.mark.usefixtures("_small")
-def test_an_inexact_library_exits_with_1(monkeypatch: pytest.MonkeyPatch, gradaccum: Command) -> None:
     monkeypatch.setitem(demo.WAYS, OURS, demo.WAYS[TEXTBOOK])
     done = gradaccum("demo")
     assert done.status == 1
@@ -219,7 +206,5 @@ def test_a_row_of_losses_and_a_row_of_distances(comparison: Comparison) -> None:
     losses, distances = demo.panels([comparison, comparison])
     assert [panel.title for panel in losses] == ["97 samples", "97 samples"]
     assert [panel.is_logarithmic for panel in losses + distances] == [False, False, True, True]
-    assert [series.label for series in distances[0].series] == [
-        "whole batch", "textbook loop", "gradaccum", "gradaccum in float64",
-    ]  # fmt: skip
+    assert [series.label for series in distances[0].series] == [WHOLE, TEXTBOOK, OURS, OURS_IN_FLOAT64]
     assert all(len(series.values) == 9 for panel in losses + distances for series in panel.series)

@@ -54,9 +54,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     "target",
-    ["my_training.py:job", "{folder}/my_training.py:job", "my_training:job", "my_package.jobs:job",
-     "my_package/jobs.py:job", "my_package/beside.py:job"],
-)  # fmt: skip
+    [
+        "my_training.py:job",
+        "{folder}/my_training.py:job",
+        "my_training:job",
+        "my_package.jobs:job",
+        "my_package/jobs.py:job",
+        "my_package/beside.py:job",
+    ],
+)
 def test_targets(target: str, folder: Path) -> None:
     job = load_job(target.format(folder=folder))
     assert isinstance(job, ga.Job)

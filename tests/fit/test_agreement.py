@@ -48,10 +48,8 @@ def test_five_architectures(name: str, optimizer: str) -> None:
     batch, model = architecture.batch(ROWS), architecture.make()
 
     def plan(method: str, sizes: tuple[int, ...]) -> ga.Plan:
-        return ga.plan(
-            model, architecture.loss_fn, batch, optimizer=make_optimizer(model), memory="1GiB", method=method,
-            micro_batch_sizes=sizes,
-        )  # fmt: skip
+        options: dict[str, Any] = {"memory": "1GiB", "method": method, "micro_batch_sizes": sizes}
+        return ga.plan(model, architecture.loss_fn, batch, optimizer=make_optimizer(model), **options)
 
     estimated, measured = plan("estimate", SIZES[1:]), plan("measure", SIZES)
     assert (estimated.method, measured.method) == ("estimate", "measure")
@@ -76,9 +74,8 @@ def test_gpt2_of_transformers() -> None:
     batch = {"input_ids": torch.randint(0, 100, (ROWS, 24))}
     adamw = OPTIMIZERS["adamw"]
     for method, tolerance in (("estimate", ESTIMATED), ("measure", MEASURED)):
-        plan = ga.plan(
-            model, loss_fn, batch, optimizer=adamw(model), memory="1GiB", method=method, micro_batch_sizes=SIZES,
-        )  # fmt: skip
+        options: dict[str, Any] = {"memory": "1GiB", "method": method, "micro_batch_sizes": SIZES}
+        plan = ga.plan(model, loss_fn, batch, optimizer=adamw(model), **options)
         assert plan.method == method
         for size in SIZES[1:]:
             true = true_peak(gpt2, adamw, batch, size)

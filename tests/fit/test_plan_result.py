@@ -1,13 +1,11 @@
 """What a plan says to a person: the table, the advice, the picture."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import gradaccum as ga
 from gradaccum.fit.plan_result import Breakdown, Plan, Row
 from gradaccum.fit.size_model import Curve
 
@@ -18,32 +16,38 @@ def made(
     *, memory: int | None = 24 * GIB, times: bool = True, resident: int = 8 * GIB, step: int = 0, **options: Any
 ) -> Plan:
     """A batch of 64 that takes 8 GiB and 1 GiB a sample; the fastest size is 4."""
-    curve = Curve.through(
-        {1: resident + GIB, 32: resident + 32 * GIB}, whole=(64, resident + 60 * GIB), floor=resident + step
-    )
-    rates = {1: 10.0, 4: 40.0, 16: 30.0, 64: 20.0}
+    whole = (64, resident + 60 * GIB)
+    curve = Curve.through({1: resident + GIB, 32: resident + 32 * GIB}, whole=whole, floor=resident + step)
     rows: list[Row] = []
-    for size, rate in rates.items():
+    for size, rate in {1: 10.0, 4: 40.0, 16: 30.0, 64: 20.0}.items():
         fits = memory is None or curve.at(size) <= memory
-        rows.append(
-            Row(
-                micro_batch_size=size, micro_batches=64 // size, peak_bytes=curve.at(size), is_measured=times and fits,
-                seconds=size / rate if times and fits else None, samples_per_second=rate if times and fits else None,
-                fits=fits, updates_per_epoch=options.get("updates_per_epoch"),
-            )
-        )  # fmt: skip
+        row = Row(
+            micro_batch_size=size,
+            micro_batches=64 // size,
+            peak_bytes=curve.at(size),
+            is_measured=times and fits,
+            seconds=size / rate if times and fits else None,
+            samples_per_second=rate if times and fits else None,
+            fits=fits,
+            updates_per_epoch=options.get("updates_per_epoch"),
+        )
+        rows.append(row)
     fitting = [row for row in rows if row.fits]
     chosen = max(fitting, key=lambda row: (row.samples_per_second or 0, row.micro_batch_size), default=None)
+    quarter = resident // 4
+    fixed = {"parameters": quarter, "buffers": 0, "gradients": quarter, "optimizer_state": 2 * quarter}
     return Plan(
-        method="measure" if times else "estimate", device="cpu", batch_size=64, memory=memory,
+        method="measure" if times else "estimate",
+        device="cpu",
+        batch_size=64,
+        memory=memory,
         micro_batch_size=None if chosen is None else chosen.micro_batch_size,
-        largest_micro_batch_size=64 if memory is None else curve.largest(memory, 64), rows=tuple(rows),
-        breakdown=Breakdown(
-            parameters=resident // 4, buffers=0, gradients=resident // 4, optimizer_state=resident // 2,
-            optimizer_step=step, activations_per_sample=GIB, temporaries=0,
-        ),
-        notes=options.get("notes", ()), _curve=curve,
-    )  # fmt: skip
+        largest_micro_batch_size=64 if memory is None else curve.largest(memory, 64),
+        rows=tuple(rows),
+        breakdown=Breakdown(**fixed, optimizer_step=step, activations_per_sample=GIB, temporaries=0),
+        notes=options.get("notes", ()),
+        _curve=curve,
+    )
 
 
 def test_the_table() -> None:
@@ -98,7 +102,7 @@ ADVICE = {
         made(memory=8 * GIB + 5),
         r"^No size that was looked at fits: 1 sample takes 9 GiB of 8 GiB, 8 GiB of it .*checkpointing",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ADVICE)
@@ -116,32 +120,13 @@ def test_whether_to_accumulate(plan: Plan, whole_fits: bool, helps: bool) -> Non
     assert (plan.whole_batch_fits, plan.accumulation_helps) == (whole_fits, helps)
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_pictures(suffix: str, start: bytes, tmp_path: Path) -> None:
-    path = made().plot(str(tmp_path / f"plan{suffix}"))
-    assert path == tmp_path / f"plan{suffix}"
-    assert path.read_bytes().startswith(start)
-
-
-@pytest.mark.parametrize("plan", [made(times=False), made(memory=None), made(memory=2**60), made(memory=GIB)])
-def test_pictures_of_other_plans(plan: Plan, tmp_path: Path) -> None:
-    assert plan.plot(tmp_path / "plan.png").stat().st_size > 5_000
+@pytest.mark.parametrize("plan", [made(), made(times=False), made(memory=None), made(memory=2**60), made(memory=GIB)])
+def test_pictures(plan: Plan, tmp_path: Path) -> None:
+    path = plan.plot(str(tmp_path / "plan.png"))
+    assert path == tmp_path / "plan.png"
+    assert path.stat().st_size > 5_000
 
 
 def test_the_picture_has_the_budget(tmp_path: Path) -> None:
     assert "budget 24 GiB" in made().plot(tmp_path / "a.svg").read_text(encoding="utf-8")
     assert "budget" not in made(memory=None).plot(tmp_path / "b.svg").read_text(encoding="utf-8").split("no budget")[-1]
-
-
-def test_no_display_and_no_state(tmp_path: Path) -> None:
-    made().plot(tmp_path / "a.png")
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    assert pyplot is None or not pyplot.get_fignums()
-
-
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ga.MissingExtraError, match=r"A picture needs 'matplotlib'.*pip install 'gradaccum\[plot\]'"):
-        made().plot(tmp_path / "a.png")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from architectures import ARCHITECTURES, classes_loss, mlp, planned, rows_of_8
-from gradaccum.fit.planner import default_sizes
+from gradaccum.fit.planner import as_bytes, default_sizes
 
 ROWS = 16
 METHODS = ("measure", "estimate")
@@ -66,8 +66,7 @@ def test_a_budget_between_two_sizes(method: str) -> None:
     free = planned(method=method)
     budget = (free.row(8).peak_bytes + free.row(16).peak_bytes) // 2
     plan = planned(method=method, memory=budget)
-    largest = plan.largest_micro_batch_size
-    assert largest is not None
+    largest = plan.largest_micro_batch_size or 0
     assert 8 < largest < 16
     assert plan.peak_bytes(largest) <= budget < plan.peak_bytes(largest + 1)
     assert [row.fits for row in plan.rows] == [row.peak_bytes <= budget for row in plan.rows]
@@ -78,6 +77,21 @@ def test_a_budget_between_two_sizes(method: str) -> None:
         assert plan.row(largest).fits
     else:
         assert plan.row(16).seconds is None
+
+
+SIZES = {"24GiB": 24 * 2**30, "24GB": 24 * 10**9, "24 gib": 24 * 2**30, " 1.5 MiB ": 3 * 2**19, "512KiB": 2**19}
+SIZES |= {"7B": 7, "2TiB": 2**41, "1kB": 1000, 12345: 12345}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_budgets(size: str | int) -> None:
+    assert as_bytes(size) == SIZES[size]
+
+
+@pytest.mark.parametrize("size", ["24", "24G", "GiB", "", "24 GiB left", "-1GiB", "0GiB", 0, -5, True, 1.5, None])
+def test_what_is_no_budget(size: object) -> None:
+    with pytest.raises(ga.WindowError, match=r"is no size.*'24GiB' \(2\*\*30 bytes each\) or '24GB'"):
+        as_bytes(size)  # type: ignore[arg-type]
 
 
 def test_a_bend_of_the_curve() -> None:
@@ -91,8 +105,7 @@ def test_a_bend_of_the_curve() -> None:
     model, data = nn.Linear(8, 1), rows_of_8(64)
     bend = planned(model, loss_fn, data, method="estimate").peak_bytes(2)
     plan = planned(model, loss_fn, data, method="estimate", memory=bend + 4_000)
-    largest = plan.largest_micro_batch_size
-    assert largest is not None
+    largest = plan.largest_micro_batch_size or 0
     assert 22 <= largest <= 26
     assert largest == plan.micro_batch_size
     one_piece = planned(model, loss_fn, data, method="estimate", micro_batch_sizes=[largest])
@@ -132,14 +145,9 @@ def test_sizes_of_the_users(method: str) -> None:
     assert plan.micro_batch_size in (3, 6)
 
 
-def test_without_a_budget_an_estimate_has_none() -> None:
-    plan = planned(method="estimate", memory=None)
-    assert plan.memory is None
-    assert plan.micro_batch_size == ROWS
-    assert "No budget was given" in plan.advice
-
-
 def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated = planned(method="estimate", memory=None)
+    assert (estimated.memory, estimated.micro_batch_size) == (None, ROWS)
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
 
@@ -150,9 +158,8 @@ def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPa
     assert planned(model, optimizer=optimizer, memory=None).memory == 1000 + own
     classes_loss(model, rows_of_8()).backward()
     optimizer.step()
-    assert (
-        planned(model, optimizer=optimizer, memory=None).memory == 1000 + 3 * own
-    )  # gradients and momenta are its own
+    # Gradients and momenta are its own.
+    assert planned(model, optimizer=optimizer, memory=None).memory == 1000 + 3 * own
 
 
 def test_every_kind_of_loss_and_batch() -> None:
@@ -189,34 +196,21 @@ def test_a_loss_over_the_whole_batch(method: str) -> None:
         assert len(outputs) == len(data[0]) == 64
         return (outputs @ outputs.t()).logsumexp(1).mean()
 
-    plan = planned(
-        loss_fn=None,
-        data=rows_of_8(64),
-        forward=lambda model, data: model(data[0]),
-        batch_loss=batch_loss,
-        method=method,
-    )
+    coupled = {"loss_fn": None, "forward": lambda model, data: model(data[0]), "batch_loss": batch_loss}
+    plan = planned(data=rows_of_8(64), method=method, **coupled)
     alone = planned(data=rows_of_8(64), method=method)
     assert plan.method == method
     assert plan.row(1).peak_bytes > alone.row(1).peak_bytes + 2 * 64 * 64 * 4  # logits of all pairs, and what is saved
     assert plan.row(32).peak_bytes < plan.row(64).peak_bytes
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "sizes"),
-    [
-        (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (100, [1, 2, 4, 8, 16, 32, 64, 100]),
-        (256, [1, 2, 4, 8, 16, 32, 64, 128, 256]),
-    ],
-)  # fmt: skip
-def test_powers_of_two_and_the_whole(batch_size: int, sizes: list[int]) -> None:
-    assert default_sizes(batch_size) == sizes
+DEFAULTS = {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [1, 2, 4], 100: [1, 2, 4, 8, 16, 32, 64, 100]}
+DEFAULTS |= {256: [1, 2, 4, 8, 16, 32, 64, 128, 256], 1_000_000: [*(2**i for i in range(8, 20)), 1_000_000]}
 
 
-def test_not_every_power_of_two_of_a_huge_batch() -> None:
-    sizes = default_sizes(1_000_000)
-    assert len(sizes) == 13
-    assert sizes[-2:] == [2**19, 1_000_000]
+@pytest.mark.parametrize("batch_size", DEFAULTS)
+def test_powers_of_two_and_the_whole(batch_size: int) -> None:
+    assert default_sizes(batch_size) == DEFAULTS[batch_size]
 
 
 # --------------------------------------------------------------------------------------------- what cannot be estimated
@@ -299,9 +293,7 @@ def test_out_of_memory_is_an_answer() -> None:
 def test_not_even_one_sample(can_be_estimated: bool) -> None:
     def loss_fn(model: Any, data: Any) -> Tensor:
         if not isinstance(data[0], torch._subclasses.FakeTensor) or not can_be_estimated:
-            raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
-            )
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
         return classes_loss(model, data)
 
     if not can_be_estimated:
@@ -369,7 +361,7 @@ def test_remarks(method: str) -> None:
         ({"loss_fn": lambda model, data: torch.zeros(())}, ga.LossError, "has no graph"),
         ({"loss_fn": lambda model, data: model(data[0])}, ga.LossError, "needs a scalar"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         planned(**options)
@@ -377,6 +369,7 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], messag
 
 def test_a_plan_is_frozen() -> None:
     plan = planned(method="estimate")
+    assert isinstance(plan, ga.Plan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.micro_batch_size = 3  # type: ignore[misc]
     for size in (0, -1, 1.5, True):
@@ -384,12 +377,6 @@ def test_a_plan_is_frozen() -> None:
             plan.peak_bytes(size)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no row of 3 samples; there are 1, 2, 4, 8, 16"):
         plan.row(3)
-
-
-def test_the_name_is_the_function() -> None:
-
-    assert callable(ga.plan)
-    assert isinstance(planned(method="estimate"), ga.Plan)
 
 
 @pytest.mark.gpu

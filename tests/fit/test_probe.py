@@ -9,14 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gradaccum.fit.probe import first_that_runs, sizes_to_accumulate, some_rows
 from gradaccum.memory.fakes import fake_input, fake_mode
 
+ENOUGH = {(1,): [1, 2], (1, 2): [1, 2], (1, 2, 4): [1, 2], (5, 16): [5, 1], (2, 8, 16): [2, 8], (1, 16): [1, 2]}
 
-@pytest.mark.parametrize(
-    ("sizes", "batch_size", "expected"),
-    [([1], 1, [1, 2]), ([1, 2], 2, [1, 2]), ([1, 2, 4], 4, [1, 2]), ([5], 16, [1, 5]), ([16], 16, [1, 2]),
-     ([1, 16], 16, [1, 2]), ([2, 8, 16], 16, [2, 8])],
-)  # fmt: skip
-def test_two_sizes_at_least_to_make_a_line_of(sizes: list[int], batch_size: int, expected: list[int]) -> None:
-    assert sizes_to_accumulate(sizes, batch_size) == expected
+
+@pytest.mark.parametrize(("sizes", "expected"), ENOUGH.items())
+def test_two_sizes_at_least_to_make_a_line_of(sizes: tuple[int, ...], expected: list[int]) -> None:
+    assert sizes_to_accumulate(sizes, sizes[-1]) == sorted(expected)
+    assert sizes_to_accumulate([5], 16) == [1, 5]
+    assert sizes_to_accumulate([16], 16) == [1, 2]
 
 
 def test_a_single_sample_may_fail() -> None:

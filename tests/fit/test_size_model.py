@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.fit.size_model import Curve, SizeModel, Times
+from gradaccum.fit.size_model import Curve, SizeModel, Times, in_words
 
 LINES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 500)), min_size=1, max_size=4)
 
@@ -41,30 +41,25 @@ def test_the_whole_batch_is_apart() -> None:
     assert (curve.bytes_per_sample, curve.fixed_bytes) == (10, 100)
 
 
-def test_what_an_update_takes_anyway() -> None:
-    curve = Curve.through({1: 110, 4: 140}, floor=135)
-    assert [curve.at(n) for n in (1, 3, 4)] == [135, 135, 140]
-    assert curve.largest(134, 100) is None
-
-
-def test_an_allocator_that_took_less_for_more() -> None:
-    curve = Curve.through({1: 100, 2: 90, 4: 120})
-    assert [curve.at(n) for n in (1, 2, 3, 4)] == [100, 100, 110, 120]
-
-
-def test_one_size_alone() -> None:
-    curve = Curve.through({4: 120})
-    assert [curve.at(n) for n in (1, 4, 9)] == [120, 120, 120]
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        pytest.param(Curve.through({1: 110, 4: 140}, floor=135), {1: 135, 3: 135, 4: 140}, id="what is there anyway"),
+        pytest.param(Curve.through({1: 100, 2: 90, 4: 120}), {1: 100, 2: 100, 3: 110, 4: 120}, id="less for more"),
+        pytest.param(Curve.through({4: 120}), {1: 120, 4: 120, 9: 120}, id="one size alone"),
+    ],
+)
+def test_other_curves(curve: Curve, expected: dict[int, int]) -> None:
+    assert {n: curve.at(n) for n in expected} == expected
+    assert curve.largest(min(expected.values()) - 1, 100) is None
 
 
 def test_up_to_a_whole_batch_that_ran_in_one_piece() -> None:
     """Below it gradients wait, so it is at most that much more there, and never less than the slope says."""
 
     def curve(whole: int, resident: int = 0) -> Curve:
-        return SizeModel(
-            rows=100, sizes=[10, 20, 100], resident_bytes=resident, peaks={10: 200, 20: 300}, whole=whole,
-            gradient_bytes=100,
-        ).curve()  # fmt: skip
+        known = {"rows": 100, "sizes": [10, 20, 100], "peaks": {10: 200, 20: 300}, "gradient_bytes": 100}
+        return SizeModel(**known, parameters=resident, whole=whole).curve()  # type: ignore[arg-type]
 
     assert curve(1500).at(60) == pytest.approx((300 + 1600) / 2)
     assert curve(1500).at(100) == 1500
@@ -79,3 +74,12 @@ def test_times_are_medians_for_a_row_without_the_first() -> None:
     assert times.seconds() == {2: 2.0, 4: 3.0, 8: pytest.approx(2.05)}
     assert times.fastest() == [2]
     assert times.fastest(within=1.03) == [2, 8]
+
+
+WORDS = {0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1536: "1.5 KiB", 999 * 2**10: "999 KiB", 123_456_789: "118 MiB"}
+WORDS |= {24 * 2**30: "24 GiB", 5 * 2**40: "5 TiB", 5000 * 2**40: "5,000 TiB"}
+
+
+@pytest.mark.parametrize("num_bytes", WORDS)
+def test_words(num_bytes: int) -> None:
+    assert in_words(num_bytes) == WORDS[num_bytes]

@@ -86,11 +86,24 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
-def undisturbed(net: Net) -> Net:
-    """A copy for which everything fits."""
-    other = copy.deepcopy(net)
-    other.scarce.memory = Memory()
-    return other
+class Run:
+    """A net that trains where memory is short, and a copy of it for which everything fits."""
+
+    def __init__(
+        self, *, where: str = "forward", between: Any = None, settled_at: int | None = None, **memory: Any
+    ) -> None:
+        self.memory = Memory(**memory)
+        self.net = Net(self.memory, where=where, between=between)
+        self.other = copy.deepcopy(self.net)
+        self.other.scarce.memory = Memory()
+        self.optimizer = sgd(self.net)
+        self.step = ga.TrainStep(self.net, self.optimizer, mse)
+        if settled_at is not None:
+            settled(self.step, rows=settled_at)
+
+    def as_whole(self, batches: Iterable[Batch], **options: Any) -> list[ga.Update]:
+        """Trains, and holds every update against the whole batch's, which the copy is trained with."""
+        return trained_as_whole(self.net, mse, batches, other=self.other, step=self.step, **options)
 
 
 def trained_as_whole(
@@ -99,14 +112,24 @@ def trained_as_whole(
     batches: Iterable[Batch],
     *,
     other: nn.Module,
+    step: ga.TrainStep | None = None,
     whole: Callable[[nn.Module, Any], Tensor] | None = None,
-    make: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
+    limits: tuple[Memory, list[int]] | None = None,
     **options: Any,
 ) -> list[ga.Update]:
-    """Trains, and holds every update against the whole batch's, which ``other`` is trained with."""
-    batches, optimizer = list(batches), make(net)
-    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, loss, **options), net, optimizer, batches)
-    assert_same(made, whole_batches(other, make(other), batches, whole or loss))
+    batches = list(batches)
+    if step is None:
+        step = ga.TrainStep(net, sgd(net), loss, **options)
+
+    def limited() -> Iterator[Batch]:
+        for i, batch in enumerate(batches):
+            if limits is not None:
+                limits[0].limit = limits[1][i]
+            yield batch
+
+    (optimizer,) = step._accumulation.optimizers
+    made, updates = whole_in_hand(step, net, optimizer, limited())
+    assert_same(made, whole_batches(other, sgd(other), batches, whole or loss))
     return updates
 
 
@@ -126,19 +149,8 @@ def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObjec
     rows = data.draw(st.integers(1, 23), label="rows")
     limits = data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 11, 1000]), min_size=3, max_size=14), label="limits")
     torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
-    memory = Memory()
-    net = Net(memory, where=where)
-    other = undisturbed(net)
-    batches = [make_batch(rows, seed=i) for i in range(len(limits))]
-    optimizer = sgd(net)
-
-    def limited() -> Any:
-        for batch, limit in zip(batches, limits, strict=True):
-            memory.limit = limit
-            yield batch
-
-    made, updates = whole_in_hand(ga.TrainStep(net, optimizer, mse), net, optimizer, limited())
-    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+    run = Run(where=where)
+    updates = run.as_whole([make_batch(rows, seed=i) for i in range(len(limits))], limits=(run.memory, limits))
     assert [update.samples for update in updates] == [rows] * len(limits)
     assert [update.weight for update in updates] == [rows] * len(limits)
     assert all(update.micro_batch_size <= limit for update, limit in zip(updates, limits, strict=True))
@@ -148,18 +160,13 @@ def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObjec
 @EITHER
 @pytest.mark.parametrize("at", range(5))
 def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
-    memory = Memory()
-    net = Net(memory, where=where)
-    other = undisturbed(net)
-    batches = [make_batch(seed=i) for i in range(3)]
-    optimizer = sgd(net)
+    run = Run(where=where)
     clock = Clock(fixed=0, per_row=1)  # all alike, so that pieces stay small
-    step = ga.TrainStep(net, optimizer, counting(clock, mse, rows_of))
+    run.step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
     with known_times(clock):
-        memory.countdown = at
-        made, updates = whole_in_hand(step, net, optimizer, batches)
-    assert memory.failures == 1
-    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+        run.memory.countdown = at
+        updates = run.as_whole([make_batch(seed=i) for i in range(3)])
+    assert run.memory.failures == 1
     assert [update.samples for update in updates] == [ROWS] * 3
 
 
@@ -179,10 +186,9 @@ def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
 )
 @EITHER
 def test_however_it_is_said(where: str, error: Callable[[], BaseException]) -> None:
-    memory = Memory(limit=3, error=error)
-    net = Net(memory, where=where)
-    updates = trained_as_whole(net, mse, [make_batch()], other=undisturbed(net))
-    assert memory.failures
+    run = Run(limit=3, error=error, where=where)
+    updates = run.as_whole([make_batch()])
+    assert run.memory.failures
     assert updates[0].micro_batch_size <= 3
 
 
@@ -209,52 +215,39 @@ def test_each_sample_counts_exactly_once(where: str) -> None:
     torch.testing.assert_close(model.times.weight.detach(), torch.full((ROWS, 1), -1 / ROWS, dtype=torch.float64))
 
 
-def test_the_size_grows_back_and_settles() -> None:
-    memory = Memory()
-    net = Net(memory)
+@pytest.mark.parametrize(
+    ("limit_at", "updates", "most_failures"),
+    [
+        pytest.param(lambda i: 3 if 10 <= i < 20 else 1000, 100, 5, id="16, 8 and 4 as the limit falls, and trials"),
+        pytest.param(lambda i: 5, 300, 8, id="waits of 8, 16, 32, 64, 128 updates, and the search's own"),
+    ],
+)
+def test_the_size_grows_back_and_settles(limit_at: Callable[[int], int], updates: int, most_failures: int) -> None:
+    run = Run()
+    sizes = []
     with known_times(clock := Clock()):
-        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
-        sizes = []
-        for index in range(100):
-            memory.limit = 3 if 10 <= index < 20 else 1000
+        step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
+        for index in range(updates):
+            run.memory.limit = limit_at(index)
             sizes.append(step(make_batch(seed=index)).micro_batch_size)
-    assert sizes[3:10] == [ROWS] * 7
-    assert max(sizes[10:20]) <= 3
-    assert sizes[-1] == ROWS
-    assert memory.failures <= 5  # 16, 8 and 4 as the limit falls; trials while it stays
-
-
-def test_a_lower_limit_costs_few_failures_for_ever() -> None:
-    memory = Memory(limit=5)
-    net = Net(memory)
-    with known_times(clock := Clock()):
-        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
-        updates = [step(make_batch(seed=index)) for index in range(300)]
-    assert updates[-1].micro_batch_size == 4
-    assert memory.failures <= 8  # waits of 8, 16, 32, 64, 128 updates, and the search's own
+            assert sizes[-1] <= run.memory.limit
+    assert sizes[3:10] == [min(ROWS, limit_at(0) // 4 * 4)] * 7
+    assert sizes[-1] == sizes[3]
+    assert run.memory.failures <= most_failures
 
 
 @EITHER
 def test_a_trial_that_fails_changes_nothing(where: str) -> None:
-    memory = Memory(limit=4)
-    net = Net(memory, where=where)
-    other = undisturbed(net)
-    optimizer = sgd(net)
-    step = ga.TrainStep(net, optimizer, mse)
-    settled(step)
-    batches = [make_batch(seed=i) for i in range(12)]
+    run = Run(limit=4, where=where, settled_at=ROWS)
     with known_times(Clock()):
-        made, _ = whole_in_hand(step, net, optimizer, batches)
-    assert memory.failures == 3  # 16 and 8 in the first update; 8 again, on trial
-    assert_same(made, whole_batches(other, sgd(other), batches, mse))
+        run.as_whole([make_batch(seed=i) for i in range(12)])
+    assert run.memory.failures == 3  # 16 and 8 in the first update; 8 again, on trial
 
 
 def test_two_passes_with_a_short_last_batch() -> None:
-    memory = Memory(limit=6)
-    net = Net(memory, where="backward")
-    batches = [make_batch(rows, seed=i) for i, rows in enumerate([ROWS, ROWS, ROWS, 5] * 2)]
-    updates = trained_as_whole(net, mse, batches, other=undisturbed(net))
-    assert [update.samples for update in updates] == [16, 16, 16, 5] * 2
+    rows = [ROWS, ROWS, ROWS, 5] * 2
+    updates = Run(limit=6, where="backward").as_whole(make_batch(rows, seed=i) for i, rows in enumerate(rows))
+    assert [update.samples for update in updates] == rows
 
 
 def by_length(memory: Memory) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
@@ -299,10 +292,13 @@ RANDOM = {"dropout": lambda: nn.Dropout(0.3), "noise": Noise}
 
 
 SHORT = {  # one piece of the first update runs out of memory, or all above a size, whose forward never fits
-    **{f"at piece {at} in {where}{', settled' * is_settled}": ({"countdown": at}, where, is_settled, 1)
-       for at in range(3) for where, is_settled in (("forward", False), ("backward", False), ("backward", True))},
+    **{
+        f"at piece {at} in {where}{', settled' * is_settled}": ({"countdown": at}, where, is_settled, 1)
+        for at in range(3)
+        for where, is_settled in (("forward", False), ("backward", False), ("backward", True))
+    },
     "a limit that stays": ({"limit": 3}, "forward", False, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", RANDOM)
@@ -310,38 +306,31 @@ SHORT = {  # one piece of the first update runs out of memory, or all above a si
 def test_what_is_drawn_after_the_update_is_what_the_undisturbed_run_draws(
     short: dict[str, int], where: str, is_settled: bool, failures: int | None, kind: str
 ) -> None:
-    def run(memory: Memory) -> Tensor:
+    def drawn(**memory: Any) -> tuple[Tensor, int]:
         torch.manual_seed(1)
-        net = Net(memory, where=where, between=RANDOM[kind]())
-        step = ga.TrainStep(net, sgd(net), mse)
-        if is_settled:
-            settled(step, rows=4)
+        run = Run(where=where, between=RANDOM[kind](), settled_at=4 if is_settled else None, **memory)
         torch.manual_seed(2)
         with known_times(Clock()):
-            step(make_batch())
-        return torch.get_rng_state()
+            run.step(make_batch())
+        return torch.get_rng_state(), run.memory.failures
 
-    memory = Memory(**short)  # type: ignore[arg-type]
-    assert torch.equal(run(memory), run(Memory()))
-    assert memory.failures == failures or (failures is None and memory.failures)
+    state, failed = drawn(**short)
+    assert torch.equal(state, drawn()[0])
+    assert failed == failures or (failures is None and failed)
 
 
 def test_the_pieces_that_are_run_again_draw_from_the_first_state() -> None:
     """What ran out of memory drops the same units as if the smaller size had been taken at once."""
-    memory = Memory(limit=4)
-    net = Net(memory, where="backward", between=nn.Dropout(0.3))
-    other = undisturbed(net)
-    step = ga.TrainStep(net, sgd(net), mse)
-    settled(step)
+    run = Run(limit=4, where="backward", between=nn.Dropout(0.3), settled_at=ROWS)
     torch.manual_seed(3)
     with known_times(Clock()):
-        loss = step.backward(make_batch())
-    assert memory.failures == 2
+        loss = run.step.backward(make_batch())
+    assert run.memory.failures == 2
     torch.manual_seed(3)
-    at_once = ga.TrainStep(other, sgd(other), mse)
+    at_once = ga.TrainStep(run.other, sgd(run.other), mse)
     settled(at_once, rows=4)
     expected = at_once.backward(make_batch())
-    assert_same_gradients(gradients_of(net), gradients_of(other))
+    assert_same_gradients(gradients_of(run.net), gradients_of(run.other))
     assert_same_number(loss.value.item(), expected.value.item())
 
 
@@ -364,59 +353,46 @@ class Remembering(nn.Module):
 @pytest.mark.parametrize("make", [Remembering, lambda: nn.BatchNorm1d(5)], ids=["own", "batch norm"])
 @pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
 def test_buffers_see_every_piece_once(make: Callable[[], nn.Module], where: str) -> None:
-    memory = Memory(limit=4)
-    net = Net(memory, where=where, between=make())
-    other = undisturbed(net)
-    step = ga.TrainStep(net, sgd(net), mse)
-    settled(step)
+    run = Run(limit=4, where=where, between=make(), settled_at=ROWS)
     with known_times(Clock()):
-        update = step(make_batch())
-    ga.TrainStep(other, sgd(other), mse, micro_batch_size=4)(make_batch())
-    assert memory.failures == 2
+        update = run.step(make_batch())
+    ga.TrainStep(run.other, sgd(run.other), mse, micro_batch_size=4)(make_batch())
+    assert run.memory.failures == 2
     assert update.micro_batches == 4
-    for (name, buffer), expected in zip(net.named_buffers(), other.buffers(), strict=True):
+    for (name, buffer), expected in zip(run.net.named_buffers(), run.other.buffers(), strict=True):
         torch.testing.assert_close(buffer, expected, rtol=EXACT, atol=EXACT, msg=name)
-    assert_same_gradients(parameters_of(net), parameters_of(other))
+    assert_same_gradients(parameters_of(run.net), parameters_of(run.other))
 
 
 def test_batch_norm_and_dropout_together_count_no_forward_twice() -> None:
     """The forwards that are run for the random state alone leave no trace in the statistics."""
-    memory = Memory(limit=4)
-    between = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5))
-    net = Net(memory, where="backward", between=between)
+    run = Run(limit=4, where="backward", between=nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5)))
     with known_times(Clock()), pytest.warns(ga.GradAccumWarning):
-        ga.TrainStep(net, sgd(net), mse)(make_batch())
-    assert memory.failures == 2
-    assert net.between[0].num_batches_tracked.item() == 4
+        run.step(make_batch())
+    assert run.memory.failures == 2
+    assert run.net.between[0].num_batches_tracked.item() == 4
 
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_how_a_batch_is_cut_does_not_show_in_what_is_drawn_later(kind: str) -> None:
     """Sizes depend on how busy a machine is; the order of the next epoch's data must not."""
 
-    def run(rows: int) -> Tensor:
+    def drawn(rows: int) -> Tensor:
         torch.manual_seed(5)
-        net = Net(Memory(), between=RANDOM[kind]())
-        step = ga.TrainStep(net, sgd(net), mse)
-        settled(step, rows=rows)
-        assert step(make_batch()).micro_batch_size == rows
+        assert Run(between=RANDOM[kind](), settled_at=rows).step(make_batch()).micro_batch_size == rows
         return torch.get_rng_state()
 
-    assert torch.equal(run(16), run(2))
+    assert torch.equal(drawn(16), drawn(2))
 
 
 def test_two_updates_draw_different_numbers() -> None:
-    net = Net(Memory(), between=nn.Dropout(0.5))
-    step = ga.TrainStep(net, sgd(net), mse)
-    settled(step)
+    step = Run(between=nn.Dropout(0.5), settled_at=ROWS).step
     assert step.backward(make_batch()).value != step.backward(make_batch()).value
 
 
 def test_where_nothing_is_drawn_the_random_state_stays() -> None:
-    net = Net(Memory(limit=3))
-    step = ga.TrainStep(net, sgd(net), mse)
-    state = torch.get_rng_state()
-    step(make_batch())
+    run, state = Run(limit=3), torch.get_rng_state()
+    run.step(make_batch())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -425,32 +401,28 @@ def test_where_nothing_is_drawn_the_random_state_stays() -> None:
 
 @EITHER
 def test_backward_adds_to_what_was_there(where: str) -> None:
-    memory = Memory(limit=3)
-    net = Net(memory, where=where)
-    other = undisturbed(net)
-    net(make_batch(2, seed=9)[0]).sum().backward()
-    mse(other, make_batch()).backward()
-    other(make_batch(2, seed=9)[0]).sum().backward()
-    loss = ga.TrainStep(net, sgd(net), mse).backward(make_batch())
-    assert memory.failures
-    assert_same_gradients(gradients_of(net), gradients_of(other))
-    assert_same_number(loss.value.item(), mse(other, make_batch()).item())
+    run = Run(limit=3, where=where)
+    run.net(make_batch(2, seed=9)[0]).sum().backward()
+    mse(run.other, make_batch()).backward()
+    run.other(make_batch(2, seed=9)[0]).sum().backward()
+    loss = run.step.backward(make_batch())
+    assert run.memory.failures
+    assert_same_gradients(gradients_of(run.net), gradients_of(run.other))
+    assert_same_number(loss.value.item(), mse(run.other, make_batch()).item())
 
 
 def test_backward_that_cannot_fit_leaves_the_gradients_that_were_there() -> None:
-    memory = Memory()
-    net = Net(memory, where="backward")
-    net(make_batch(2, seed=9)[0]).sum().backward()
-    before = gradients_of(net)
-    memory.limit = 0
+    run = Run(where="backward")
+    run.net(make_batch(2, seed=9)[0]).sum().backward()
+    before = gradients_of(run.net)
+    run.memory.limit = 0
     with pytest.raises(ga.DoesNotFitError):
-        ga.TrainStep(net, sgd(net), mse).backward(make_batch())
-    assert_same_gradients(gradients_of(net), before, tolerance=0)
+        run.step.backward(make_batch())
+    assert_same_gradients(gradients_of(run.net), before, tolerance=0)
 
 
 def test_several_terms_whose_weights_are_known_ahead() -> None:
-    memory = Memory(limit=3)
-    net = Net(memory, where="backward")
+    run = Run(limit=3, where="backward")
 
     def loss(model: nn.Module, batch: Any) -> dict[str, ga.Loss]:
         x, y = batch
@@ -469,13 +441,12 @@ def test_several_terms_whose_weights_are_known_ahead() -> None:
         return errors.mean() + errors[batch[1] > 0].mean()
 
     batches = [make_batch(seed=i) for i in range(4)]
-    trained_as_whole(net, loss, batches, other=undisturbed(net), whole=whole, weights=weights)
-    assert memory.failures
+    trained_as_whole(run.net, loss, batches, other=run.other, whole=whole, weights=weights)
+    assert run.memory.failures
 
 
 def test_weights_of_tokens() -> None:
-    memory = Memory(limit=3)
-    net = Net(memory)
+    run = Run(limit=3)
 
     def summed(model: nn.Module, batch: Any) -> ga.Loss:
         counts = batch[1].abs()
@@ -485,98 +456,90 @@ def test_weights_of_tokens() -> None:
         counts = batch[1].abs()
         return (model(batch[0]) * counts).sum() / counts.sum()
 
-    trained_as_whole(net, summed, [make_batch(seed=i) for i in range(4)], other=undisturbed(net), whole=whole)
-    assert memory.failures
+    trained_as_whole(run.net, summed, [make_batch(seed=i) for i in range(4)], other=run.other, whole=whole)
+    assert run.memory.failures
 
 
 @EITHER
 def test_a_scaler(where: str) -> None:
-    memory = Memory(limit=3)
-    net = Net(memory, where=where)
-    other = undisturbed(net)
+    run = Run(limit=3, where=where)
     scaler = GradScaler("cpu", init_scale=1024.0)
     batches = [make_batch(seed=i) for i in range(4)]
-    step = ga.TrainStep(net, sgd(net), mse, scaler=scaler)
+    step = ga.TrainStep(run.net, run.optimizer, mse, scaler=scaler)
     for batch in batches:
         step(batch)
-    whole_batches(other, sgd(other), batches, mse)
-    assert memory.failures
+    whole_batches(run.other, sgd(run.other), batches, mse)
+    assert run.memory.failures
     assert scaler.get_scale() == 1024.0
-    assert_same_gradients(parameters_of(net), parameters_of(other), tolerance=SCALED)
+    assert_same_gradients(parameters_of(run.net), parameters_of(run.other), tolerance=SCALED)
 
 
 def test_clipping_and_a_scheduler_see_one_update() -> None:
-    memory = Memory(limit=3)
-    net = Net(memory, where="backward")
-    other = undisturbed(net)
+    run = Run(limit=3, where="backward")
     batches = [make_batch(seed=i) for i in range(4)]
-    optimizer, theirs = sgd(net), sgd(other)
-    scheduler, their_scheduler = (torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (optimizer, theirs))
-    step = ga.TrainStep(net, optimizer, mse, clip_norm=0.1, scheduler=scheduler)
-    made, _ = whole_in_hand(step, net, optimizer, batches)
-    expected = whole_batches(other, theirs, batches, mse, clip_norm=0.1, scheduler=their_scheduler)
+    theirs = sgd(run.other)
+    mine, their = (torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (run.optimizer, theirs))
+    step = ga.TrainStep(run.net, run.optimizer, mse, clip_norm=0.1, scheduler=mine)
+    made, _ = whole_in_hand(step, run.net, run.optimizer, batches)
     # Clipping adds 1e-6 to the norm in both.
-    assert_same(made, expected)
-    assert memory.failures
+    assert_same(made, whole_batches(run.other, theirs, batches, mse, clip_norm=0.1, scheduler=their))
+    assert run.memory.failures
 
 
 @EITHER
 def test_cut_by_cost(where: str) -> None:
-    memory = Memory(limit=2)
-    net = Net(memory, where=where)
+    run = Run(limit=2, where=where)
     split = ga.split_by_cost(lambda batch: 1 + torch.arange(len(batch[0])) % 5, 40)
     batches = [make_batch(seed=i) for i in range(3)]
-    updates = trained_as_whole(net, mse, batches, other=undisturbed(net), split=split)
-    assert memory.failures
+    updates = trained_as_whole(run.net, mse, batches, other=run.other, split=split)
+    assert run.memory.failures
     assert [update.samples for update in updates] == [ROWS] * 3
     assert updates[-1].micro_batch_size <= 2
 
 
 def test_cut_by_cost_one_sample_that_does_not_fit() -> None:
-    net = Net(Memory(limit=0))
+    run = Run(limit=0)
     split = ga.split_by_cost(lambda batch: torch.full((len(batch[0]),), 7), 40)
     with pytest.raises(ga.DoesNotFitError, match="single sample"):
-        ga.TrainStep(net, sgd(net), mse, split=split)(make_batch())
+        ga.TrainStep(run.net, run.optimizer, mse, split=split)(make_batch())
 
 
 @EITHER
 def test_a_size_of_ones_own_is_not_tried_again(where: str) -> None:
-    memory = Memory(countdown=1)  # the second piece: the first one has left gradients
-    net = Net(memory, where=where)
-    step = ga.TrainStep(net, sgd(net), mse, micro_batch_size=8)
+    run = Run(countdown=1, where=where)  # the second piece: the first one has left gradients
+    step = ga.TrainStep(run.net, run.optimizer, mse, micro_batch_size=8)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         step(make_batch())
-    assert memory.failures == 1
-    assert all(gradient is None for gradient in gradients_of(net).values())
+    assert run.memory.failures == 1
+    assert all(gradient is None for gradient in gradients_of(run.net).values())
     assert step(make_batch()).index == 1
 
 
-def test_another_process_that_ran_out_of_memory_makes_this_one_run_again() -> None:
-    memory = Memory()
-    net = Net(memory)
-    other = undisturbed(net)
-    optimizer = sgd(net)
-    step = ga.TrainStep(net, optimizer, mse)
+def agreeing(run: Run, agree: Callable[[bool, int], bool]) -> list[bool]:
+    """What the run asks the other processes, who agree by what failed here and how often they were asked."""
     asked: list[bool] = []
 
-    def agree(failed_here: bool) -> bool:
+    def asking(failed_here: bool) -> bool:
         asked.append(failed_here)
-        return len(asked) == 1  # elsewhere, at the first attempt
+        return agree(failed_here, len(asked))
 
-    step._fitting._agree = agree
-    made, updates = whole_in_hand(step, net, optimizer, [make_batch(), make_batch(seed=1)])
+    assert run.step._fitting is not None
+    run.step._fitting.agree = asking
+    return asked
+
+
+def test_another_process_that_ran_out_of_memory_makes_this_one_run_again() -> None:
+    run = Run()
+    asked = agreeing(run, lambda failed_here, times: times == 1)  # elsewhere, at the first attempt
+    updates = run.as_whole([make_batch(), make_batch(seed=1)])
     assert asked == [False, False, False]
     assert [update.samples for update in updates] == [ROWS, ROWS]
-    assert_same(made, whole_batches(other, sgd(other), [make_batch(), make_batch(seed=1)], mse))
 
 
 def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
-    memory = Memory(countdown=0)
-    net = Net(memory)
-    step = ga.TrainStep(net, sgd(net), mse)
-    asked: list[bool] = []
-    step._fitting._agree = lambda failed_here: bool(asked.append(failed_here)) or failed_here
-    step(make_batch())
+    run = Run(countdown=0)
+    asked = agreeing(run, lambda failed_here, times: failed_here)
+    run.step(make_batch())
     assert asked == [True, False]
 
 
@@ -585,39 +548,35 @@ def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
 
 @EITHER
 def test_one_sample_that_does_not_fit(where: str) -> None:
-    memory = Memory()
-    net = Net(memory, where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
-    optimizer = torch.optim.Adam(net.parameters())
-    step = ga.TrainStep(net, optimizer, mse)
+    run = Run(where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
+    net, step = run.net, ga.TrainStep(run.net, torch.optim.Adam(run.net.parameters()), mse)
     step(make_batch())
-    memory.limit = 0
+    run.memory.limit = 0
     parameters, state = parameters_of(net), torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     with pytest.raises(ga.DoesNotFitError) as caught:
         step(make_batch())
     assert isinstance(caught.value, MemoryError)
     assert isinstance(caught.value, ga.GradAccumError)
-    said = str(caught.value)
     numbers = (3 * 5 + 5 + 5 + 1) * 8
-    for part in ("(16, 3), (16, 1)", f"parameters {numbers} B", f"gradients {numbers} B", "optimizer state", TEXT[:40],
-                 "checkpointing"):  # fmt: skip
-        assert part in said
+    held = (f"parameters {numbers} B", f"gradients {numbers} B", "optimizer state")
+    for part in ("(16, 3), (16, 1)", *held, TEXT[:40], "checkpointing"):
+        assert part in str(caught.value)
     assert all(gradient is None for gradient in gradients_of(net).values())
     assert_same_gradients(parameters_of(net), parameters, tolerance=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
     assert (step.updates, step.samples) == (1, ROWS)
-    memory.limit = 1000
+    run.memory.limit = 1000
     assert step(make_batch()).index == 2  # nothing is left that would be in the way
 
 
 @pytest.mark.parametrize("rows", [1, ROWS, 1024])
 def test_attempts_are_bounded_and_the_verdict_holds_none_of_the_failed_pieces(rows: int) -> None:
-    memory = Memory(limit=0)
-    net = Net(memory)
+    run = Run(limit=0)
     with pytest.raises(ga.DoesNotFitError) as caught:
-        ga.TrainStep(net, sgd(net), mse)(make_batch(rows))
-    assert memory.failures <= (math.log2(rows) + 2 if rows > 1 else 1)
+        run.step(make_batch(rows))
+    assert run.memory.failures <= (math.log2(rows) + 2 if rows > 1 else 1)
     assert caught.value.__context__ is None
     assert caught.value.__cause__ is None
 
@@ -633,18 +592,17 @@ OTHERWISE = [
 @EITHER
 @pytest.mark.parametrize("error", OTHERWISE, ids=lambda error: type(error).__name__)
 def test_any_other_error_passes_through_as_it_is(where: str, error: BaseException) -> None:
-    memory = Memory(error=lambda: error, countdown=1)  # the second piece: the first one has left gradients
-    net = Net(memory, where=where, between=nn.Dropout(0.5))
-    step = ga.TrainStep(net, sgd(net), mse)
+    # The second piece: the first one has left gradients.
+    run = Run(error=lambda: error, countdown=1, where=where, between=nn.Dropout(0.5))
     state = torch.get_rng_state()
     with pytest.raises(type(error)) as caught:
-        step(make_batch())
+        run.step(make_batch())
     assert caught.value is error
     assert torch.equal(torch.get_rng_state(), state)
-    assert memory.failures == 1
-    assert all(gradient is None for gradient in gradients_of(net).values())
-    assert step.updates == 0
-    assert step(make_batch()).index == 1
+    assert run.memory.failures == 1
+    assert all(gradient is None for gradient in gradients_of(run.net).values())
+    assert run.step.updates == 0
+    assert run.step(make_batch()).index == 1
 
 
 def test_an_optimizer_that_runs_out_of_memory_is_not_asked_twice() -> None:
@@ -658,25 +616,24 @@ def test_an_optimizer_that_runs_out_of_memory_is_not_asked_twice() -> None:
                 raise torch_error()
             return super().step(closure)
 
-    net = Net(Memory())
-    other = undisturbed(net)
-    optimizer = Greedy(net.parameters(), lr=0.1)
-    step = ga.TrainStep(net, optimizer, mse)
-    before = parameters_of(net)
+    run = Run()
+    optimizer = Greedy(run.net.parameters(), lr=0.1)
+    step = ga.TrainStep(run.net, optimizer, mse)
+    before = parameters_of(run.net)
     with pytest.raises(torch.OutOfMemoryError):
         step(make_batch())
     assert Greedy.steps == 1
-    assert_same_gradients(parameters_of(net), before, tolerance=0)
+    assert_same_gradients(parameters_of(run.net), before, tolerance=0)
     optimizer.is_full = False
-    made, _ = whole_in_hand(step, net, optimizer, [make_batch()])
+    made, _ = whole_in_hand(step, run.net, optimizer, [make_batch()])
     assert Greedy.steps == 2
-    assert_same(made, whole_batches(other, torch.optim.SGD(other.parameters(), lr=0.1), [make_batch()], mse))
+    assert_same(made, whole_batches(run.other, torch.optim.SGD(run.other.parameters(), lr=0.1), [make_batch()], mse))
 
 
 def test_a_loss_without_graph_is_an_error_not_a_smaller_piece() -> None:
-    net = Net(Memory())
+    run = Run()
     with pytest.raises(ga.LossError):
-        ga.TrainStep(net, sgd(net), lambda model, batch: model(batch[0]).detach().mean())(make_batch())
+        ga.TrainStep(run.net, run.optimizer, lambda model, batch: model(batch[0]).detach().mean())(make_batch())
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is pinned
@@ -729,25 +686,21 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
 
 
 def test_sizes_travel_with_the_state() -> None:
-    memory = Memory(limit=5)
-    net = Net(memory)
-    step = ga.TrainStep(net, sgd(net), mse)
+    run = Run(limit=5)
     for index in range(4):
-        step(make_batch(seed=index))
-    state = json.loads(json.dumps(step.state_dict()))  # plain enough for any file
-
-    resumed = ga.TrainStep(net, sgd(net), mse)
-    resumed.load_state_dict(state)
-    before = memory.failures
+        run.step(make_batch(seed=index))
+    resumed = ga.TrainStep(run.net, run.optimizer, mse)
+    resumed.load_state_dict(json.loads(json.dumps(run.step.state_dict())))  # plain enough for any file
+    before = run.memory.failures
     update = resumed(make_batch())
-    assert memory.failures == before
+    assert run.memory.failures == before
     assert update.index == 5
-    assert update.micro_batch_size == step(make_batch()).micro_batch_size
+    assert update.micro_batch_size == run.step(make_batch()).micro_batch_size
 
 
 def test_a_state_is_read_with_another_micro_batch_size() -> None:
-    net = Net(Memory())
-    auto, fixed = ga.TrainStep(net, sgd(net), mse), ga.TrainStep(net, sgd(net), mse, micro_batch_size=4)
+    run = Run()
+    auto, fixed = run.step, ga.TrainStep(run.net, run.optimizer, mse, micro_batch_size=4)
     auto(make_batch())
     fixed.load_state_dict(auto.state_dict())
     assert fixed(make_batch()).index == 2
@@ -759,11 +712,9 @@ def test_a_state_is_read_with_another_micro_batch_size() -> None:
 
 
 def test_a_failure_is_told_with_its_size(caplog: pytest.LogCaptureFixture) -> None:
-    net = Net(Memory(limit=8))
-    step = ga.TrainStep(net, sgd(net), mse)
-    settled(step)
+    run = Run(limit=8, settled_at=ROWS)
     with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(Clock()):
-        step(make_batch())
+        run.step(make_batch())
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any(
         "out of memory with a micro-batch of 16 samples" in line and "CUDA out of memory" in line for line in told
@@ -771,9 +722,9 @@ def test_a_failure_is_told_with_its_size(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    net = Net(Memory())
+    run = Run()
     with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(clock := Clock()):
-        step = ga.TrainStep(net, sgd(net), counting(clock, mse, rows_of))
+        step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
         for index in range(12):
             step(make_batch(seed=index))
     told = [record.getMessage() for record in caplog.records if "to pin it" in record.getMessage()]
@@ -783,6 +734,5 @@ def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
 def test_layers_that_see_the_micro_batch_are_never_split_without_need() -> None:
-    net = Net(Memory(), between=nn.BatchNorm1d(5))
-    step = ga.TrainStep(net, sgd(net), mse)
-    assert [step(make_batch(seed=index)).micro_batches for index in range(5)] == [1] * 5
+    run = Run(between=nn.BatchNorm1d(5))
+    assert [run.step(make_batch(seed=index)).micro_batches for index in range(5)] == [1] * 5

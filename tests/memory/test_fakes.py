@@ -1,5 +1,7 @@
 """Fake tensors of a model, the workspaces that fake kernels know nothing of, and what CUDA's kernels would keep."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,10 +83,7 @@ def kept_by_attention(dtype: torch.dtype, *, as_on_cuda: bool, masked: bool = Fa
         heads = [torch.empty(ROWS, HEADS, TIME, WIDTH, dtype=dtype, requires_grad=True) for _ in range(3)]
         mask = torch.ones(TIME, TIME, dtype=torch.bool) if masked else None
         with LiveBytes() as live:
-            if as_on_cuda:
-                with AsOnCuda():
-                    output = F.scaled_dot_product_attention(*heads, attn_mask=mask, **options)  # type: ignore[arg-type]
-            else:
+            with AsOnCuda() if as_on_cuda else nullcontext():
                 output = F.scaled_dot_product_attention(*heads, attn_mask=mask, **options)  # type: ignore[arg-type]
             kept = live.current
             assert output.shape == heads[0].shape

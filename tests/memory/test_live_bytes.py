@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -100,6 +100,7 @@ PROGRAMS: dict[str, tuple[Callable[[LiveBytes], object], int, int]] = {
         10 * (1 + 2 + 8 + 8),
     ),
     "a cycle": (cycle, 0, KB),
+    "numbers": (lambda live: torch.tensor([1.0] * 250), KB, KB),
 }
 
 
@@ -107,10 +108,6 @@ PROGRAMS: dict[str, tuple[Callable[[LiveBytes], object], int, int]] = {
 def test_bytes(name: str, kind: str) -> None:
     program, current, peak = PROGRAMS[name]
     assert counted(program) == (current, peak)
-
-
-def test_a_tensor_of_numbers_is_new(kind: str) -> None:
-    assert counted(lambda live: torch.tensor([1.0] * 250))[0] == KB
 
 
 def test_saved_for_backward(kind: str) -> None:
@@ -167,19 +164,15 @@ def test_autocast() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_sparse_tensors() -> None:
+def test_sparse_tensors_and_wrappers_have_the_memory_of_their_parts() -> None:
     embedding = nn.Embedding(1000, 10, sparse=True)
     with LiveBytes() as live:
         embedding(torch.arange(5)).sum().backward()
         assert live.current == 5 * 8 + 5 * 10 * 4  # indices and values
         embedding.weight.grad = None
-    del embedding
     with LiveBytes() as live:
         kept = torch.eye(4).to_sparse_csr()
         assert live.current == sum(storage.nbytes() for storage in storages_of(kept))
-
-
-def test_wrappers_have_the_memory_of_what_they_wrap() -> None:
     with LiveBytes() as live:
         wrapped = TwoTensor(vector(), vector()) + 1
         assert live.current == 2 * KB
@@ -200,6 +193,13 @@ def test_what_was_there_before_is_not_counted(kind: str) -> None:
         del x
         assert live.current == 2 * KB
         y.untyped_storage().resize_(0)
+        assert live.current == 0
+    x, y = vector(), vector()
+    with LiveBytes() as live:
+        x.add(y)
+        x.untyped_storage().resize_(0)
+        assert live.current == -KB
+        x.untyped_storage().resize_(KB)
         assert live.current == 0
 
 
@@ -291,16 +291,6 @@ def test_torch_is_left_as_it_was() -> None:
     assert "resize_" not in {*vars(made), *vars(there.untyped_storage()), *vars(UntypedStorage)}
 
 
-def test_a_storage_that_was_there_is_given_back() -> None:
-    x, y = vector(), vector()
-    with LiveBytes() as live:
-        x.add(y)
-        x.untyped_storage().resize_(0)
-        assert live.current == -KB
-        x.untyped_storage().resize_(KB)
-        assert live.current == 0
-
-
 def test_the_peak_outlives_the_meter() -> None:
     with measured_peak(torch.device("cpu")) as memory:
         vector() + vector()
@@ -315,12 +305,8 @@ def test_gradients_in_two_ways_are_the_same() -> None:
     model = nn.Sequential(nn.Linear(20, 30), nn.Dropout(), nn.ReLU(), nn.Linear(30, 1))
     x = torch.randn(8, 20)
 
-    @contextmanager
-    def nothing() -> Iterator[None]:
-        yield
-
     gradients = []
-    for mode in (nothing, LiveBytes):
+    for mode in (nullcontext, LiveBytes):
         torch.manual_seed(1)
         model.zero_grad()
         with mode():
@@ -341,26 +327,24 @@ def test_each_storage_counts_once_and_what_is_there_anyway_not_at_all() -> None:
     assert layer.weight.grad is not None
 
 
-def test_without_a_graph_nothing_is_kept() -> None:
-    with torch.no_grad(), graph_bytes([]) as saved:
-        nn.Linear(5, 7)(torch.randn(3, 5)).sigmoid()
-    assert saved.count == 0
+WIDE = nn.Sequential(nn.Linear(5, 500), nn.Tanh(), nn.Linear(500, 5))
 
 
-def test_a_checkpoint_keeps_its_input_only() -> None:
-    layer = nn.Sequential(nn.Linear(5, 500), nn.Tanh(), nn.Linear(500, 5))
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        pytest.param(lambda x: checkpoint(WIDE, x, use_reentrant=False), 3 * 5 * 4, id="a checkpoint keeps its input"),
+        pytest.param(lambda x: (x.exp()[:1] ** 2).sum(), 3 * 5 * 4, id="views count their whole storage"),
+        pytest.param(torch.no_grad()(lambda x: WIDE(x).sigmoid()), 0, id="without a graph nothing is kept"),
+    ],
+)
+def test_what_is_saved(program: Callable[[Tensor], Tensor], expected: int) -> None:
     x = torch.randn(3, 5, requires_grad=True)
-    with graph_bytes(layer.parameters()) as saved:
-        y = checkpoint(layer, x, use_reentrant=False)
-    assert saved.count <= 3 * 5 * 4
-    y.sum().backward()
-
-
-def test_views_count_their_whole_storage() -> None:
-    x = torch.randn(100, requires_grad=True)
-    with graph_bytes([]) as saved:
-        (x.exp()[:10] ** 2).sum()
-    assert saved.count == 100 * 4
+    with graph_bytes(WIDE.parameters()) as saved:
+        y = program(x)
+    assert saved.count == expected
+    if y.requires_grad:
+        y.sum().backward()
 
 
 @pytest.mark.gpu

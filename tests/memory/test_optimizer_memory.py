@@ -100,10 +100,12 @@ def test_several_add_up() -> None:
     assert both.step == max(one.step, other.step)
 
 
-def test_frozen_parameters_have_none() -> None:
+def test_frozen_parameters_have_none_and_sizes_are_rounded() -> None:
     own = parameters()
     own[0].requires_grad_(False)
     assert optimizer_memory([torch.optim.SGD(own, momentum=0.9)]).state == sum(p.nbytes for p in own[1:])
+    small = torch.optim.SGD([nn.Parameter(torch.zeros(3))], momentum=0.9)
+    assert optimizer_memory([small], rounded_to=512).state == 512
 
 
 def test_a_step_that_cannot_be_run_is_named() -> None:
@@ -125,8 +127,3 @@ def test_on_cuda_all_parameters_are_taken_at_once() -> None:
     chosen = [torch.optim.Adam(own, foreach=False), torch.optim.Adam(own, fused=True)]
     for optimizer in chosen:
         assert optimizer_memory([optimizer]) == optimizer_memory([optimizer], as_on_cuda=True)
-
-
-def test_with_rounding() -> None:
-    own = [nn.Parameter(torch.zeros(3))]
-    assert optimizer_memory([torch.optim.SGD(own, momentum=0.9)], rounded_to=512).state == 512

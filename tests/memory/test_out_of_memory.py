@@ -37,29 +37,26 @@ OTHERWISE = [
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
     RuntimeError("the cache is out of memory slots of its own"),
-    RuntimeError("view size is not compatible with input tensor's size and stride (at least one dimension spans across "
-                 "two contiguous subspaces)"),
+    RuntimeError(
+        "view size is not compatible with input tensor's size and stride (at least one dimension spans across "
+        "two contiguous subspaces)"
+    ),
     RuntimeError(""),
     ValueError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     KeyError("std::bad_alloc"),
     OSError(12, "Cannot allocate memory"),
     KeyboardInterrupt(),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("text", SAID.values(), ids=SAID)
-def test_what_says_that_memory_ran_out(text: str) -> None:
-    assert is_out_of_memory(RuntimeError(text))
+OF_THEIR_OWN_KIND = [torch.OutOfMemoryError("?"), MemoryError(), MemoryError("Unable to allocate")]
+RAN_OUT = {f"{name}: it did": RuntimeError(text) for name, text in SAID.items()}
+RAN_OUT |= {f"{error!r}: it did": error for error in OF_THEIR_OWN_KIND}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("?"), MemoryError(), MemoryError("Unable to allocate")])
-def test_errors_of_their_own_kind(error: BaseException) -> None:
-    assert is_out_of_memory(error)
-
-
-@pytest.mark.parametrize("error", OTHERWISE, ids=lambda error: str(error)[:40] or type(error).__name__)
-def test_what_does_not(error: BaseException) -> None:
-    assert not is_out_of_memory(error)
+@pytest.mark.parametrize("error", [*RAN_OUT.values(), *OTHERWISE], ids=lambda error: f"{error!r:.50}")
+def test_whether_memory_ran_out(error: BaseException) -> None:
+    assert is_out_of_memory(error) is (error in RAN_OUT.values())
 
 
 def test_the_text_of_this_torch() -> None:
@@ -90,35 +87,29 @@ def caught_from(kept: list[weakref.ref[Piece]]) -> BaseException:
     raise AssertionError
 
 
-def test_an_error_keeps_its_frames_until_it_is_let_go_of() -> None:
-    kept: list[weakref.ref[Piece]] = []
-    error = caught_from(kept)
-    assert kept[0]() is not None  # so that the next line shows something
-    let_go_of(error)
-    assert kept[0]() is None
-    assert str(error) == "in the middle"
-
-
-@pytest.mark.parametrize("is_cause", [False, True])
-def test_so_do_the_errors_behind_it(is_cause: bool) -> None:
+@pytest.mark.parametrize("behind_another", ["no", "its cause", "its context"])
+def test_an_error_keeps_its_frames_until_it_is_let_go_of(behind_another: str) -> None:
     kept: list[weakref.ref[Piece]] = []
 
     def wrapped() -> BaseException:
+        inner = caught_from(kept)
+        if behind_another == "no":
+            return inner
         try:
             try:
-                fail(kept)
-            except MemoryError as inner:
-                if is_cause:
-                    raise RuntimeError("std::bad_alloc") from inner
+                raise inner
+            except MemoryError as again:
+                if behind_another == "its cause":
+                    raise RuntimeError("std::bad_alloc") from again
                 raise RuntimeError("std::bad_alloc")  # noqa: B904 - that is the case
         except RuntimeError as outer:
             return outer
-        raise AssertionError
 
     error = wrapped()
-    assert kept[0]() is not None
+    assert kept[0]() is not None  # so that the next line shows something
     let_go_of(error)
     assert kept[0]() is None
+    assert str(error) == ("in the middle" if behind_another == "no" else "std::bad_alloc")
 
 
 def test_errors_that_refer_to_each_other_end() -> None:

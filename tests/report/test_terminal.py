@@ -31,25 +31,18 @@ def test_results_go_to_stdout_and_numbers_get_no_colour(capsys: pytest.CaptureFi
     assert capsys.readouterr() == ("loss 1.5\n", "")
 
 
-def test_everything_is_said_in_80_columns() -> None:
+def test_everything_is_said_under_its_head_in_80_columns_without_colours() -> None:
     text = printed(TABLE)
-    words = text.split()
+    lines, words = text.splitlines(), text.split()
     for word in ("title", "compared,", "gradaccum", "1.0000000001", "verdict", "exact"):
         assert word in words
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def test_cells_stand_under_their_heads() -> None:
-    lines = printed(TABLE).splitlines()
+    assert max(map(len, lines)) <= 80
     head, cells = (next(line.rstrip() for line in lines if word in line) for word in ("whole batch", "1.0000000001"))
     assert len(head) == len(cells)
+    assert "\x1b" not in text
 
 
-def test_a_pipe_gets_no_colours() -> None:
-    assert "\x1b" not in printed(TABLE)
-
-
-def test_a_terminal_gets_them() -> None:
+def test_a_terminal_gets_colours() -> None:
     assert re.search(r"\x1b\[1;32m *exact", printed(TABLE, terminal=True))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from gradaccum.checkpoint import files
 from gradaccum.errors import StateError
+from gradaccum.window.snapshot import RandomState
 
 logger = logging.getLogger("gradaccum")
 
@@ -61,8 +62,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, keep: int = 3, **objects: Any) -> None:
-        stateless = [name for name, value in objects.items()
-                     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict"))]  # fmt: skip
+        methods = ("state_dict", "load_state_dict")
+        stateless = [name for name, value in objects.items() if not all(hasattr(value, method) for method in methods)]
         if stateless or not objects:
             raise StateError(
                 f"There is nothing to save of {', '.join(stateless) or 'nothing'}: pass objects that have "
@@ -75,14 +76,12 @@ class Checkpoint:
             )
         self._path = Path(path)
         self._keep = keep
-        self._objects = {name: _unwrapped(value) for name, value in objects.items()}
+        is_wrapped = {name: type(value).__name__ == "DistributedDataParallel" for name, value in objects.items()}
+        self._objects = {name: value.module if is_wrapped[name] else value for name, value in objects.items()}
         self._saves = 0
 
     def save(self) -> Path:
-        """Saves a checkpoint. Every process has to call it.
-
-        Returns:
-            The path of the checkpoint, the same on every process.
+        """Saves a checkpoint, and returns its path on every process. Every process has to call it.
 
         Raises:
             StateError: a window is open, whose gradients would be lost.
@@ -90,13 +89,15 @@ class Checkpoint:
         counter = self._counter()
         updates = self._saves if counter is None else counter.updates
         self._saves += 1
-        shards = self._sharded_names()
+        shards = self._sharded()
         state = {name: self._state_of(name) for name in self._objects if name not in shards}
         state[_RANDOM] = _gathered(_random_state())
         if shards:
             from gradaccum.checkpoint.sharded import save
 
-            path = save(self._path, updates, state, {name: self._objects[name] for name in shards})
+            partial = files.partial_path(self._path, updates)
+            save(partial, state, shards)
+            path = _from_first(lambda: files.publish(partial, updates))
         else:
             path = _from_first(lambda: files.write(self._path, updates, lambda partial: torch.save(state, partial)))
         if _rank_and_world_size()[0] == 0:
@@ -107,7 +108,7 @@ class Checkpoint:
         """Loads the newest checkpoint that is whole. Every process has to call it, before training begins.
 
         Returns:
-            The path of the checkpoint, the same on every process; None where the folder has none, for a fresh start.
+            The path of the checkpoint on every process; None where the folder has none, for a fresh start.
 
         Raises:
             StateError: there are checkpoints, but none is whole; or it was saved from other objects.
@@ -122,7 +123,7 @@ class Checkpoint:
             )
         rest = path / "rest.pt" if path.is_dir() else path
         state = torch.load(rest, map_location="cpu", weights_only=True)
-        shards = self._sharded_names()
+        shards = self._sharded()
         missing = [name for name in self._objects if name not in state and name not in shards]
         if missing or path.is_dir() != bool(shards):
             held = ", ".join(name for name in state if name != _RANDOM)
@@ -134,7 +135,7 @@ class Checkpoint:
         if shards:
             from gradaccum.checkpoint.sharded import load
 
-            load(path, {name: self._objects[name] for name in shards})
+            load(path, shards)
         for name, value in self._objects.items():
             if name not in shards:
                 value.load_state_dict(state[name])
@@ -164,29 +165,22 @@ class Checkpoint:
 
     def _counter(self) -> Any:
         """Returns the `TrainStep` or `Accumulator` that counts updates and samples, or None."""
-        return next(
-            (value for value in self._objects.values() if hasattr(value, "updates") and hasattr(value, "samples")), None
-        )
+        counters = [
+            value for value in self._objects.values() if hasattr(value, "updates") and hasattr(value, "samples")
+        ]
+        return counters[0] if counters else None
 
-    def _sharded_names(self) -> list[str]:
-        """Returns the names of sharded models, and of their optimizers."""
-        names: list[str] = []
-        for name, value in self._objects.items():
-            parameters: Iterable[Any] = ()
-            if isinstance(value, nn.Module):
-                parameters = value.parameters()
-            elif isinstance(value, torch.optim.Optimizer):
-                parameters = (parameter for group in value.param_groups for parameter in group["params"])
-            if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-                names.append(name)
-        return names
+    def _sharded(self) -> dict[str, Any]:
+        """Returns sharded models and their optimizers by name."""
+        return {name: value for name, value in self._objects.items() if _is_sharded(value)}
 
 
-def _unwrapped(value: Any) -> Any:
-    return value.module if type(value).__name__ == "DistributedDataParallel" else value
+def _is_sharded(value: Any) -> bool:
+    if isinstance(value, torch.optim.Optimizer):
+        return any(hasattr(parameter, "device_mesh") for group in value.param_groups for parameter in group["params"])
+    return isinstance(value, nn.Module) and any(hasattr(parameter, "device_mesh") for parameter in value.parameters())
 
 
-# ------------------------------------------------------------------------------------------------- several processes
 def _rank_and_world_size() -> tuple[int, int]:
     has_group = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
@@ -195,44 +189,36 @@ def _rank_and_world_size() -> tuple[int, int]:
 def _gathered(value: Any) -> list[Any]:
     """Returns each rank's value, by rank."""
     _, world_size = _rank_and_world_size()
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def _from_first(make: Callable[[], Path | None]) -> Any:
     """Returns on all ranks what ``make`` returns on rank 0. An error is raised on all, or the others would wait."""
     rank, world_size = _rank_and_world_size()
-    made: Any = None
-    error: Exception | None = None
+    made, error = None, None
     if rank == 0:
         try:
             made = make()
         except Exception as failed:  # noqa: BLE001 - raised below
             error = failed
+    messages = [made, None if error is None else f"{type(error).__name__}: {error}"]
     if world_size > 1:
-        messages = [made, None if error is None else f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(messages, src=0)
-        made = messages[0]
-        if error is None and messages[1] is not None:
-            raise StateError(f"Rank 0 could not: {messages[1]}")
     if error is not None:
         raise error
-    return made
+    if messages[1] is not None:
+        raise StateError(f"Rank 0 could not: {messages[1]}")
+    return messages[0]
 
 
-# ------------------------------------------------------------------------------------------------------ random state
 def _random_state() -> dict[str, Any]:
     """Returns the state of Python's and torch's generators, in types that are loaded without running code."""
     version, numbers, gauss = random.getstate()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return {
-        "python": [version, list(numbers), gauss],
-        "cpu": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(index) for index in devices],
-    }
+    state = RandomState.now()
+    return {"python": [version, list(numbers), gauss], "cpu": state.cpu, "cuda": list(state.cuda.values())}
 
 
 def _restore_random_state(by_rank: list[Mapping[str, Any]]) -> None:
@@ -241,9 +227,7 @@ def _restore_random_state(by_rank: list[Mapping[str, Any]]) -> None:
     state = by_rank[0 if is_another_size else rank]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(state["cpu"])
-    for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda, index)
+    RandomState(state["cpu"], dict(enumerate(state["cuda"][: torch.cuda.device_count()]))).restore()
     if is_another_size and rank > 0:  # a stream of its own, or it would draw what rank 0 draws
         seed = int(torch.randint(0, 1 << 62, ())) + rank
         torch.manual_seed(seed)

@@ -19,13 +19,7 @@ _PARTIAL = "partial-"  # torch.save refuses names that begin with a dot
 
 
 def write(folder: Path, updates: int, fill: Callable[[Path], None]) -> Path:
-    """Writes one checkpoint and returns its path.
-
-    Args:
-        folder: the folder of the checkpoints, which is made if it does not exist.
-        updates: the number of updates, which is part of the name.
-        fill: writes a file, or a folder of files, to the path that it is given.
-    """
+    """Writes the checkpoint after so many updates and returns its path; ``fill`` writes a file, or a folder of them."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{_PARTIAL}{updates:09d}-{os.getpid()}"
     remove(partial)

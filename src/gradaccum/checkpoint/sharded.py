@@ -1,7 +1,6 @@
 """Checkpoints of FSDP2 models by ``torch.distributed.checkpoint``: each rank writes and reads its own shards.
 
-Any other number of ranks can read them. The shards are written into a folder, which is renamed when all ranks are done;
-its checksum is over all of its files.
+Any number of ranks can read them. The folder of the shards is renamed, and its checksum made, when all are written.
 """
 
 from __future__ import annotations
@@ -20,17 +19,13 @@ from gradaccum.checkpoint import files
 from gradaccum.errors import StateError
 
 
-def save(folder: Path, updates: int, rest: Mapping[str, Any], sharded: Mapping[str, Any]) -> Path:
-    """Writes one checkpoint and returns its path. Every rank has to call it.
+def save(partial: Path, rest: Mapping[str, Any], sharded: Mapping[str, Any]) -> None:
+    """Fills the folder ``partial``. Every rank has to call it.
 
-    Args:
-        folder: the folder of the checkpoints.
-        updates: the number of updates, which is part of the name.
-        rest: the states of objects that are not sharded, the same on every rank.
-        sharded: one model, and the optimizers of its parameters, by name.
+    ``sharded`` has one model and the optimizers of its parameters; ``rest`` has the states of all other objects, the
+    same on every rank.
     """
     model, optimizers = _split(sharded)
-    partial = files.partial_path(folder, updates)
     if dist.get_rank() == 0:
         files.remove(partial)
         partial.mkdir(parents=True)
@@ -39,16 +34,12 @@ def save(folder: Path, updates: int, rest: Mapping[str, Any], sharded: Mapping[s
     model_state, optimizer_state = get_state_dict(model, optimizers)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
     dist.barrier()
-    message: list[Any] = [files.publish(partial, updates) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
 
 
 def load(path: Path, sharded: Mapping[str, Any]) -> None:
     """Loads what `save` has written, on any number of ranks. Every rank has to call it."""
     model, optimizers = _split(sharded)
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers), strict=True))
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

@@ -1,14 +1,4 @@
-"""The command line. `main` is the entry point; everything else is imported only when a command runs.
-
-| file | idea |
-| --- | --- |
-| `app.py` | what can be typed: commands, options, help, exit status |
-| `target.py` | from ``file.py:function`` to a job |
-| `audit.py`, `plan.py` | what is shown of a report and of a plan |
-| `demo.py` | the linear regression of the tutorial, trained three ways |
-| `bench.py` | times of the library and of a hand-written loop on this machine |
-| `__main__.py` | ``python -m gradaccum.cli`` |
-"""
+"""The command line. `main` is the entry point; everything else is imported only when a command runs."""
 
 from __future__ import annotations
 

@@ -51,11 +51,8 @@ def _sections(report: ga.Report) -> tuple[tuple[Cell, ...], ...]:
         first = group[0]
         error = max(culprit.error for culprit in group)
         fraction = min(error / largest, 1.0) if largest else None
-        sections.append((
-            Cell(text=f"{i}. {audit_report.title(group)}", tone=Tone.BAD, fraction=fraction),
-            Cell(text=f"Where: {', '.join(audit_report.places(group))}"),
-            Cell(text=f"Why: {first.what}"),
-            Cell(text=f"Type: {first.remedy}"),
-            Cell(text=f"Price: {first.price}"),
-        ))  # fmt: skip
+        heading = Cell(text=f"{i}. {audit_report.title(group)}", tone=Tone.BAD, fraction=fraction)
+        where = f"Where: {', '.join(audit_report.places(group))}"
+        texts = (where, f"Why: {first.what}", f"Type: {first.remedy}", f"Price: {first.price}")
+        sections.append((heading, *(Cell(text=text) for text in texts)))
     return (*sections, *((Cell(text=line, tone=Tone.QUIET),) for line in audit_report.remarks(report)))

@@ -14,16 +14,9 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A result.
+    """A result: its numbers, the answer in a sentence or two, and paragraphs by section."""
 
-    Attributes:
-        title: heading of the HTML page; the terminal has the table's own.
-        table: the numbers.
-        lead: the answer, in a sentence or two.
-        sections: paragraphs; those of one section stand together.
-    """
-
-    title: str
+    title: str  # heading of the HTML page; the terminal has the table's own
     table: Table
     lead: Cell
     sections: tuple[tuple[Cell, ...], ...] = ()

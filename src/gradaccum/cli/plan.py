@@ -8,7 +8,7 @@ import gradaccum as ga
 from gradaccum.cli.page import Page, show_page
 from gradaccum.cli.target import load_job
 from gradaccum.fit import plan_result as words
-from gradaccum.fit.units import in_words
+from gradaccum.fit.size_model import in_words
 from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 _TITLE = "What fits"

@@ -22,13 +22,10 @@ class TargetError(GradAccumError, ValueError):
 
 
 def load_job(target: str) -> Job:
-    """Imports the module of a target and calls its function.
+    """Imports the module of ``path/to/file.py:function`` or ``package.module:function`` and calls the function.
 
-    What the user's own code raises passes through, with its traceback.
-
-    Args:
-        target: ``path/to/file.py:function`` or ``package.module:function``. A file finds what lies beside it, a module
-            what lies in the working directory.
+    A file finds what lies beside it, a module what lies in the working directory. What the user's own code raises
+    passes through, with its traceback.
 
     Raises:
         TargetError: there is no such file, module or function, or it returns something else than a job.

@@ -25,15 +25,13 @@ from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum.memory.live_bytes import storages_of
+from gradaccum.memory.live_bytes import storages_in
 from gradaccum.window.snapshot import RandomState
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 # Buffers up to here are copied: the kernels of BatchNorm write theirs without saying so. Larger ones (a quantised
 # model's frozen weights) are watched, and saved when an operation writes them.
 _MOST_COPIED_BYTES = 16 * 2**20
-
-
 # What nn.Module keeps for itself: tensors in it are replaced by `borrowed`, or there are none.
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -48,18 +46,18 @@ def borrowed(
 ) -> Iterator[None]:
     """Context manager that puts a stand-in in the place of every parameter and buffer, and afterwards everything back.
 
-    Args:
-        models: all of their modules are borrowed.
-        optimizers: their parameters keep their gradients; the optimizers themselves are not touched.
-        stand_in: from a parameter or buffer to what takes its place; called once for each.
-        everywhere: whether what modules hold under other names is replaced too: the flat weights of recurrent layers,
-            a tied parameter in a list. Those are needed where stand-ins have other values.
+    Optimizers are not touched, and their parameters keep their gradients. With ``everywhere`` what modules hold under
+    other names is replaced too, which is needed where stand-ins have other values: the flat weights of recurrent
+    layers, a tied parameter in a list.
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     with ExitStack() as undone:
         undone.callback(torch.clear_autocast_cache)  # casts of stand-ins, if the caller has autocast on
         undone.callback(_restorer_of_random_state())
-        for parameter in _parameters(modules, optimizers):
+        of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
+        # Optimizers may train some that no module has.
+        of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        for parameter in {id(p): p for p in [*of_modules, *of_optimizers]}.values():
             undone.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         undone.callback(_restorer_of_attributes(modules))
@@ -95,9 +93,7 @@ def sharing_memory(tensor: Tensor) -> Tensor:
 def on_copies(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
     """Context manager in which every parameter and buffer is a copy, and afterwards everything is back as it was.
 
-    Args:
-        models: all of their modules are borrowed.
-        cast: to another dtype. Parameters of a class of their own are not cast; torch's default dtype is.
+    A ``cast`` changes their dtype and torch's default dtype; parameters of a class of their own are not cast.
     """
 
     def copied(tensor: Tensor) -> Tensor:
@@ -140,20 +136,15 @@ class SavedBeforeWriting(TorchDispatchMode):
     """Saves a tensor's memory right before an operation writes it, and puts it back at the end.
 
     A forward may write parameters: the average of a teacher, the vectors of a codebook. Copying all of them ahead
-    would take the memory that is to be measured. Sees what operations declare to write, in this thread and in
-    backward.
-
-    May be entered again: what was saved once is put back at every end.
-
-    Args:
-        tensors: whose memory is watched.
+    would take the memory that is to be measured. It sees what operations declare to write, in this thread and in
+    backward. It may be entered again: what was saved once is put back at every end.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self._watched = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+        self._watched = {id(storage): storage for storage in storages_in(tensors)}
         self._saved: dict[int, UntypedStorage] = {}
 
     @property
@@ -166,32 +157,17 @@ class SavedBeforeWriting(TorchDispatchMode):
         for key, saved in self._saved.items():
             self._watched[key].copy_(saved)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation, after saving what it is about to write."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable:
             given = [*zip(schema.arguments, args, strict=False)]
             given += [(one, (kwargs or {}).get(one.name)) for one in schema.arguments[len(args) :]]
             for declared, value in given:
                 if declared.alias_info is not None and declared.alias_info.is_write:
-                    self._save(value)
+                    for storage in storages_in(value):
+                        if id(storage) in self._watched and id(storage) not in self._saved:
+                            self._saved[id(storage)] = storage.clone()
         return func(*args, **(kwargs or {}))
-
-    def _save(self, written: Any) -> None:
-        for tensor in written if isinstance(written, (list, tuple)) else [written]:
-            if isinstance(tensor, Tensor):
-                for storage in storages_of(tensor):
-                    if id(storage) in self._watched and id(storage) not in self._saved:
-                        self._saved[id(storage)] = storage.clone()
-
-
-def _parameters(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """Every parameter of the modules and of the optimizers, which may train some that no module has."""
-    of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
-    of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    return list({id(parameter): parameter for parameter in [*of_modules, *of_optimizers]}.values())
 
 
 def _restorer_of_random_state() -> Callable[[], None]:

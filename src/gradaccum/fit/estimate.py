@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch.optim import Optimizer
 
 from gradaccum.fit.borrowed_model import borrowed
 from gradaccum.fit.probe import Probe
@@ -32,36 +31,22 @@ def is_cuda_elsewhere(device: torch.device, target: torch.device) -> bool:
     return target.type == "cuda" and device.type == "cpu"
 
 
-def estimate(
-    workload: Workload,
-    found: SizeModel,
-    *,
-    optimizers: Sequence[Optimizer],
-    target: torch.device,
-    memory: int | None = None,
-) -> None:
-    """Runs a few sizes on fake tensors, and all of them where memory turns out not to be affine in the size.
+def estimate(workload: Workload, found: SizeModel, *, target: torch.device) -> None:
+    """Adds to ``found`` the peaks of a few sizes, and of all where memory turns out not to be affine in the size.
 
-    Args:
-        workload: with the device that fake tensors are on.
-        found: has the sizes to look at, ascending; gets what is found.
-        optimizers: see `borrowed`.
-        target: the device to estimate for.
-        memory: bytes for everything; sizes about which it decides are run as well.
-
-    Raises:
-        Exception: whatever the model raises when it is shown tensors without data.
+    Fake tensors are on the workload's device and stand for those of ``target``. Sizes about which the budget decides
+    are run as well. What the model raises when it is shown tensors without data passes through.
     """
     device, mode = workload.device, fake_mode()
     stand_in = functools.partial(fake_of, mode=mode, device=device)
     own = functools.partial(fake_input, mode=mode, device=device)
     kernels = AsOnCuda() if is_cuda_elsewhere(device, target) else nullcontext()
     meter = LiveBytes(rounded_to=block_bytes(target))
-    with borrowed(workload.models, optimizers, stand_in), mode, WithWorkspaces(), kernels, meter:
+    with borrowed(workload.models, workload.optimizers, stand_in), mode, WithWorkspaces(), kernels, meter:
         probe = Probe(workload, target, found, own, meter)
         _take_peaks(found, probe, probe.warm_up())
-        if memory is not None:
-            _correct_the_largest(found, probe, memory)
+        if found.memory is not None:
+            _correct_the_largest(found, probe, found.memory)
 
 
 def _take_peaks(found: SizeModel, probe: Probe, accumulated: Sequence[int]) -> None:

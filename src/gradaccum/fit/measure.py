@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from gradaccum.fit.borrowed_model import SavedBeforeWriting, borrowed, sharing_memory
 from gradaccum.fit.probe import Probe, sizes_to_accumulate
@@ -19,103 +19,75 @@ from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go
 _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 
 
-def measure(
-    workload: Workload,
-    found: SizeModel,
-    *,
-    optimizers: Sequence[Optimizer],
-    memory: int | None,
-    max_seconds: float,
-    looks_between: bool,
-) -> None:
-    """Runs sizes from the smallest on, as long as they can be expected to fit and time is left.
-
-    Args:
-        workload: on the device of its models.
-        found: has the sizes to look at, ascending; gets what is found.
-        optimizers: see `borrowed`.
-        memory: bytes for everything; None where there is no limit but the device's own.
-        max_seconds: in all, about.
-        looks_between: whether the largest size that fits is added to the sizes.
-    """
-    run = _Measurement(workload, found, memory=memory, max_seconds=max_seconds)
+def measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+    """Adds to ``found`` what its sizes take, the smallest first, as long as they should fit and time is left."""
+    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds)
     saved = SavedBeforeWriting([t for model in workload.models for t in [*model.parameters(), *model.buffers()]])
 
     def own(tensor: Tensor) -> Tensor:  # a loss function may write its micro-batch
         return tensor.detach().to(workload.device, copy=True).requires_grad_(tensor.requires_grad)
 
-    with borrowed(workload.models, optimizers, sharing_memory):
+    with borrowed(workload.models, workload.optimizers, sharing_memory):
         with measured_peak(workload.device) as meter:
             probe = Probe(workload, workload.device, found, own, meter)
             with saved:
-                run.take_peaks(probe, looks_between=looks_between)
+                run.take_peaks(probe)
         with saved if saved.has_saved else nullcontext():
             run.take_times(probe)
     free_memory(workload.device)
 
 
+@dataclass(slots=True, kw_only=True)
 class _Measurement:
-    """One measurement while it goes on."""
+    workload: Workload
+    found: SizeModel
+    max_seconds: float
+    start: float = field(default_factory=time.perf_counter)
+    last: tuple[int, float] = (1, 0.0)  # the size that was run last, and its seconds
 
-    def __init__(self, workload: Workload, found: SizeModel, *, memory: int | None, max_seconds: float) -> None:
-        self._workload = workload
-        self._found = found
-        self._memory = memory
-        self._start = time.perf_counter()
-        self._max_seconds = max_seconds
-        self._last = (1, 0.0)
-
-    def take_peaks(self, probe: Probe, *, looks_between: bool) -> None:
+    def take_peaks(self, probe: Probe) -> None:
         """Runs one size after another until one does not fit, or is not expected to, or time is up."""
-        found = self._found
+        found = self.found
         accumulated: list[int] = []
         smallest = sizes_to_accumulate(found.sizes, found.rows)[0]
         if not self._fits(smallest, lambda: accumulated.extend(probe.warm_up())):
             return
-        whole = [found.rows] if found.rows in found.sizes else []
-        for size, is_whole in [*((size, False) for size in accumulated), *((size, True) for size in whole)]:
-            if not self._can_be_tried(size, is_whole=is_whole) or not self._tried(probe, size, is_whole=is_whole):
-                break
-        if looks_between and self._memory is not None and len(found.peaks) > 1 and not found.failed:
-            between = found.curve().largest(self._memory, found.rows)
-            if between is not None and between not in (*found.sizes, *found.peaks):
-                is_new = self._can_be_tried(between, is_whole=False) and self._tried(probe, between, is_whole=False)
-                found.sizes += [between] if is_new else []
+        if all(self._try(probe, size) for size in accumulated) and found.rows in found.sizes:
+            self._try(probe, found.rows, is_whole=True)
+        if found.looks_between and found.memory is not None and len(found.peaks) > 1 and not found.failed:
+            between = found.curve().largest(found.memory, found.rows)
+            if between is not None and between not in (*found.sizes, *found.peaks) and self._try(probe, between):
+                found.sizes.append(between)
 
     def take_times(self, probe: Probe) -> None:
         """Times the sizes that have been run and fit, small ones first."""
-        found = self._found
+        found = self.found
         for size in sorted(found.sizes):
             is_whole = size == found.rows
             peak = found.whole if is_whole else found.peaks.get(size)
-            if peak is None or (self._memory is not None and found.resident_bytes + peak > self._memory):
+            if peak is None or (found.memory is not None and found.resident_bytes + peak > found.memory):
                 continue
-            left = self._max_seconds - self._elapsed()
+            left = self.max_seconds - self._elapsed()
             if left <= 0 and found.times.of_size:
                 self._note_the_time(f"from {size} on sizes were not timed")
                 return
             probe.take_times(size, is_whole=is_whole, at_most=left)
 
-    def _can_be_tried(self, size: int, *, is_whole: bool) -> bool:
-        """Whether a size is expected to fit, and to be done in time. The first two are always tried."""
-        found = self._found
-        if len(found.peaks) < 2:
-            return True
-        expected = found.curve().at(size) - (found.gradient_bytes if is_whole else 0)
-        if self._memory is not None and expected > self._memory:
-            return False
-        last_size, seconds = self._last
-        if self._elapsed() + seconds * size / last_size > _FOR_PEAKS * self._max_seconds:
-            self._note_the_time(f"from {size} on sizes were not run, and their peaks are predicted")
-            return False
-        return True
-
-    def _tried(self, probe: Probe, size: int, *, is_whole: bool) -> bool:
-        start = self._elapsed()
+    def _try(self, probe: Probe, size: int, *, is_whole: bool = False) -> bool:
+        """Runs a size that is expected to fit, and in time, and tells whether it did. The first two are always run."""
+        found, start = self.found, self._elapsed()
+        if len(found.peaks) > 1:
+            expected = found.curve().at(size) - (found.gradient_bytes if is_whole else 0)
+            if found.memory is not None and expected > found.memory:
+                return False
+            last_size, seconds = self.last
+            if start + seconds * size / last_size > _FOR_PEAKS * self.max_seconds:
+                self._note_the_time(f"from {size} on sizes were not run, and their peaks are predicted")
+                return False
         fits = self._fits(size, lambda: probe.take_peak(size, is_whole=is_whole))
         if fits:
-            self._last = (size, self._elapsed() - start)
-            self._found.ran.add(size)
+            self.last = (size, self._elapsed() - start)
+            found.ran.add(size)
         return fits
 
     def _fits(self, size: int, run: Callable[[], None]) -> bool:
@@ -130,12 +102,12 @@ class _Measurement:
             return True
         # Outside of the handler, which would keep the tensors of the failed run alive.
         let_go_of(failure)
-        free_memory(self._workload.device)
-        self._found.failed.add(size)
+        free_memory(self.workload.device)
+        self.found.failed.add(size)
         return False
 
     def _note_the_time(self, what: str) -> None:
-        self._found.notes.append(f"Within {self._max_seconds:g} s (max_seconds), {what}.")
+        self.found.notes.append(f"Within {self.max_seconds:g} s (max_seconds), {what}.")
 
     def _elapsed(self) -> float:
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self.start

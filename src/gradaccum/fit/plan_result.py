@@ -8,38 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradaccum.errors import WindowError
-from gradaccum.fit.size_model import Curve
-from gradaccum.fit.units import in_words
-from gradaccum.report.size_plots import Point, SizePlot, draw_size_plots
+from gradaccum.fit.size_model import Curve, in_words
+from gradaccum.report.plots import Mark, Panel, Series, draw
 
 _WIDTH = 80
 _CURVE_POINTS = 100
+_X_LABEL = "samples in a micro-batch"
 HEADS = ("micro-batch", "pieces", "peak", "fits", "seconds", "samples/s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One micro-batch size.
+    """One micro-batch size. Seconds and rates are None where nothing was timed."""
 
-    Attributes:
-        micro_batch_size: samples that one forward sees, at most.
-        micro_batches: how many an update has.
-        peak_bytes: the largest memory of an update: parameters, gradients and optimizer included.
-        is_measured: whether the peak was measured at this size; otherwise it is predicted from other sizes.
-        seconds: median wall time of one micro-batch's forward and backward; None where nothing was timed.
-        samples_per_second: through forward and backward; None where nothing was timed.
-        fits: whether the peak is within the budget, and the size did not run out of memory.
-        updates_per_epoch: None where the size of the dataset is not known.
-    """
-
-    micro_batch_size: int
-    micro_batches: int
-    peak_bytes: int
-    is_measured: bool
-    seconds: float | None
-    samples_per_second: float | None
-    fits: bool
-    updates_per_epoch: int | None
+    micro_batch_size: int  # samples that one forward sees, at most
+    micro_batches: int  # of an update
+    peak_bytes: int  # the largest memory of an update: parameters, gradients and optimizer included
+    is_measured: bool  # whether the peak was measured at this size; otherwise it is predicted from other sizes
+    seconds: float | None  # median wall time of one micro-batch's forward and backward
+    samples_per_second: float | None  # through forward and backward
+    fits: bool  # whether the peak is within the budget, and the size did not run out of memory
+    updates_per_epoch: int | None  # None where the size of the dataset is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,24 +37,15 @@ class Breakdown:
 
     The first five do not depend on the size. Gradients and optimizer state are there all the time while a batch is
     accumulated, so they count in full.
-
-    Attributes:
-        parameters: of models and optimizers.
-        buffers: of models.
-        gradients: of all parameters that get one.
-        optimizer_state: after the first update.
-        optimizer_step: what a step needs besides, while no activations are there.
-        activations_per_sample: what one more sample adds, its inputs included.
-        temporaries: what is left at size 0: what backward needs for a moment, libraries, inputs that are there anyway.
     """
 
-    parameters: int
+    parameters: int  # of models and optimizers
     buffers: int
-    gradients: int = 0
-    optimizer_state: int
-    optimizer_step: int
-    activations_per_sample: int = 0
-    temporaries: int = 0
+    gradients: int  # of all parameters that get one
+    optimizer_state: int  # after the first update
+    optimizer_step: int  # what a step needs besides, while no activations are there
+    activations_per_sample: int  # what one more sample adds, its inputs included
+    temporaries: int  # at size 0: what backward needs for a moment, libraries, inputs that stay on the device
 
     @property
     def resident(self) -> int:
@@ -112,8 +92,10 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """What to do, in a few sentences."""
-        return _advice(self)
+        """What to do, in a few sentences: nothing, take a size, or something else than accumulation."""
+        if self.micro_batch_size is None:
+            return _nothing_fits(self)
+        return (_whole_fits if self.whole_batch_fits else _a_size_fits)(self, self.row(self.micro_batch_size))
 
     def peak_bytes(self, micro_batch_size: int) -> int:
         """The peak at any size, looked at or not: predicted from those that were.
@@ -147,7 +129,7 @@ class Plan:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        draw_size_plots(_plots(self), Path(path), title=title(self))
+        draw([_panels(self)], Path(path), title=title(self))
         return Path(path)
 
     def __str__(self) -> str:
@@ -187,43 +169,30 @@ def cells(plan: Plan, row: Row) -> tuple[str, ...]:
 def memory(plan: Plan) -> str:
     """What the peak is made of."""
     parts = plan.breakdown
-    named = {
-        "parameters": parts.parameters,
-        "buffers": parts.buffers,
-        "gradients": parts.gradients,
-        "optimizer state": parts.optimizer_state,
-        "temporaries": parts.temporaries,
-    }
-    fixed = ", ".join(f"{name} {in_words(size)}" for name, size in named.items() if size > 0)
+    names = ("parameters", "buffers", "gradients", "optimizer_state", "temporaries")
+    sizes = {name.replace("_", " "): getattr(parts, name) for name in names}
+    fixed = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items() if size > 0)
     step = f" The optimizer's step needs {in_words(parts.optimizer_step)} for a moment." if parts.optimizer_step else ""
     return f"Memory: {fixed}; and {in_words(parts.activations_per_sample)} a sample.{step}"
 
 
-def _advice(plan: Plan) -> str:
-    """What to do: nothing, take a size, or something else than accumulation."""
-    if plan.micro_batch_size is None:
-        return _nothing_fits(plan)
-    if plan.whole_batch_fits:
-        return _whole_fits(plan)
-    chosen = plan.row(plan.micro_batch_size)
+def _a_size_fits(plan: Plan, chosen: Row) -> str:
     rate, largest = chosen.samples_per_second, plan.largest_micro_batch_size
     best, speed = ("largest", "") if rate is None else ("fastest", f", {_rate(rate)} samples a second")
-    more = f" Up to {largest:,} samples fit." if largest is not None and largest > plan.micro_batch_size else ""
+    more = f" Up to {largest:,} samples fit." if largest is not None and largest > chosen.micro_batch_size else ""
     return (
-        f"micro_batch_size={plan.micro_batch_size} is the {best} that fits: {chosen.micro_batches:,} micro-batches an "
-        f"update, {_of_budget(plan, chosen.peak_bytes)}{speed}.{more} In one piece the batch would take "
+        f"micro_batch_size={chosen.micro_batch_size} is the {best} that fits: {chosen.micro_batches:,} micro-batches "
+        f"an update, {_of_budget(plan, chosen.peak_bytes)}{speed}.{more} In one piece the batch would take "
         f"{in_words(plan.peak_bytes(plan.batch_size))}."
     )
 
 
-def _whole_fits(plan: Plan) -> str:
+def _whole_fits(plan: Plan, chosen: Row) -> str:
     takes = _of_budget(plan, plan.peak_bytes(plan.batch_size))
     if plan.memory is None:
         start = f"No budget was given (memory='24GiB'). The whole batch of {plan.batch_size:,} takes {takes}"
     else:
         start = f"Accumulation is not needed: the whole batch of {plan.batch_size:,} fits, with {takes}"
-    assert plan.micro_batch_size is not None
-    chosen = plan.row(plan.micro_batch_size)
     whole = next((row for row in plan.rows if row.micro_batch_size == plan.batch_size), chosen)
     if chosen is whole or not chosen.samples_per_second or not whole.samples_per_second:
         return f"{start}."
@@ -267,34 +236,36 @@ def _of_budget(plan: Plan, peak: int) -> str:
     return in_words(peak) if plan.memory is None else f"{in_words(peak)} of {in_words(plan.memory)}"
 
 
-def _plots(plan: Plan) -> list[SizePlot]:
+def _panels(plan: Plan) -> list[Panel]:
     """Memory over the size, and throughput where it was timed."""
     most = max(row.peak_bytes for row in plan.rows)
     unit, scale = next((u, n) for u, n in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)) if most >= n)
-    peaks = tuple(
-        Point(
-            size=row.micro_batch_size,
-            value=row.peak_bytes / scale,
-            is_good=row.fits,
-            is_hollow=plan.method == "measure" and not row.is_measured,
-        )
-        for row in plan.rows
-    )
     # The whole batch in one piece is apart: it has no gradients waiting, so the curve ends right before it.
-    first = peaks[0].size
-    last = max(first, min(peaks[-1].size, plan.batch_size - 1))
-    sizes = sorted({round(first * (last / first) ** (i / _CURVE_POINTS)) for i in range(_CURVE_POINTS + 1)})
+    first, last = plan.rows[0].micro_batch_size, plan.rows[-1].micro_batch_size
+    last = max(first, min(last, plan.batch_size - 1))
+    curve = sorted({round(first * (last / first) ** (i / _CURVE_POINTS)) for i in range(_CURVE_POINTS + 1)})
+    peaks = [Series(mark=Mark.TREND, at=tuple(curve), values=tuple(plan.peak_bytes(n) / scale for n in curve))]
+    for row in plan.rows:
+        is_guess = plan.method == "measure" and not row.is_measured
+        good, bad = (Mark.GOOD_GUESS, Mark.BAD_GUESS) if is_guess else (Mark.GOOD_POINT, Mark.BAD_POINT)
+        label = f"{'fits' if row.fits else 'does not fit'}{', predicted' if is_guess else ''}"
+        mark, peak = good if row.fits else bad, row.peak_bytes / scale
+        peaks.append(Series(mark=mark, at=(row.micro_batch_size,), values=(peak,), label=label))
     # A budget far above would leave the curve on the ground.
     limit = plan.memory if plan.memory is not None and plan.memory < 3 * most else None
-    memory_plot = SizePlot(
+    memory_panel = Panel(
+        series=tuple(peaks),
+        x_label=_X_LABEL,
         y_label=f"peak memory ({unit})",
-        points=peaks,
-        curve=tuple((size, plan.peak_bytes(size) / scale) for size in sizes),
+        sizes=tuple(row.micro_batch_size for row in plan.rows),
         limit=None if limit is None else (limit / scale, f"budget {in_words(limit)}"),
     )
-    rates = tuple(
-        Point(size=row.micro_batch_size, value=rate, is_chosen=row.micro_batch_size == plan.micro_batch_size)
-        for row in plan.rows
-        if (rate := row.samples_per_second) is not None
-    )
-    return [memory_plot, *([SizePlot(y_label="samples a second", points=rates)] if rates else [])]
+    rates = {row.micro_batch_size: row.samples_per_second for row in plan.rows if row.samples_per_second is not None}
+    if not rates:
+        return [memory_panel]
+    sizes, values = tuple(rates), tuple(rates.values())
+    speeds = [Series(mark=mark, at=sizes, values=values) for mark in (Mark.GOOD, Mark.GOOD_POINT)]
+    if plan.micro_batch_size is not None:
+        chosen = (plan.micro_batch_size,), (rates[plan.micro_batch_size],)
+        speeds.append(Series(mark=Mark.CHOSEN_POINT, at=chosen[0], values=chosen[1], label="chosen"))
+    return [memory_panel, Panel(series=tuple(speeds), x_label=_X_LABEL, y_label="samples a second", sizes=sizes)]

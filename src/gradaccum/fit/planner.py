@@ -1,15 +1,12 @@
-"""`plan`: what an update of a batch takes at each micro-batch size, and which size to take.
-
-workload --borrowed_model--> probe at a few sizes --> size_model --> plan
-                             |  real tensors: measure
-                             `- fake tensors: estimate
-"""
+"""`plan`: what an update of a batch takes at each micro-batch size, and which size to take."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,18 +18,21 @@ from gradaccum.fit.estimate import block_bytes, estimate, is_cuda_elsewhere
 from gradaccum.fit.measure import measure
 from gradaccum.fit.plan_result import Breakdown, Plan, Row
 from gradaccum.fit.size_model import SizeModel
-from gradaccum.fit.units import as_bytes
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.available import available_bytes
 from gradaccum.memory.fakes import can_be_faked
 from gradaccum.memory.live_bytes import num_bytes
 from gradaccum.memory.optimizer_memory import optimizer_memory, tensors_of
-from gradaccum.window.parameters import as_sequence
 
 logger = logging.getLogger(__name__)
 
 MEASURE, ESTIMATE = "measure", "estimate"
 _MOST_SIZES = 12
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PREFIXES = {
+    f"{letter}{i}": base**power for i, base in (("", 1000), ("i", 1024)) for power, letter in enumerate("kmgt", 1)
+}
+_UNITS = {"b": 1} | {f"{prefix}b": size for prefix, size in _PREFIXES.items()}
 
 
 def plan(
@@ -95,30 +95,26 @@ def plan(
         )
     if not max_seconds > 0:
         raise WindowError(f"max_seconds={max_seconds!r} leaves no time to measure in. Pass a number above 0.")
-    workload = Workload.checked(model, loss_fn, batch, forward=forward, batch_loss=batch_loss)
-    request = _Request(
-        workload=workload,
-        target=workload.device,
-        optimizers=[] if optimizer is None else as_sequence(optimizer, Optimizer, name="optimizer"),
-        sizes=default_sizes(workload.rows)
-        if micro_batch_sizes is None
-        else _checked_sizes(micro_batch_sizes, workload.rows),
-        looks_between=micro_batch_sizes is None,
-        memory=None if memory is None else as_bytes(memory),
-        dataset_size=dataset_size,
-        max_seconds=max_seconds,
-    )
+    workload = Workload.checked(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, optimizer=optimizer)
+    sizes, looks_between = _checked_sizes(micro_batch_sizes, workload.rows), micro_batch_sizes is None
+    budget = None if memory is None else as_bytes(memory)
     if method == MEASURE and device is not None and torch.device(device).type != workload.device.type:
         raise WindowError(
             f"method='measure' runs on the model's own device, {workload.device}, and device={str(device)!r} was asked "
             "for. Move the model there, or pass method='estimate', which needs no device."
         )
-    notes = _remarks(request)
+    notes: list[str] = []
+    if not workload.optimizers:
+        notes.append("No optimizer was passed, so its state is not counted: Adam's is twice the parameters.")
+    if not any(module.training for model in workload.models for module in model.modules()):
+        notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
     failure: Exception | None = None
     if method == ESTIMATE:
-        elsewhere, note = _elsewhere(request, device)
+        elsewhere, target, note = _elsewhere(workload, device)
         try:
-            return _estimated(elsewhere, [*notes, *note])
+            found = _size_model(elsewhere, target, sizes, memory=budget, looks_between=looks_between)
+            estimate(elsewhere, found, target=target)
+            return _assembled(found, target, method, [*notes, *note], dataset_size)
         except Exception as error:  # noqa: BLE001  # anything may come of tensors without data; a real mistake comes again
             failure, reason = error, (str(error) or repr(error)).splitlines()[0]
         logger.info("no estimate is possible, measuring instead: %s", reason)
@@ -128,7 +124,9 @@ def plan(
             "The model is on the meta device, which has no memory to measure. Pass method='estimate'; where that was "
             f"passed, its forward needs tensors with data, and the model has to be made for real. {' '.join(notes)}"
         ) from failure
-    return _measured(request, notes)
+    found = _size_model(workload, workload.device, sizes, memory=budget, looks_between=looks_between)
+    _measure(workload, found, max_seconds=max_seconds)
+    return _assembled(found, workload.device, MEASURE, notes, dataset_size)
 
 
 def default_sizes(rows: int) -> list[int]:
@@ -137,7 +135,9 @@ def default_sizes(rows: int) -> list[int]:
     return [*powers[-_MOST_SIZES:], rows]
 
 
-def _checked_sizes(sizes: Sequence[int], rows: int) -> list[int]:
+def _checked_sizes(sizes: Sequence[int] | None, rows: int) -> list[int]:
+    if sizes is None:
+        return default_sizes(rows)
     wrong = [size for size in sizes if isinstance(size, bool) or not isinstance(size, int)]
     if wrong or not sizes or min(sizes) < 1 or max(sizes) > rows:
         raise WindowError(
@@ -147,78 +147,50 @@ def _checked_sizes(sizes: Sequence[int], rows: int) -> list[int]:
     return sorted(set(sizes))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """What the user wants to know.
+def as_bytes(size: str | int) -> int:
+    """A budget in bytes, from a number of them or from text such as "24GiB", "24 GB", "512MiB".
 
-    Attributes:
-        workload: its device is where the tensors are that run.
-        target: the device that is planned for.
-        optimizers: none where none was passed.
-        sizes: ascending.
-        looks_between: whether the largest size that fits is added to these.
-        memory: the budget in bytes, where one was given.
-        dataset_size: samples of an epoch, where it was given.
-        max_seconds: about how long to measure.
+    Raises:
+        WindowError: it is not a size, or not above 0.
     """
-
-    workload: Workload
-    target: torch.device
-    optimizers: Sequence[Optimizer]
-    sizes: Sequence[int]
-    looks_between: bool
-    memory: int | None
-    dataset_size: int | None
-    max_seconds: float
-
-
-def _remarks(request: _Request) -> list[str]:
-    """What makes the numbers other than those of the training to come."""
-    notes: list[str] = []
-    if not request.optimizers:
-        notes.append("No optimizer was passed, so its state is not counted: Adam's is twice the parameters.")
-    if not any(module.training for model in request.workload.models for module in model.modules()):
-        notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
-    return notes
+    found = 0
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        # Without a unit it is more often a slip than a number of bytes.
+        found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
+    elif isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    if found <= 0:
+        raise WindowError(
+            f"memory={size!r} is no size, so nothing can be said to fit into it. Write a number with its unit, "
+            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or pass an int: the number of bytes."
+        )
+    return found
 
 
-def _elsewhere(request: _Request, device: str | torch.device | None) -> tuple[_Request, list[str]]:
-    """The request on the device that it is to be estimated for; where there is none, on the CPU in its place."""
-    target = torch.device(device) if device is not None else request.target
+def _elsewhere(workload: Workload, device: str | torch.device | None) -> tuple[Workload, torch.device, list[str]]:
+    """The device to estimate for, and where the fakes are: there, or on the CPU in its place."""
+    target = torch.device(device) if device is not None else workload.device
     if target.type == "meta":  # where a model is that this machine could not hold: not where it is to be trained
         target = torch.device("cuda")
     if target.type == "cuda" and target.index is None and torch.cuda.is_available():
         target = torch.device("cuda", torch.cuda.current_device())
-    is_here = can_be_faked(target)
-    workload = replace(request.workload, device=target if is_here else torch.device("cpu"))
-    note = f"There is no {target.type} here: kernels of the CPU were assumed" + (
-        ", with CUDA's attention, dropout and optimizer steps." if target.type == "cuda" else "."
-    )
-    return replace(request, workload=workload, target=target), [] if is_here else [note]
+    if can_be_faked(target):
+        return replace(workload, device=target), target, []
+    kernels = ", with CUDA's attention, dropout and optimizer steps" if target.type == "cuda" else ""
+    note = f"There is no {target.type} here: kernels of the CPU were assumed{kernels}."
+    return replace(workload, device=torch.device("cpu")), target, [note]
 
 
-def _estimated(request: _Request, notes: Sequence[str]) -> Plan:
-    found, fixed = _fixed_bytes(request)
-    estimate(request.workload, found, optimizers=request.optimizers, target=request.target, memory=request.memory)
-    return _assembled(request, found, fixed, memory=request.memory, method=ESTIMATE, notes=notes)
-
-
-def _measured(request: _Request, notes: list[str]) -> Plan:
-    workload, optimizers = request.workload, request.optimizers
-    found, fixed = _fixed_bytes(request)
-    memory = request.memory
-    if memory is None:
-        left = available_bytes(workload.device)
-        memory = None if left is None else left + _bytes_in_use(workload, optimizers)
-    measure(
-        workload, found, optimizers=optimizers, memory=memory, max_seconds=request.max_seconds,
-        looks_between=request.looks_between,
-    )  # fmt: skip
+def _measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+    if found.memory is None and (left := available_bytes(workload.device)) is not None:
+        found.memory = left + _bytes_in_use(workload)
+    guess = copy.deepcopy(found)
+    measure(workload, found, max_seconds=max_seconds)
     if len(found.peaks) < 2:  # a size or two do not fit: how much they would take can still be estimated
-        smallest = min(found.failed)
-        guess, _ = _fixed_bytes(request)
+        smallest, guess.memory = min(found.failed), None
         try:
-            estimate(workload, guess, optimizers=optimizers, target=request.target)
+            estimate(workload, guess, target=workload.device)
         except Exception as error:
             raise UnsupportedError(
                 f"Micro-batches of {smallest} ran out of memory on {workload.device}, so there is nothing to plan "
@@ -228,53 +200,50 @@ def _measured(request: _Request, notes: list[str]) -> Plan:
         found.peaks = {**guess.peaks, **found.peaks}
         found.whole = guess.whole
         found.gradient_bytes = found.gradient_bytes or guess.gradient_bytes
-        notes.append(f"Micro-batches of {smallest} ran out of memory; peaks above that are estimated.")
-    return _assembled(request, found, fixed, memory=memory, method=MEASURE, notes=notes)
+        found.notes.append(f"Micro-batches of {smallest} ran out of memory; peaks above that are estimated.")
 
 
-def _fixed_bytes(request: _Request) -> tuple[SizeModel, Breakdown]:
-    """What does not depend on the size: in a model for which no size has been run yet, and by its parts."""
-    workload, optimizers = request.workload, request.optimizers
-    device, target = workload.device, request.target
+def _size_model(
+    workload: Workload, target: torch.device, sizes: Sequence[int], *, memory: int | None, looks_between: bool
+) -> SizeModel:
+    """What does not depend on the size; no size has been run yet."""
+    optimizers, device = workload.optimizers, workload.device
     # Parameters that no model has (a temperature) are the optimizers'.
     of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    parameters = num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers])
-    buffers = num_bytes(buffer for model in workload.models for buffer in model.buffers())
     optimizer = optimizer_memory(
         optimizers, device=device, as_on_cuda=is_cuda_elsewhere(device, target), rounded_to=block_bytes(target)
     )
-    found = SizeModel(
+    return SizeModel(
         rows=workload.rows,
-        sizes=list(request.sizes),
-        resident_bytes=parameters + buffers + optimizer.state,
-        step_bytes=optimizer.step + workload.input_bytes(0, device=target),
+        sizes=list(sizes),
+        looks_between=looks_between,
+        memory=memory,
+        parameters=num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers]),
+        buffers=num_bytes(buffer for model in workload.models for buffer in model.buffers()),
+        optimizer_state=optimizer.state,
+        optimizer_step=optimizer.step,
+        inputs=workload.input_bytes(0, device=target),
         notes=[f"The memory of {name} is not counted: its step could not be run." for name in optimizer.unknown],
     )
-    fixed = Breakdown(
-        parameters=parameters, buffers=buffers, optimizer_state=optimizer.state, optimizer_step=optimizer.step
-    )
-    return found, fixed
 
 
-def _bytes_in_use(workload: Workload, optimizers: Sequence[Optimizer]) -> int:
+def _bytes_in_use(workload: Workload) -> int:
     """What models and optimizers have of the device now, gradients and state included: it is theirs in any budget."""
     tensors = [tensor for model in workload.models for tensor in [*model.parameters(), *model.buffers()]]
-    tensors += [tensor for optimizer in optimizers for tensor in tensors_of(optimizer)]
+    tensors += [tensor for optimizer in workload.optimizers for tensor in tensors_of(optimizer)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return num_bytes(tensor for tensor in tensors if tensor.device == workload.device)
 
 
 def _assembled(
-    request: _Request, found: SizeModel, fixed: Breakdown, *, memory: int | None, method: str, notes: Sequence[str]
+    found: SizeModel, device: torch.device, method: str, notes: Sequence[str], dataset_size: int | None
 ) -> Plan:
-    curve, rows = found.curve(), found.rows
+    curve, rows, memory = found.curve(), found.rows, found.memory
     limit = min(found.failed, default=rows + 1)  # from here on nothing fits, whatever is predicted
     largest = rows if memory is None else curve.largest(memory, rows)
     if largest is not None:
         largest = min(largest, limit - 1) or None
-    sizes = set(found.sizes)
-    if request.looks_between and largest is not None and method == ESTIMATE:
-        sizes.add(largest)
+    sizes = {*found.sizes, *([largest] if found.looks_between and largest and method == ESTIMATE else [])}
     seconds = found.times.seconds()
     table = tuple(
         Row(
@@ -285,23 +254,27 @@ def _assembled(
             seconds=seconds[size] * size if size in seconds else None,
             samples_per_second=1 / seconds[size] if size in seconds else None,
             fits=size < limit and (memory is None or curve.at(size) <= memory),
-            updates_per_epoch=None if request.dataset_size is None else -(-request.dataset_size // rows),
+            updates_per_epoch=None if dataset_size is None else -(-dataset_size // rows),
         )
         for size in sorted(sizes)
     )
     fitting = [row for row in table if row.fits]
     chosen = max(fitting, key=lambda row: (row.samples_per_second or 0.0, row.micro_batch_size), default=None)
     temporaries = round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" and torch.cuda.is_available() else ""
     return Plan(
         method=method,
-        device=_described(request.target),
+        device=f"{device}{name}",
         batch_size=rows,
         memory=memory,
         micro_batch_size=None if chosen is None else chosen.micro_batch_size,
         largest_micro_batch_size=largest,
         rows=table,
-        breakdown=replace(
-            fixed,
+        breakdown=Breakdown(
+            parameters=found.parameters,
+            buffers=found.buffers,
+            optimizer_state=found.optimizer_state,
+            optimizer_step=found.optimizer_step,
             gradients=found.gradient_bytes,
             activations_per_sample=round(curve.bytes_per_sample),
             temporaries=max(0, temporaries),
@@ -309,9 +282,3 @@ def _assembled(
         notes=(*notes, *found.notes),
         _curve=curve,
     )
-
-
-def _described(device: torch.device) -> str:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)

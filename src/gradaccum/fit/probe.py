@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,34 +27,21 @@ _MOST_REPEATS = 20
 _SECONDS_PER_SIZE = 0.3
 
 
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """Runs micro-batches of a workload on whatever its modules hold at the moment.
+    """Runs micro-batches of a workload on whatever its borrowed modules hold at the moment."""
 
-    Args:
-        workload: its modules are borrowed.
-        target: the device that the tensors are taken to be on.
-        found: what is known, to which peaks and times are added.
-        own: from a tensor of the batch's rows to one in memory of its own.
-        meter: is on, and was put up before the first run.
-    """
-
-    def __init__(
-        self, workload: Workload, target: torch.device, found: SizeModel, own: Callable[[Tensor], Tensor], meter: Meter
-    ) -> None:
-        self._workload = workload
-        self._target = target
-        self._found = found
-        self._own = own
-        self._meter = meter
+    workload: Workload
+    target: torch.device  # that the tensors are taken to be on
+    found: SizeModel  # to which peaks and times are added
+    own: Callable[[Tensor], Tensor]  # from a tensor of the batch's rows to one in memory of its own
+    meter: Meter  # is on since before the first run
 
     def warm_up(self) -> list[int]:
-        """The first run, which leaves gradients, and whatever modules and libraries make only once.
-
-        Returns:
-            The sizes at which to accumulate, at least two.
-        """
-        found = self._found
-        sizes, note = first_that_runs(sizes_to_accumulate(found.sizes, found.rows), self._warm_up)
+        """Runs once, for gradients and what is made only once; returns the sizes to accumulate with, at least two."""
+        found = self.found
+        sizes = sizes_to_accumulate(found.sizes, found.rows)
+        sizes, note = first_that_runs(sizes, lambda size: self._prepared(size, is_whole=False)())
         if note:
             found.notes.append(note)
             found.sizes = [size for size in found.sizes if size > 1] or found.sizes
@@ -69,16 +57,16 @@ class Probe:
         """Runs a size; its peak counts inputs, and what there is beyond what was there before `warm_up`."""
         if is_whole:
             self._clear()
-        before = self._meter.current
+        before = self.meter.current
         run = self._prepared(size, is_whole=is_whole)
-        inputs = self._meter.current - before
-        self._meter.reset_peak()
+        inputs = self.meter.current - before
+        self.meter.reset_peak()
         run()
-        peak = self._meter.peak - inputs + self._workload.input_bytes(size, device=self._target)
+        peak = self.meter.peak - inputs + self.workload.input_bytes(size, device=self.target)
         if is_whole:
-            self._found.whole = peak
+            self.found.whole = peak
         else:
-            self._found.peaks[size] = peak
+            self.found.peaks[size] = peak
 
     def take_times(self, size: int, *, is_whole: bool, at_most: float) -> None:
         """Times forward and backward: a few runs, or a single one that takes long."""
@@ -87,22 +75,18 @@ class Probe:
         while not repeats or (repeats < _MOST_REPEATS and total < min(_SECONDS_PER_SIZE, at_most)):
             if is_whole:
                 self._clear()
-            _wait_for(self._workload.device)
+            _wait_for(self.workload.device)
             start = time.perf_counter()
             run()
-            _wait_for(self._workload.device)
+            _wait_for(self.workload.device)
             seconds = time.perf_counter() - start
-            self._found.times.add(size, seconds)
+            self.found.times.add(size, seconds)
             repeats, total = repeats + 1, total + seconds
-
-    def _warm_up(self, size: int) -> None:
-        self._clear()
-        self._prepared(size, is_whole=False)()
 
     def _prepared(self, size: int, *, is_whole: bool) -> Callable[[], None]:
         """What runs one micro-batch, whose inputs are there already."""
-        workload = self._workload
-        micro_batch = some_rows(workload.batch, size, self._own)
+        workload = self.workload
+        micro_batch = some_rows(workload.batch, size, self.own)
         if workload.loss_fn is not None:
             loss_fn = workload.loss_fn
             return lambda: _backward(loss_fn(workload.model, micro_batch), samples=size)
@@ -111,7 +95,7 @@ class Probe:
         assert batch_loss is not None
         if is_whole:
             return lambda: _backward(batch_loss(forward(workload.model, micro_batch), micro_batch), samples=size)
-        batch = some_rows(workload.batch, workload.rows, self._own)
+        batch = some_rows(workload.batch, workload.rows, self.own)
 
         def run_in_two_passes() -> None:
             """The whole batch's loss and the gradient on its outputs, then the micro-batch with its rows of that.
@@ -134,7 +118,7 @@ class Probe:
         return run_in_two_passes
 
     def _parameters(self) -> list[Tensor]:
-        return list({id(p): p for model in self._workload.models for p in model.parameters()}.values())
+        return list({id(p): p for model in self.workload.models for p in model.parameters()}.values())
 
     def _clear(self) -> None:
         for parameter in self._parameters():
@@ -158,12 +142,9 @@ def sizes_to_accumulate(sizes: Sequence[int], rows: int) -> list[int]:
 
 
 def first_that_runs(sizes: Sequence[int], run: Callable[[int], None]) -> tuple[list[int], str | None]:
-    """Runs the smallest size; where that is a single sample and fails, the next one.
+    """Runs the smallest size, or the next one where that is a single sample and fails; returns those left and a note.
 
     Some models cannot train on one sample (BatchNorm of a vector has no variance), which is no reason not to plan.
-
-    Returns:
-        The sizes that are left, still at least two, and a note where one is not.
     """
     try:
         run(sizes[0])

@@ -17,6 +17,7 @@ trains (`size_search`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,17 +25,11 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Bytes at their peak over the micro-batch size.
+    """Bytes at their peak over the micro-batch size. A point is a size with its bytes."""
 
-    Attributes:
-        points: at least one size with its bytes, while a batch is accumulated: gradients of other micro-batches wait.
-        whole: the batch's size, and the bytes at which it runs in one piece; None where unknown.
-        floor: bytes that an update takes at any size.
-    """
-
-    points: tuple[tuple[int, int], ...]
-    whole: tuple[int, int] | None = None
-    floor: int = 0
+    points: tuple[tuple[int, int], ...]  # one at least, while gradients of other micro-batches wait
+    whole: tuple[int, int] | None = None  # the batch's size, and what it takes in one piece
+    floor: int = 0  # bytes that an update takes at any size
 
     @staticmethod
     def through(peaks: Mapping[int, int], *, whole: tuple[int, int] | None = None, floor: int = 0) -> Curve:
@@ -69,15 +64,8 @@ class Curve:
     def largest(self, memory: int, rows: int) -> int | None:
         """The largest size up to ``rows`` that takes at most so much memory; None where no size does."""
         if self.at(rows) <= memory:
-            return rows
-        low, high = 0, rows  # low fits, or is 0; high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.at(middle) <= memory:
-                low = middle
-            else:
-                high = middle
-        return low or None
+            return rows  # in one piece it may take less than a smaller size does
+        return bisect_right(range(1, rows), memory, key=self.at) or None
 
     def _accumulating(self, size: int) -> float:
         last = self.points[-1]
@@ -95,16 +83,12 @@ def _slope(left: tuple[int, int], right: tuple[int, int]) -> float:
 
 @dataclass(slots=True)
 class Times:
-    """Seconds that a row takes in micro-batches of each size that was timed.
-
-    Attributes:
-        of_size: by size, all of its times for one row.
-    """
+    """All times for one row, in seconds, by the size of the micro-batch."""
 
     of_size: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, size: int, seconds: float) -> None:
-        """A micro-batch of ``size`` rows took so many seconds."""
+        """Adds the seconds of a micro-batch of ``size`` rows."""
         self.of_size.setdefault(size, []).append(seconds / size)
 
     def seconds(self) -> dict[int, float]:
@@ -127,33 +111,29 @@ def _median(times: Sequence[float]) -> float:
 
 @dataclass(slots=True, kw_only=True)
 class SizeModel:
-    """What is known of the sizes of one batch's micro-batches.
-
-    Attributes:
-        rows: of the batch.
-        sizes: what the user is told about.
-        resident_bytes: of parameters, buffers and optimizer state.
-        step_bytes: what the optimizer's step takes besides gradients and what is resident.
-        gradient_bytes: what waits between micro-batches.
-        peaks: by size, while gradients of other micro-batches wait: bytes beyond what is resident.
-        whole: the same of the batch in one piece; None where it was not run.
-        ran: sizes that were run with real data.
-        failed: sizes that ran out of memory.
-        times: of sizes that were timed.
-        notes: what the user should know of how this came about.
-    """
+    """What is known of the micro-batches of a batch of ``rows`` samples, in bytes and seconds."""
 
     rows: int
-    sizes: list[int]
-    resident_bytes: int = 0
-    step_bytes: int = 0
-    gradient_bytes: int = 0
-    peaks: dict[int, int] = field(default_factory=dict)
-    whole: int | None = None
-    ran: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
+    sizes: list[int]  # that the user is told about
+    looks_between: bool = False  # whether the largest size that fits is added to these
+    memory: int | None = None  # the budget in bytes; None where there is no limit but the device's own
+    parameters: int = 0
+    buffers: int = 0
+    optimizer_state: int = 0
+    optimizer_step: int = 0  # what a step takes besides gradients and what is resident
+    inputs: int = 0  # what the batch takes while no micro-batch runs
+    gradient_bytes: int = 0  # what waits between micro-batches
+    peaks: dict[int, int] = field(default_factory=dict)  # by size, while gradients wait: beyond what is resident
+    whole: int | None = None  # the same of the batch in one piece, if it was run
+    ran: set[int] = field(default_factory=set)  # sizes that were run with real data
+    failed: set[int] = field(default_factory=set)  # sizes that ran out of memory
     times: Times = field(default_factory=Times)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the user should know of how this came about
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is there all the time besides gradients."""
+        return self.parameters + self.buffers + self.optimizer_state
 
     def curve(self) -> Curve:
         """Peak over size, with what is resident.
@@ -161,7 +141,7 @@ class SizeModel:
         Where the batch's own size was run in one piece only, gradients that wait are added for the sizes right below:
         never too little, and too much by what was already added to them at the peak.
         """
-        floor = self.resident_bytes + self.gradient_bytes + self.step_bytes
+        floor = self.resident_bytes + self.gradient_bytes + self.optimizer_step + self.inputs
         points = {size: peak + self.resident_bytes for size, peak in self.peaks.items()}
         if self.whole is None:
             return Curve.through(points, floor=floor)
@@ -169,3 +149,13 @@ class SizeModel:
         if points and max(points) < self.rows:
             points[self.rows] = max(Curve.through(points).at(self.rows), whole + self.gradient_bytes)
         return Curve.through(points, whole=(self.rows, whole), floor=floor)
+
+
+def in_words(num_bytes: float) -> str:
+    """Bytes with three digits and a binary unit."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.3g} TiB" if size < 999.5 else f"{size:,.0f} TiB"

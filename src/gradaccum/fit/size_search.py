@@ -49,19 +49,11 @@ _PATIENCE = 8  # updates after which a search ends with what it knows, where no 
 
 @dataclass(slots=True)
 class SizeSearch:
-    """Decides the sizes of the micro-batches of one batch after another.
+    """Decides the sizes of the micro-batches of one batch after another, from its rows and the elements of each."""
 
-    A batch is described by how many rows it has, and how many elements each of them has.
-
-    Attributes:
-        times: of the sizes that were run at the length searched at.
-        fastest: the size settled on, in elements; None while searching.
-        caps: by length of the samples (a class of similar ones, see `_length`), the largest size in elements.
-    """
-
-    times: Times = field(default_factory=Times)
-    fastest: int | None = None
-    caps: dict[int, int] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)  # of the sizes that were run at the length searched at
+    fastest: int | None = None  # the size settled on, in elements; None while searching
+    caps: dict[int, int] = field(default_factory=dict)  # by the samples' `_length`: the largest size, in elements
     _is_by_time: bool = True
     _on_trial: int | None = None
     _wait: int = _FIRST_WAIT

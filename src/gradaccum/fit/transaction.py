@@ -17,11 +17,13 @@ occupied meanwhile (`_state_reserved`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +31,9 @@ from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import DoesNotFitError
+from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
-from gradaccum.fit.units import in_words
-from gradaccum.memory.live_bytes import num_bytes
+from gradaccum.memory.live_bytes import num_bytes, tensors_in
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split
@@ -49,76 +51,61 @@ def num_rows(piece: Rows) -> int:
     return piece.stop - piece.start if isinstance(piece, slice) else len(piece)
 
 
+@dataclass(eq=False)
 class Fitting:
-    """Runs one batch after another in micro-batches of the fastest size that fits.
+    """Runs one batch after another in micro-batches of the fastest size that fits; of the largest without ``by_time``.
 
-    Args:
-        split: how batches are cut. Only for cutting by samples are sizes compared by time; others have a budget that
-            the user has chosen, which is kept unless memory runs out.
-        accumulation: whose models' buffers are put back, and on whose device memory is freed.
-        by_time: whether the fastest size is searched; otherwise the largest one that fits is taken.
-        advice: what can help besides where one sample alone does not fit.
-        agree: from whether this process ran out of memory to whether any has, where there are several.
+    Sizes are compared by time only where batches are cut by samples: another split has a budget that the user has
+    chosen, which is kept unless memory runs out. ``advice`` is what else can help where a single sample does not fit.
+    Where there are several processes, ``agree`` tells from whether this one ran out of memory whether any has.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        accumulation: Accumulation,
-        *,
-        by_time: bool = True,
-        advice: str = "",
-        agree: Callable[[bool], bool] = bool,
-    ) -> None:
-        self._split = split
-        self._accumulation = accumulation
-        self._by_time = by_time
-        self._advice = advice
-        self._agree = agree
-        self._cuts_by_samples = type(split) is type(split_by_samples())
-        self._search: SizeSearch | None = None
-        self._has_told = False
+    split: Split
+    accumulation: Accumulation
+    by_time: bool = True
+    advice: str = ""
+    agree: Callable[[bool], bool] = bool
+    _has_told: bool = False
+
+    @property
+    def _cuts_by_samples(self) -> bool:
+        return type(self.split) is type(split_by_samples())
 
     @property
     def is_settled(self) -> bool:
         """Whether the size has been found."""
-        return self._search is not None and not self._search.wants_times
+        return not self._search.wants_times
 
     def run(self, batch: Any, run_pieces: RunPieces) -> None:
-        """Runs a batch whole, in as many attempts as it takes.
-
-        Args:
-            batch: the whole batch.
-            run_pieces: adds the gradients of these pieces to a new window, and leaves none open if it raises.
+        """Runs a batch whole, in as many attempts as it takes; ``run_pieces`` leaves no window open if it raises.
 
         Raises:
             DoesNotFitError: one sample alone ran out of memory.
         """
         random_seed = RandomSeed()
         try:
-            with _state_reserved(self._accumulation.optimizers, self._accumulation.device()):
+            with _state_reserved(self.accumulation.optimizers, self.accumulation.device()):
                 sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
         except BaseException:
-            self._accumulation.discard()
+            self.accumulation.discard()
             random_seed.undo()
             raise
         random_seed.end()
         self._tell(sizes)
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
-        search = self._started_search()
-        largest, elements = self._described(batch)
-        buffers = Buffers.of(self._accumulation.models)
+        largest, elements = self._largest_and_elements(batch)
+        buffers = Buffers.of(self.accumulation.models)
         while True:
             random_seed.begin()
             pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
-            if not self._agree(failure is not None):
+            if not self.agree(failure is not None):
                 if sizes:
-                    search.updated(sizes, elements)
+                    self._search.updated(sizes, elements)
                 return sizes
             if failure is None:  # another process did: it takes smaller pieces, this one the same again
-                self._accumulation.discard()
+                self.accumulation.discard()
                 buffers.restore()
                 continue
             message = str(failure)
@@ -126,38 +113,37 @@ class Fitting:
             failed_rows = num_rows(pieces[failed_at])
             size = failed_rows if self._cuts_by_samples else max(sizes)
             failure = None
-            self._accumulation.discard()
-            free_memory(self._accumulation.device())
+            self.accumulation.discard()
+            free_memory(self.accumulation.device())
             buffers.restore()
-            if not search.failed(size, elements) or failed_rows == 1:
+            if not self._search.failed(size, elements) or failed_rows == 1:
                 raise DoesNotFitError(self._diagnosis(batch, message))
             logger.warning(
                 "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
                 "gradient (%s)",
-                self._in_words(size),
+                f"{size} samples" if self._cuts_by_samples else f"at most {size} in cost",
                 message.splitlines()[0] if message else "no message",
             )
 
     def state_dict(self) -> dict[str, Any]:
         """The sizes found so far."""
-        return self._started_search().state_dict()
+        return self._search.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the sizes another run has found."""
-        self._started_search().load_state_dict(state)
+        self._search.load_state_dict(state)
 
-    def _started_search(self) -> SizeSearch:
-        if self._search is None:
-            coupled = self._accumulation.plan_line.coupled_layers()
-            by_time = self._by_time and self._cuts_by_samples and not coupled
-            self._search = SizeSearch() if by_time else SizeSearch.of_memory_only()
-        return self._search
+    @functools.cached_property
+    def _search(self) -> SizeSearch:  # begun at the first batch: whether a BatchNorm is in training mode may change
+        coupled = self.accumulation.plan_line.coupled_layers()
+        by_time = self.by_time and self._cuts_by_samples and not coupled
+        return SizeSearch() if by_time else SizeSearch.of_memory_only()
 
-    def _described(self, batch: Any) -> tuple[int, int]:
+    def _largest_and_elements(self, batch: Any) -> tuple[int, int]:
         """How large a piece can be, and how many elements each of its rows has."""
         if not tree.rows(batch):  # an empty share of a batch that other processes have
             return 0, 1
-        largest = self._split.largest(batch)
+        largest = self.split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
         rows = rows_to_split(batch)
@@ -167,11 +153,10 @@ class Fitting:
         """The pieces, and their sizes in the unit of the split."""
         if not largest:
             return [], []
-        search = self._started_search()
         if not self._cuts_by_samples:
-            size = search.size(largest, elements)
-            return self._split.plan(batch, size), [size]
-        sizes = search.sizes(largest, elements)
+            size = self._search.size(largest, elements)
+            return self.split.plan(batch, size), [size]
+        sizes = self._search.sizes(largest, elements)
         starts = list(itertools.accumulate(sizes, initial=0))
         return [slice(start, stop) for start, stop in itertools.pairwise(starts)], sizes
 
@@ -179,10 +164,8 @@ class Fitting:
         self, pieces: Sequence[Rows], run_pieces: RunPieces, elements: int
     ) -> tuple[int, BaseException | None]:
         """Runs the pieces; how many have run, and the error where memory ran out."""
-        search = self._started_search()
-        device = self._accumulation.device()
-        done_before = 0
-        since = time.perf_counter()
+        search, device = self._search, self.accumulation.device()
+        done_before, since = 0, time.perf_counter()
 
         def ran(done: int) -> None:
             nonlocal done_before, since
@@ -203,33 +186,26 @@ class Fitting:
         return done_before, None
 
     def _tell(self, sizes: Sequence[int]) -> None:
-        search = self._started_search()
-        seconds = search.times.seconds()
+        search, seconds = self._search, self._search.times.seconds()
         if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not seconds:
             return
         self._has_told = True
         rates = ", ".join(f"{size}: {1 / seconds[size]:.3g}" for size in sorted(seconds) if seconds[size])
-        logger.info(
-            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d",
-            *(search.best_size(), rates, search.best_size()),
+        text = (
+            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d"
         )
-
-    def _in_words(self, size: int) -> str:
-        return f"{size} samples" if self._cuts_by_samples else f"at most {size} in cost"
+        logger.info(text, search.best_size(), rates, search.best_size())
 
     def _diagnosis(self, batch: Any, message: str) -> str:
-        parameters = [parameter for model in self._accumulation.models for parameter in model.parameters()]
-        states = [state for optimizer in self._accumulation.optimizers for state in optimizer.state.values()]
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
+        parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]
         gradients = [parameter for parameter in parameters if parameter.requires_grad]  # of the same size, when there
-        held = (
-            f"parameters {in_words(num_bytes(parameters))}, gradients {in_words(num_bytes(gradients))}, "
-            f"optimizer state {in_words(num_bytes(tree.tensors(states)))}"
-        )
+        states = tensors_in([dict(optimizer.state) for optimizer in self.accumulation.optimizers])
+        held, trained, state = (in_words(num_bytes(tensors)) for tensors in (parameters, gradients, states))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
         return (
             "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
-            f"of shape {shapes}; {held}; the rest are activations and temporaries. {self._advice}"
-            f"{' Otherwise' if self._advice else 'What can help'}: gradient "
+            f"of shape {shapes}; parameters {held}, gradients {trained}, optimizer state {state}; the rest are "
+            f"activations and temporaries. {self.advice}{' Otherwise' if self.advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"
@@ -238,10 +214,7 @@ class Fitting:
 
 @contextmanager
 def _state_reserved(optimizers: Sequence[Optimizer], device: torch.device) -> Iterator[None]:
-    """Context manager that occupies the bytes of the optimizers' states to come.
-
-    It does nothing where all have their states, or on a CPU whose memory ends in no error.
-    """
+    """Context manager that occupies the bytes of optimizer states to come, where running out of memory is an error."""
     new = [optimizer for optimizer in optimizers if not optimizer.state]
     held = _occupied(new, device) if new and _ends_in_an_error(device) else None
     try:

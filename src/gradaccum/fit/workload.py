@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, ParameterError, WindowError
@@ -17,37 +18,23 @@ from gradaccum.window.parameters import as_sequence, refuse_data_parallel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Forward and backward of a batch.
-
-    Attributes:
-        models: all modules.
-        model: what the user's functions are called with: a module, or a sequence of them.
-        loss_fn: ``loss_fn(model, micro_batch)``; None where there is a ``batch_loss``.
-        forward: ``forward(model, micro_batch)``, for a loss over the whole batch's outputs.
-        batch_loss: ``batch_loss(outputs, batch)``.
-        batch: at least one row, where the user keeps it.
-        rows: of the batch.
-        device: where the models are.
-    """
+    """Forward and backward of a batch: by ``loss_fn``, or by ``forward`` and a ``batch_loss`` over all outputs."""
 
     models: Sequence[nn.Module]
-    model: Any
+    model: Any  # what the user's functions are called with: a module, or a sequence of them
     loss_fn: Callable[[Any, Any], Any] | None
     forward: Callable[[Any, Any], Any] | None
     batch_loss: Callable[[Any, Any], Any] | None
-    batch: Any
-    rows: int
-    device: torch.device
+    batch: Any  # where the user keeps it
+    rows: int  # of the batch; one at least
+    device: torch.device  # where the models are
+    optimizers: Sequence[Optimizer] = ()
 
     @staticmethod
-    def checked(model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any) -> Workload:
-        """The workload of what a user has passed.
-
-        Raises:
-            WindowError: functions are missing, or there are too many.
-            ParameterError: there is nothing to train, or its shape is unknown.
-            BatchError: rows disagree, or there are none.
-        """
+    def checked(
+        model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any, optimizer: Any = None
+    ) -> Workload:
+        """The workload of what a user has passed; an error where it cannot be run."""
         _check_functions(loss_fn, forward, batch_loss)
         models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
         refuse_data_parallel(models)
@@ -57,9 +44,16 @@ class Workload:
                 "The batch has 0 rows, and nothing can be run with it. Pass a batch as it is trained with."
             )
         return Workload(
-            models=models, model=model, loss_fn=loss_fn, forward=forward, batch_loss=batch_loss, batch=batch, rows=rows,
+            models=models,
+            model=model,
+            loss_fn=loss_fn,
+            forward=forward,
+            batch_loss=batch_loss,
+            batch=batch,
+            rows=rows,
             device=_device_of(models),
-        )  # fmt: skip
+            optimizers=[] if optimizer is None else as_sequence(optimizer, Optimizer, name="optimizer"),
+        )
 
     def input_bytes(self, size: int, *, device: torch.device) -> int:
         """What a device holds of the batch itself while a micro-batch of ``size`` rows runs.

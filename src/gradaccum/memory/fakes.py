@@ -87,10 +87,7 @@ class WithWorkspaces(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation, and makes its workspace anew."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.mkldnn_rnn_layer.default:
             *rest, workspace = result
@@ -134,13 +131,10 @@ def _cudnn_bytes(output: Tensor, *args: Any) -> int:
 class AsOnCuda(TorchFunctionMode):
     """Has functions of CPU tensors keep what those of CUDA would."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Calls the stand-in of the function, where there is one and it can take the arguments."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         stand_in = _STAND_INS.get(func)
         result = None if stand_in is None else stand_in(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is None else result
+        return func(*args, **(kwargs or {})) if result is None else result  # where it cannot take the arguments
 
 
 def step_as_on_cuda(optimizer: Optimizer) -> None:
@@ -173,9 +167,8 @@ def _attention(
         return None
     half = query.dtype in HALF_DTYPES
     if half and attn_mask is None and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
-            0
-        ]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -184,9 +177,8 @@ def _attention(
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
         bias = bias.expand(*query.shape[:3], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, dropout_p, is_causal, scale=scale
-    )[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 
 _STAND_INS: dict[Any, Callable[..., Tensor | None]] = {

@@ -83,17 +83,7 @@ class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of storages which operations allocate while it is on.
 
     It follows the backward into the engine's threads. Storages that die after it is off are no longer counted off.
-
-    Args:
-        rounded_to: what a size is rounded up to, as an allocator would: 512 on CUDA.
-
-    Example:
-        >>> with LiveBytes() as memory:
-        ...     x = torch.ones(10, requires_grad=True)
-        ...     y = x.exp()                     # saved for backward
-        ...     loss = y.sum()
-        >>> memory.current
-        84
+    Every size is rounded up to a multiple of ``rounded_to``, as an allocator would: 512 on CUDA.
     """
 
     supports_higher_order_operators = True
@@ -138,12 +128,9 @@ class LiveBytes(TorchDispatchMode):
         for allocation in list(self._allocations.values()):
             self._stop_watching(allocation)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation and looks at what it has allocated."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {id(storage): (storage, storage.nbytes()) for storage in _storages((args, kwargs))}
+        given = {id(storage): (storage, storage.nbytes()) for storage in storages_in((args, kwargs))}
         result = func(*args, **kwargs)
         # Those that have not been seen before as well, so that a resize of theirs is noticed.
         seen = [
@@ -153,7 +140,7 @@ class LiveBytes(TorchDispatchMode):
         ]
         if func is torch.ops.aten.lift_fresh.default:
             given, seen = {}, []  # the new tensor of torch.tensor([...]), which no operation has returned before
-        seen += [(storage, 0) for storage in _storages(result) if id(storage) not in given]
+        seen += [(storage, 0) for storage in storages_in(result) if id(storage) not in given]
         if seen:
             self._count(seen)
         return result
@@ -223,36 +210,15 @@ def measured_peak(device: torch.device) -> Meter:
 
     CUDA counts by its allocator, whose peak statistics are reset; every other device op by op, which sees the tensors
     of all devices.
-
-    Example:
-        >>> with measured_peak(torch.device("cpu")) as memory:
-        ...     x = torch.zeros(1000)
-        ...     y = x + x
-        ...     del y
-        >>> memory.peak
-        8000
     """
     return AllocatorBytes(device) if device.type == "cuda" else LiveBytes()
 
 
+@dataclass(slots=True)
 class GraphBytes:
-    """A count of what autograd has saved for backward.
+    """The bytes of the storages that autograd has saved for backward so far, each counted once."""
 
-    Attributes:
-        count: bytes of the storages saved so far, each counted once.
-    """
-
-    def __init__(self, not_counted: Iterable[Tensor]) -> None:
-        self.count = 0
-        self._seen = {id(storage) for tensor in not_counted for storage in storages_of(tensor)}
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """Counts a tensor that is saved, and returns it."""
-        for storage in storages_of(tensor):
-            if id(storage) not in self._seen:  # all of them are alive, so no id is used twice
-                self._seen.add(id(storage))
-                self.count += storage.nbytes()
-        return tensor
+    count: int = 0
 
 
 @contextmanager
@@ -260,34 +226,43 @@ def graph_bytes(not_counted: Iterable[Tensor]) -> Iterator[GraphBytes]:
     """Context manager that counts what forwards save for their backward.
 
     The same on every device, and it costs about a microsecond a saved tensor. What checkpoints save is counted, what
-    they will recompute is not.
-
-    Args:
-        not_counted: parameters, buffers and inputs, whose memory is in use in any case.
-
-    Example:
-        >>> from gradaccum.memory.live_bytes import graph_bytes
-        >>> layer, x = nn.Linear(5, 7), torch.randn(3, 5)
-        >>> with graph_bytes([*layer.parameters(), x]) as saved:
-        ...     y = layer(x).sigmoid()
-        >>> saved.count  # the sigmoid keeps its output, 3 x 7 numbers; the layer its input
-        84
+    they will recompute is not, nor are parameters, buffers and inputs, whose memory is in use in any case.
     """
-    counted = GraphBytes(not_counted)
-    with torch.autograd.graph.saved_tensors_hooks(counted.add, lambda tensor: tensor):
-        yield counted
+    saved = GraphBytes()
+    seen = {id(storage) for storage in storages_in(list(not_counted))}
+
+    def pack(tensor: Tensor) -> Tensor:
+        for storage in storages_of(tensor):
+            if id(storage) not in seen:  # all of them are alive, so no id is used twice
+                seen.add(id(storage))
+                saved.count += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory of tensors; what they share counts once."""
-    storages = {id(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+    storages = {id(storage): storage for storage in storages_in(list(tensors))}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and dicts; not their keys."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def storages_in(values: Any) -> Iterator[UntypedStorage]:
+    """The storages of every tensor in nested lists, tuples and dicts."""
+    for tensor in tensors_in(values):
+        yield from storages_of(tensor)
 
 
 def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     """The memory of a tensor: one storage, several for sparse tensors and wrappers, none for opaque ones."""
     if is_traceable_wrapper_subclass(tensor):
-        yield from _storages([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+        yield from storages_in([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
     else:
@@ -302,10 +277,3 @@ _SPARSE_PARTS = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-
-
-def _storages(values: Any) -> Iterator[UntypedStorage]:
-    """The storages of all tensors among the arguments or results of an operation."""
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor):
-            yield from storages_of(value)

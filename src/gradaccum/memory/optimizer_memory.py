@@ -17,25 +17,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of, step_as_on_cuda
-from gradaccum.memory.live_bytes import LiveBytes, num_bytes
+from gradaccum.memory.live_bytes import LiveBytes, num_bytes, tensors_in
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerMemory:
-    """Bytes of all optimizers together.
+    """Bytes of all optimizers together."""
 
-    Attributes:
-        state: what stays between updates.
-        step: what a step needs besides, at most.
-        unknown: class names of optimizers whose step could not be run; they are counted as they are now.
-    """
-
-    state: int = 0
-    step: int = 0
-    unknown: tuple[str, ...] = ()
+    state: int = 0  # what stays between updates
+    step: int = 0  # what a step needs besides, at most
+    unknown: tuple[str, ...] = ()  # classes whose step could not be run; they are counted as they are now
 
 
 def optimizer_memory(
@@ -47,18 +40,15 @@ def optimizer_memory(
 ) -> OptimizerMemory:
     """Counts state and temporaries of one step of each optimizer, which all parameters take part in.
 
-    Args:
-        optimizers: not touched, nor is their parameters' memory.
-        device: where parameters are taken to be; each where it is by default. Some optimizers run another kernel there.
-        as_on_cuda: whether the device stands in for a CUDA device.
-        rounded_to: see `LiveBytes`.
+    Neither the optimizers nor their parameters' memory is touched. Some run another kernel on another ``device``; with
+    ``as_on_cuda`` it stands in for a CUDA device. Sizes are rounded as by `LiveBytes`.
     """
     state, step, unknown = 0, 0, list[str]()
     for optimizer in optimizers:
         try:
             state_of_one, step_of_one = _after_a_step(optimizer, device, as_on_cuda, rounded_to)
         except Exception:  # noqa: BLE001  # a step that needs numbers, a closure, or a kernel that knows no fakes
-            state_of_one, step_of_one = num_bytes(_tensors(optimizer.state)), 0
+            state_of_one, step_of_one = num_bytes(tensors_in(optimizer.state)), 0
             unknown.append(type(optimizer).__name__)
         state += state_of_one
         step = max(step, step_of_one)
@@ -67,7 +57,7 @@ def optimizer_memory(
 
 def tensors_of(optimizer: Optimizer) -> list[Tensor]:
     """Its parameters and its state as it is now."""
-    return _tensors([optimizer.param_groups, optimizer.state])
+    return tensors_in([optimizer.param_groups, optimizer.state])
 
 
 def _after_a_step(
@@ -82,7 +72,7 @@ def _after_a_step(
             step_as_on_cuda(clone)
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        before = num_bytes(_tensors(clone.state))
+        before = num_bytes(tensors_in(clone.state))
         with torch.enable_grad(), _MadeUpNumbers(), LiveBytes(rounded_to=rounded_to) as live:
             clone.step()
     return before + live.current, live.peak - live.current
@@ -91,9 +81,7 @@ def _after_a_step(
 class _MadeUpNumbers(TorchDispatchMode):
     """Has a number for every fake tensor that is asked for it: what an optimizer allocates seldom depends on it."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return func(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -124,8 +112,3 @@ def _copied(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
         if name not in vars(clone) and name != "step":
             setattr(clone, name, copy.deepcopy(value, memo))
     return clone
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists and dicts; not their keys."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,14 +1,12 @@
 """Tables in a terminal, pages and pictures in files. Besides `gradaccum.cli`, only this folder prints or draws.
 
-It knows how to show a table or a curve, and nothing about what is in it: whoever has results turns them into a `Table`,
-a `Page` or a `Panel` of plain words and numbers.
+It knows how to show a table or a curve, and nothing about what is in it: whoever has results turns them into a `Table`
+or a `Panel` of plain words and numbers.
 
 | file | idea |
 | --- | --- |
 | `terminal.py` | tables and paragraphs in at most 80 columns |
-| `page.py`, `page.html.jinja` | one result: printed, and written as an HTML page that needs nothing else |
-| `plots.py` | curves in a picture, and what all pictures share |
-| `bars.py` | ratios in a picture |
+| `plots.py` | curves and points in a picture |
 """
 
 from __future__ import annotations
@@ -21,14 +19,9 @@ from gradaccum.errors import MissingExtraError
 
 @contextmanager
 def extra_needed(extra: str, purpose: str) -> Iterator[None]:
-    """Context manager that turns a failed import into an error that says what to install.
+    """Context manager that turns a failed import into a `MissingExtraError` that says which extra to install.
 
-    Args:
-        extra: name of the extra, as in ``pip install 'gradaccum[extra]'``.
-        purpose: what cannot be done without it, as the subject of a sentence.
-
-    Raises:
-        MissingExtraError: a module other than our own was not found.
+    ``purpose`` is what cannot be done without it, as the subject of a sentence.
 
     Example:
         >>> with extra_needed("plot", "A picture"):

@@ -21,15 +21,20 @@ BLUE, ORANGE, GREY = "#0b57d0", "#e8590c", "#8b949e"  # told apart by the colour
 SUFFIXES = (".png", ".svg", ".pdf")  # how the name of a picture may end
 _INCHES_PER_PANEL = (4.2, 2.9)
 _DOTS_PER_INCH = 160
+_MOST_TICKS = 8
 _LIMITS = (1e-17, 1.0)  # of a logarithmic axis: from below float64's rounding to all wrong, the same in every panel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Style:
     color: str
-    width: float
     layer: int
+    width: float = 0.0
     dashes: tuple[float, ...] = ()
+    marker: str = ""
+    marker_size: float = 6.0
+    is_hollow: bool = False
+    alpha: float = 1.0
 
 
 class Mark(enum.Enum):
@@ -39,15 +44,22 @@ class Mark(enum.Enum):
     BAD = _Style(color=ORANGE, width=3.6, layer=3)
     GOOD = _Style(color=BLUE, width=1.5, layer=4)
     BEST = _Style(color=BLUE, width=1.8, layer=4, dashes=(1, 1.2))
+    TREND = _Style(color=PALE, width=3.0, layer=1)
+    GOOD_POINT = _Style(color=BLUE, layer=5, marker="o")
+    BAD_POINT = _Style(color=ORANGE, layer=5, marker="o")
+    GOOD_GUESS = _Style(color=BLUE, layer=5, marker="o", is_hollow=True)
+    BAD_GUESS = _Style(color=ORANGE, layer=5, marker="o", is_hollow=True)
+    CHOSEN_POINT = _Style(color=BLUE, layer=4, marker="o", marker_size=12.0, alpha=0.3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve: a value for each of 1, 2, ...; series of the same label share an entry in the legend."""
+    """One curve, or points; series of the same label share an entry in the legend, and those without have none."""
 
-    label: str
     mark: Mark
     values: tuple[float, ...]
+    at: tuple[float, ...] = ()  # 1, 2, ... where it is left out
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +71,12 @@ class Panel:
     x_label: str = ""
     y_label: str = ""
     is_logarithmic: bool = False
+    sizes: tuple[int, ...] = ()  # the ticks of a logarithmic x axis, above a y axis that begins at 0
+    limit: tuple[float, str] | None = None  # a horizontal line, with its label
 
 
-def draw(grid: Sequence[Sequence[Panel]], path: Path) -> None:
-    """Draws rows of panels into a file.
+def draw(grid: Sequence[Sequence[Panel]], path: Path, *, title: str = "") -> None:
+    """Draws rows of panels into a file of the kind its name ends in.
 
     Panels in a row that share their unit show its name once; one legend serves all.
 
@@ -82,9 +96,11 @@ def draw(grid: Sequence[Sequence[Panel]], path: Path) -> None:
             for axes in all_axes.flat
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(
-            entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), frameon=False, fontsize=11
-        )
+        place = "outside lower center" if title else "outside upper center"
+        columns = max(1, len(entries))
+        figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns, frameon=False, fontsize=11)
+        if title:
+            figure.suptitle(title, fontsize=11, color=INK)
 
 
 def _draw_panel(axes: Axes, panel: Panel, *, with_y_label: bool) -> None:
@@ -92,7 +108,7 @@ def _draw_panel(axes: Axes, panel: Panel, *, with_y_label: bool) -> None:
         values = [max(value, _LIMITS[0]) for value in series.values] if panel.is_logarithmic else series.values
         style = series.mark.value
         axes.plot(
-            range(1, len(values) + 1),
+            series.at or range(1, len(values) + 1),
             values,
             label=series.label,
             color=style.color,
@@ -100,7 +116,22 @@ def _draw_panel(axes: Axes, panel: Panel, *, with_y_label: bool) -> None:
             linestyle=(0, style.dashes) if style.dashes else "solid",
             solid_capstyle="round",
             zorder=style.layer,
+            marker=style.marker,
+            markersize=style.marker_size,
+            markerfacecolor="white" if style.is_hollow else style.color,
+            alpha=style.alpha,
         )
+    if panel.limit is not None:
+        value, label = panel.limit
+        axes.axhline(value, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        at_left = axes.get_yaxis_transform()  # x in parts of the axes, y in data
+        axes.text(0.02, value, label, transform=at_left, fontsize=8.5, color=ORANGE, verticalalignment="bottom")
+    if panel.sizes:
+        axes.set_ylim(bottom=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(panel.sizes if len(panel.sizes) <= _MOST_TICKS else panel.sizes[len(panel.sizes) % 2 :: 2])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
     if panel.is_logarithmic:
         axes.set_yscale("log")
         axes.set_ylim(*_LIMITS)

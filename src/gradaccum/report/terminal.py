@@ -49,18 +49,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What is shown under one heading.
-
-    Attributes:
-        title: the heading.
-        text: what is being compared, in a sentence or two.
-        columns: the heads of the cells' columns; the labels' column has none.
-        rows: each with as many cells as there are columns.
-    """
+    """What is shown under one heading. Each row has as many cells as there are columns."""
 
     title: str
-    text: str
-    columns: tuple[str, ...]
+    text: str  # what is being compared, in a sentence or two
+    columns: tuple[str, ...]  # heads of the cells' columns; the labels' column has none
     rows: tuple[Row, ...]
 
 
