@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -43,72 +42,6 @@ def make(**options: Any) -> ga.Accumulator:
 def backward(accumulator: ga.Accumulator, over: float = 1) -> ga.Update | None:
     (model,) = accumulator._accumulation.models
     return accumulator.backward(ga.Loss.mean(model(torch.ones(1, 1)).mean(), over=over))
-
-
-def test_nothing_is_asked_before_the_loop_begins() -> None:
-    stream = Asked("abc")
-    accumulator = make()
-    one_pass = accumulator.over(stream)
-    assert stream.log == []
-    assert next(iter(one_pass)) == "a"
-    assert stream.log == ["begun", "a", "b"]
-    backward(accumulator)
-    assert next(one_pass) == "b"
-    assert stream.log == ["begun", "a", "b", "c"]
-    backward(accumulator)
-
-
-def test_a_stream_without_an_end() -> None:
-    accumulator = make()
-    seen = []
-    for i in accumulator.over(itertools.count()):
-        seen.append(i)
-        update = backward(accumulator)
-        if update and update.index == 3:
-            break
-    assert seen == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_stream_is_let_go_of_at_the_end_of_a_pass() -> None:
-    stream = Asked("abcd")
-    accumulator = make()
-    for _ in accumulator.over(stream):
-        if backward(accumulator):
-            break
-    assert stream.is_closed
-    assert stream.log == ["begun", "a", "b", "c"]
-
-
-@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
-def test_an_error_comes_in_the_place_of_the_item_that_failed(fails_at: int) -> None:
-    stream = Asked("abcd", fails_at=fails_at)
-    accumulator = make(micro_batches=4)
-    seen: list[str] = []
-
-    def train() -> None:
-        for item in accumulator.over(stream):
-            seen.append(item)
-            backward(accumulator)
-
-    with pytest.raises(OSError, match="disk gone"):
-        train()
-    assert "".join(seen) == "abcd"[:fails_at]
-    assert accumulator.updates == 0
-    assert list(accumulator.over([])) == []
-
-
-def test_a_pass_that_is_over_stays_over() -> None:
-    accumulator = make()
-    one_pass = accumulator.over("ab")
-    for _ in one_pass:
-        backward(accumulator)
-    assert next(one_pass, "over") == "over"
-
-
-def test_an_empty_stream() -> None:
-    accumulator = make()
-    assert list(accumulator.over([])) == []
-    assert list(accumulator.over(iter([]))) == []
 
 
 def test_the_length_is_the_loaders() -> None:

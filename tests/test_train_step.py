@@ -24,33 +24,7 @@ from oracle import (
     parameters_of,
     whole_batches,
 )
-
-Pair = tuple[Tensor, Tensor]
-
-ROWS = 13
-X, Y = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(ROWS, 1, dtype=torch.float64)
-
-
-def squares(model: nn.Module, batch: Pair) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-
-
-def make(
-    loss_fn: Callable[[Any, Any], Any] = squares, **options: Any
-) -> tuple[nn.Module, torch.optim.Optimizer, ga.TrainStep]:
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, optimizer, ga.TrainStep(model, optimizer, loss_fn, **{"micro_batch_size": 4, **options})
-
-
-def assert_no_gradients(model: nn.Module) -> None:
-    assert all(parameter.grad is None for parameter in model.parameters())
-
+from pairs import ROWS, Pair, X, Y, assert_no_gradients, make_model, make_step, squares
 
 # ------------------------------------------------------------------------------------------------------- nested batches
 
@@ -117,7 +91,7 @@ def test_every_nesting_of_batches(name: str) -> None:
         seen.append(micro_batch)
         return squares(model, read(micro_batch))
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     train_step.backward(batch)
     whole = make_model()
     squares(whole, (X, Y)).backward()
@@ -138,7 +112,7 @@ def test_batches_of_one_sample_and_of_less_than_a_micro_batch(rows: int, size: i
         seen.append(len(batch[0]))
         return squares(model, batch)
 
-    model, _, train_step = make(loss_fn, micro_batch_size=size)
+    model, _, train_step = make_step(loss_fn, micro_batch_size=size)
     whole = make_model()
     update = train_step((X[:rows], Y[:rows]))
     whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(X[:rows], Y[:rows])], squares)
@@ -160,7 +134,7 @@ BAD_BATCHES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_batches_that_cannot_be_cut(name: str) -> None:
     batch, message = BAD_BATCHES[name]
-    model, _, train_step = make()
+    model, _, train_step = make_step()
     for call in (train_step, train_step.backward):
         with pytest.raises(ga.BatchError, match=message):
             call(batch)
@@ -171,12 +145,12 @@ def test_batches_that_cannot_be_cut(name: str) -> None:
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None, "auto "])
 def test_sizes_that_are_none(size: Any) -> None:
     with pytest.raises(ga.WindowError, match=r"micro_batch_size=.*at least 1"):
-        make(micro_batch_size=size)
+        make_step(micro_batch_size=size)
 
 
 def test_a_loss_that_is_no_function() -> None:
     with pytest.raises(ga.GradAccumError, match=r"loss_fn is a Tensor.*loss_fn\(model, micro_batch\)"):
-        make(torch.ones(()))
+        make_step(torch.ones(()))
 
 
 def test_a_plain_mean_that_was_not_over_samples() -> None:
@@ -184,7 +158,7 @@ def test_a_plain_mean_that_was_not_over_samples() -> None:
         output, counts = model(batch[0]), batch[1] > 0
         return (output * counts).sum() / counts.sum()
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     y = torch.ones(ROWS, 1, dtype=torch.float64)
     y[4:6] = -1
     message = r"divided by: 4, 1 in micro-batches of 4, 3 samples.* would count .* times .*Return the loss with"
@@ -204,7 +178,7 @@ def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[Base
             raise error("mine")
         return squares(model, batch)
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     with pytest.raises(error, match="mine"):
         train_step((X, Y))
     assert_no_gradients(model)
@@ -213,7 +187,7 @@ def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[Base
 
 
 def test_an_optimizer_that_fails_leaves_nothing_behind() -> None:
-    model, optimizer, train_step = make()
+    model, optimizer, train_step = make_step()
     handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_step((X, Y))
@@ -223,7 +197,7 @@ def test_an_optimizer_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_totals_that_are_not_those_of_the_loss() -> None:
-    model, _, train_step = make(weights=lambda batch: 26 if len(batch[0]) == ROWS else len(batch[0]))
+    model, _, train_step = make_step(weights=lambda batch: 26 if len(batch[0]) == ROWS else len(batch[0]))
     with pytest.raises(ga.LossError, match=r"given as 26, and its micro-batches add up to 13.*0\.5 times"):
         train_step((X, Y))
     assert_no_gradients(model)
@@ -239,7 +213,7 @@ def test_weights_are_counted_once_for_the_batch_and_once_for_each_micro_batch() 
         seen.append(len(batch[0]))
         return len(batch[0])
 
-    _, _, train_step = make(weights=weights)
+    _, _, train_step = make_step(weights=weights)
     train_step((X, Y))
     assert seen == [13, 4, 3, 3, 3]
 
@@ -255,7 +229,7 @@ def test_one_graph_is_alive_at_a_time() -> None:
         outputs.append(weakref.ref(output))
         return F.mse_loss(output, batch[1])
 
-    _, _, train_step = make(loss_fn)
+    _, _, train_step = make_step(loss_fn)
     update = train_step((X, Y))
     assert alive == [0, 0, 0, 0]
     assert not update.loss.requires_grad
@@ -294,7 +268,7 @@ def test_batch_norm_in_training_mode_is_warned_of_once_by_name() -> None:
 
 
 def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _, _, train_step = make()
+    _, _, train_step = make_step()
     with caplog.at_level(logging.INFO, "gradaccum"):
         train_step((X, Y))
         train_step((X, Y))
@@ -302,9 +276,9 @@ def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_state_is_counted_on_from_with_another_size() -> None:
-    _, _, train_step = make(micro_batch_size=4)
+    _, _, train_step = make_step(micro_batch_size=4)
     train_step((X, Y))
-    _, _, resumed = make(micro_batch_size=13)
+    _, _, resumed = make_step(micro_batch_size=13)
     resumed.load_state_dict(copy.deepcopy(train_step.state_dict()))
     assert resumed((X, Y)).index == 2
     assert resumed.state_dict() == {"updates": 2, "micro_batches": 5, "samples": 26}

@@ -275,7 +275,8 @@ CASES: dict[str, tuple[Callable[[], Record], float]] = {
     "own loop, tokens, clipped": (lambda: train("lstm", tokens, adamw, passes=ragged(text), clip_norm=0.5), EXACT),
     "own loop, terms": (lambda: train("lstm", terms, passes=ragged(text), weights=weights_of_terms), EXACT),
     "own loop, bf16 added up in fp32": (lambda: train("mlp", mse, passes=ragged(dtype=torch.bfloat16), **LOW), BF16),
-    "own loop, bf16 autocast": (lambda: train("mlp", under(torch.bfloat16), adamw, passes=ragged(**FULL), **FULL), BF16),
+    "own loop, bf16 autocast": (
+        lambda: train("mlp", under(torch.bfloat16), adamw, passes=ragged(**FULL), **FULL), BF16),
     "own loop, two models in one pass": (adversaries, EXACT),
     "plain mean": (lambda: train("mlp", mse, fused=False, **FULL), SINGLE),
     "plain mean, fused": (lambda: train("mlp", mse, fused=True, **FULL), SINGLE),

@@ -4,7 +4,6 @@ import copy
 import inspect
 import io
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -92,35 +91,6 @@ def test_a_parameter_that_is_not_the_models() -> None:
     message = r"group 1 of Adam holds a parameter of shape \(7, 5\) that is none of the model's 2\..*model=\[first, sec"
     with pytest.raises(ga.ParameterError, match=message):
         check([model], [optimizer])
-
-
-def test_a_model_that_was_copied() -> None:
-    model = nn.Linear(2, 3)
-    with pytest.raises(ga.ParameterError, match="none of the model's 2"):
-        check([copy.deepcopy(model)], [SGD(model.parameters())])
-
-
-def test_a_parameter_in_two_optimizers() -> None:
-    model = nn.Linear(2, 3)
-    with pytest.raises(ga.ParameterError, match=r"same parameter of shape \(3,\).*updated twice.*one optimizer"):
-        check([model], [SGD([model.weight, model.bias]), SGD([model.bias])])
-
-
-def test_nothing_to_train() -> None:
-    model = nn.Linear(2, 3)
-    optimizer = SGD(model.parameters())
-    model.requires_grad_(False)
-    with pytest.raises(ga.ParameterError, match=r"nothing to train: none of the 2 parameters.*requires_grad_\(\)"):
-        check([model], [optimizer])
-
-
-def test_closures_are_refused() -> None:
-    model = nn.Linear(2, 3)
-    guards.refuse_closures([SGD(model.parameters())])
-    with pytest.raises(
-        ga.UnsupportedError, match=r"LBFGS evaluates the loss several times.*train_step.backward\(batch\)"
-    ):
-        guards.refuse_closures([torch.optim.LBFGS(model.parameters())])
 
 
 # --------------------------------------------------------------------------------------------------- what wraps a model
@@ -253,54 +223,6 @@ class Watched:
             type(self.optimizer), type(self.scheduler), set(vars(self.optimizer)), set(vars(self.scheduler)),
             dict(self.optimizer._optimizer_step_pre_hooks), dict(self.optimizer._optimizer_step_post_hooks),
         )  # fmt: skip
-
-
-NAMES = ["optimizer.step", "optimizer.zero_grad", "scheduler.step"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_call_by_hand_inside_a_window_names_its_line(name: str) -> None:
-    watched = Watched()
-    with watched.watch():
-        call = watched.calls()[name]
-        with pytest.raises(ga.MisuseError) as raised:
-            call(), line_here()
-        message = str(raised.value)
-    assert message.startswith(f"{name}() was called at {__file__}:")
-    lines = re.findall(rf"{re.escape(__file__)}:(\d+)", message)
-    assert [int(line) for line in lines] == [raised.tb.tb_lineno]
-    assert "Remove the call" in message
-    if name != "scheduler.step":
-        assert "inside a window, after 3 of its micro-batches" in message
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_librarys_own_calls_pass(name: str) -> None:
-    watched = Watched()
-    watched.ours = True
-    with watched.watch(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of a scheduler before its optimizer
-        watched.calls()[name]()
-
-
-def test_between_two_windows_only_the_scheduler_is_watched() -> None:
-    watched = Watched()
-    watched.open = 0
-    with watched.watch():
-        watched.optimizer.zero_grad()
-        watched.optimizer.step()
-        with pytest.raises(ga.MisuseError, match=r"scheduler was passed to the accumulator.*do not pass scheduler="):
-            watched.scheduler.step()
-    assert watched.scheduler.last_epoch == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_before_and_after_calls_are_free(name: str) -> None:
-    watched = Watched()
-    watched.optimizer.step()
-    with watched.watch():
-        pass
-    watched.calls()[name]()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "an error"])
