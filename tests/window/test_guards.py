@@ -5,8 +5,8 @@ import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -60,15 +60,14 @@ def test_what_is_no_model(given: Any, described: str) -> None:
 
 
 def test_parameters_by_name() -> None:
-    one, two = nn.Linear(1, 1), nn.Linear(1, 1, bias=False)
-    assert [name for name, _ in guards.named_parameters([one])] == ["weight", "bias"]
-    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.weight"]
+    def names(*models: nn.Module) -> list[str]:
+        return [name for name, _ in guards.named_parameters(models)]
 
-
-def test_shared_parameters_are_named_once() -> None:
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert names(one) == ["weight", "bias"]
+    assert names(one, two) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     two.weight = one.weight
-    assert [name for name, _ in guards.named_parameters([one, two])] == ["0.weight", "0.bias", "1.bias"]
+    assert names(one, two) == ["0.weight", "0.bias", "1.bias"], "a shared one once"
 
 
 def check(models: list[nn.Module], optimizers: list[Optimizer]) -> None:
@@ -96,31 +95,22 @@ def test_a_parameter_that_is_not_the_models() -> None:
 # --------------------------------------------------------------------------------------------------- what wraps a model
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
+def test_a_distributed_model_is_refused() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_distributed_model_is_refused() -> None:
-    with process_group():
         model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
         for models in ([model], [nn.Linear(2, 2), nn.Sequential(model)]):
             with pytest.raises(ga.UnsupportedError, match=r"wrapped in DistributedDataParallel.*the plain module"):
                 guards.refuse_data_parallel(models)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["FullyShardedDataParallel", "FSDPLinear", "FSDPTransformer"])
-def test_a_sharded_model_is_refused(name: str) -> None:
+def test_a_sharded_model_is_refused_and_a_plain_one_passes(name: str) -> None:
+    guards.refuse_data_parallel([nn.Sequential(nn.Linear(2, 2)), nn.DataParallel(nn.Linear(2, 2))])
     with pytest.raises(ga.UnsupportedError, match=f"wrapped in {name}"):
         guards.refuse_data_parallel([type(name, (nn.Linear,), {})(2, 2)])
-
-
-def test_plain_models_pass() -> None:
-    guards.refuse_data_parallel([nn.Sequential(nn.Linear(2, 2)), nn.DataParallel(nn.Linear(2, 2))])
 
 
 # ------------------------------------------------------------------------------------------------------------ BatchNorm
@@ -133,11 +123,8 @@ def test_layers_that_see_the_micro_batch() -> None:
     model[1].eval()
     assert guards.coupled_batch_norms([model]) == ["2.0"]
     assert guards.coupled_batch_norms([model.eval()]) == []
-
-
-def test_without_running_statistics_also_in_eval_mode() -> None:
-    layer = nn.BatchNorm2d(2, track_running_stats=False).eval()
-    assert guards.coupled_batch_norms([layer]) == ["BatchNorm2d"]
+    # Without running statistics in evaluation mode, too.
+    assert guards.coupled_batch_norms([nn.BatchNorm2d(2, track_running_stats=False).eval()]) == ["BatchNorm2d"]
 
 
 @pytest.mark.parametrize(
@@ -239,20 +226,10 @@ def test_the_objects_are_left_as_they_were(fails: bool) -> None:
     assert watched.look() == before
 
 
-def test_watched_twice_at_a_time() -> None:
-    """Two accumulators of one optimizer, one pass within the other."""
+def test_two_passes_at_a_time_that_end_in_another_order() -> None:
+    """Two accumulators of one optimizer."""
     watched = Watched()
     before = watched.look()
-    with watched.watch():
-        with watched.watch(), pytest.raises(ga.MisuseError, match="zero_grad"):
-            watched.optimizer.zero_grad()
-        with pytest.raises(ga.MisuseError, match="zero_grad"):
-            watched.optimizer.zero_grad()
-    assert watched.look() == before
-
-
-def test_passes_that_end_in_another_order() -> None:
-    watched = Watched()
     first, second = watched.watch(), watched.watch()
     first.__enter__()
     second.__enter__()
@@ -260,6 +237,7 @@ def test_passes_that_end_in_another_order() -> None:
     with pytest.raises(ga.MisuseError, match="zero_grad"):
         watched.optimizer.zero_grad()
     second.__exit__(None, None, None)
+    assert watched.look() == before
     for call in watched.calls().values():
         call()
 
@@ -279,27 +257,15 @@ def test_a_method_that_somebody_wrapped_meanwhile_stays_theirs(name: str) -> Non
     assert calls == ["theirs", "theirs"], "and what they wrapped refuses nothing any more"
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda optimizer: StepLR(optimizer, 1),
-        lambda optimizer: SequentialLR(optimizer, [StepLR(optimizer, 1)] * 2, [3]),
-    ],
-    ids=["StepLR", "SequentialLR"],
-)
-def test_checkpoints_can_be_saved_while_watched(make: Callable[[Optimizer], LRScheduler]) -> None:
-    watched = Watched(make)
+@pytest.mark.parametrize("is_sequence", [False, True])
+def test_checkpoints_can_be_saved_while_watched(is_sequence: bool) -> None:
+    watched = Watched(lambda one: SequentialLR(one, [StepLR(one, 1)] * 2, [3]) if is_sequence else StepLR(one, 1))
     plain_keys = set(watched.scheduler.state_dict())
     with watched.watch():
         state = watched.scheduler.state_dict()
         assert set(state) == plain_keys
         torch.save({"optimizer": watched.optimizer.state_dict(), "scheduler": state}, io.BytesIO())
         copy.deepcopy(watched.optimizer)
-
-
-def test_the_optimizer_itself_can_be_pickled_while_watched() -> None:
-    watched = Watched()
-    with watched.watch():
         again = pickle.loads(pickle.dumps(watched.optimizer))
     assert type(again) is SGD
     again.zero_grad()

@@ -51,8 +51,8 @@ def scale_of(updater: Updater) -> float:
     return 1.0 if updater.loss_scale is None else float(updater.loss_scale.scale(torch.ones(())))
 
 
-def scaler() -> GradScaler:
-    return GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+def scaler(is_wanted: bool = True) -> Any:
+    return GradScaler("cpu", init_scale=1024.0, growth_interval=2) if is_wanted else None
 
 
 def trained(
@@ -60,7 +60,7 @@ def trained(
     correction: float | Tensor | None = None, **fused: Any,
 ) -> list[Tensor]:  # fmt: skip
     params = parameters(dtype)
-    updater = Updater([make(params, **fused)], clip_norm=clip_norm, scaler=scaler() if scaled else None)
+    updater = Updater([make(params, **fused)], clip_norm=clip_norm, scaler=scaler(scaled))
     factor = 1.0 if correction is None else float(correction)
     for i in range(UPDATES):
         give(params, gradients(params, i), scale_of(updater) / factor)
@@ -123,20 +123,13 @@ def norm_of(found: list[Tensor], correction: float | None = None, clip_norm: flo
 
 
 def test_the_norm_is_over_all_gradients_of_all_dtypes() -> None:
-    found = [
-        torch.full((2,), 3.0, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    ]
+    dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    found = [torch.full((2,), 3.0, dtype=dtype) for dtype in dtypes]
     norm = norm_of(found)
-    assert norm.item() == pytest.approx(math.sqrt(8 * 9), rel=1e-7), (
-        "each was taken in its own precision, fp32 at least"
-    )
-    assert norm.dtype == torch.float64
-    assert norm.dim() == 0
+    assert norm.item() == pytest.approx(math.sqrt(8 * 9), rel=1e-7), "each in its own precision, fp32 at least"
+    assert (norm.dtype, norm.dim()) == (torch.float64, 0)
     assert norm_of(found[:2]).dtype == torch.float32
-
-
-def test_norms_of_fp16_do_not_overflow() -> None:
-    """100 values of 60,000: their squares are far beyond fp16, and so is their norm."""
+    # 100 values of 60,000: their squares are far beyond fp16, and so is their norm.
     assert norm_of([torch.full((100,), 6e4, dtype=torch.float16)]).item() == pytest.approx(6e5, rel=1e-3)
 
 
@@ -227,7 +220,7 @@ def test_a_skipped_update_leaves_no_trace(
 ) -> None:
     params = parameters()
     optimizer = make(params, fused=fused)
-    updater = Updater([optimizer], clip_norm=clip_norm, scaler=scaler() if scaled else None)
+    updater = Updater([optimizer], clip_norm=clip_norm, scaler=scaler(scaled))
     for i in range(updates_before):
         give(params, gradients(params, i), scale_of(updater))
         updater.apply(params, None)
@@ -257,7 +250,7 @@ def test_a_skipped_update_leaves_no_trace(
 def test_several_optimizers_are_all_stepped_or_none(fused: bool, scaled: bool, which: int) -> None:
     params = parameters()
     both = [SGD(params[:1], lr=0.1, fused=fused), Adam(params[1:], lr=0.1, fused=fused)]
-    updater = Updater(both, scaler=scaler() if scaled else None)
+    updater = Updater(both, scaler=scaler(scaled))
     values = [parameter.detach().clone() for parameter in params]
     give(params, gradients(params, 0), scale_of(updater))
     params[which].grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
@@ -272,7 +265,7 @@ def test_several_optimizers_are_all_stepped_or_none(fused: bool, scaled: bool, w
 @scaled_or_not
 def test_an_optimizer_without_gradients(scaled: bool) -> None:
     params = parameters()
-    updater = Updater([SGD(params[:1], lr=0.1), SGD(params[1:2], lr=0.1)], scaler=scaler() if scaled else None)
+    updater = Updater([SGD(params[:1], lr=0.1), SGD(params[1:2], lr=0.1)], scaler=scaler(scaled))
     give(params[:1], gradients(params, 0)[:1], scale_of(updater))
     before = params[0].detach().clone()
     assert updater.apply(params[:1], None).skipped is False
@@ -348,7 +341,7 @@ def test_after_a_step_that_failed_the_next_one_is_right(fused: bool, scaled: boo
     """Out of memory, say, when the first step allocates the state."""
     params = parameters()
     optimizer = SGD(params, lr=0.1, fused=fused)
-    updater = Updater([optimizer], clip_norm=clip_norm, scaler=scaler() if scaled else None)
+    updater = Updater([optimizer], clip_norm=clip_norm, scaler=scaler(scaled))
     before = params[0].detach().clone()
 
     def fail(*_: Any) -> None:
@@ -375,7 +368,7 @@ def test_a_scheduler_is_advanced_once_for_each_update_made(fused: bool, scaled: 
     params = parameters()
     optimizer = SGD(params, lr=1.0, fused=fused)
     first, second = (torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for _ in range(2))
-    updater = Updater([optimizer], schedulers=[first, second], scaler=scaler() if scaled else None)
+    updater = Updater([optimizer], schedulers=[first, second], scaler=scaler(scaled))
     advanced = []
     for bad in (False, True, True, False):
         give(params, gradients(params, 0), scale_of(updater))
@@ -413,7 +406,7 @@ def test_plateaus_are_refused() -> None:
 @pytest.mark.parametrize("correction", [None, 0.5, torch.tensor(0.5)], ids=repr)
 def test_unscaled_into_grad(scaled: bool, correction: float | Tensor | None) -> None:
     params = parameters()
-    updater = Updater([SGD(params)], scaler=scaler() if scaled else None)
+    updater = Updater([SGD(params)], scaler=scaler(scaled))
     give(params, gradients(params, 0), scale_of(updater))
     updater.unscale_into_grad(params, correction)
     expected = [gradient * (1.0 if correction is None else 0.5) for gradient in gradients(params, 0)]
