@@ -22,7 +22,6 @@ from oracle import (
     assert_same_gradients,
     gradients_of,
     parameters_of,
-    whole_batches,
 )
 from pairs import ROWS, Pair, X, Y, assert_no_gradients, make_model, make_step, squares
 
@@ -72,23 +71,6 @@ def test_nested_batches(name: str) -> None:
     if name == "deep":
         assert [len(micro_batch["ids"]) for micro_batch in seen] == [4, 3, 3, 3]
         assert seen[0]["rest"].x == Named(1.5, "text")
-
-
-@pytest.mark.parametrize(("rows", "size", "pieces"), [(1, 4, [1]), (3, 4, [3]), (4, 4, [4]), (5, 4, [3, 2])])
-def test_batches_of_one_sample_and_of_less_than_a_micro_batch(rows: int, size: int, pieces: list[int]) -> None:
-    seen: list[int] = []
-
-    def loss_fn(model: nn.Module, batch: Pair) -> Tensor:
-        seen.append(len(batch[0]))
-        return squares(model, batch)
-
-    model, _, train_step = make_step(loss_fn, micro_batch_size=size)
-    whole = make_model()
-    update = train_step((X[:rows], Y[:rows]))
-    whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(X[:rows], Y[:rows])], squares)
-    assert_same_gradients(parameters_of(model), parameters_of(whole))
-    assert seen == pieces
-    assert (update.samples, update.micro_batches, update.micro_batch_size) == (rows, len(pieces), max(pieces))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input, errors

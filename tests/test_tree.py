@@ -28,28 +28,10 @@ class Named(NamedTuple):
 Untyped = namedtuple("Untyped", ["x", "y"])
 
 
-@dataclasses.dataclass
-class Data:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(slots=True)
-class Slots:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenSlots:
-    x: Any
-    y: Any
+Data = dataclasses.make_dataclass("Data", ["x", "y"])
+Frozen = dataclasses.make_dataclass("Frozen", ["x", "y"], frozen=True)
+Slots = dataclasses.make_dataclass("Slots", ["x", "y"], slots=True)
+FrozenSlots = dataclasses.make_dataclass("FrozenSlots", ["x", "y"], frozen=True, slots=True, kw_only=True)
 
 
 @dataclasses.dataclass

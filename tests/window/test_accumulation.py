@@ -73,18 +73,6 @@ def test_rows_that_cannot_be_seen() -> None:
     assert accumulation.counts.samples == 4
 
 
-def test_a_micro_batch_heavier_than_the_whole_was_expected_to_be() -> None:
-    model, accumulation = made()
-    (x, y), before = data(2, 2), model.weight.detach().clone()
-    value = (losses(model, x).sum() + losses(model, y).sum()) / 201
-    [gradient] = torch.autograd.grad(value, [model.weight])
-    accumulation.open(first_share=(1, 2))
-    for batch, tokens in ((x, 1), (y, 200)):
-        accumulation.add(ga.Loss.sum(losses(model, batch).sum(), over=tokens), samples=2)
-    torch.testing.assert_close(accumulation.close().loss, value.detach(), rtol=FP64, atol=FP64)
-    torch.testing.assert_close(model.weight.detach(), before - 0.1 * gradient, rtol=FP64, atol=FP64)
-
-
 def test_the_total_of_the_window_before_is_expected_again() -> None:
     """3 tokens of the first micro-batch let 6 be expected; the window before had 8."""
     model, accumulation = made()

@@ -362,23 +362,6 @@ def test_after_a_step_that_failed_the_next_one_is_right(fused: bool, scaled: boo
 # ----------------------------------------------------------------------------------------------------------- schedulers
 
 
-@fused_or_not
-@scaled_or_not
-def test_a_scheduler_is_advanced_once_for_each_update_made(fused: bool, scaled: bool) -> None:
-    params = parameters()
-    optimizer = SGD(params, lr=1.0, fused=fused)
-    first, second = (torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for _ in range(2))
-    updater = Updater([optimizer], schedulers=[first, second], scaler=scaler(scaled))
-    advanced = []
-    for bad in (False, True, True, False):
-        give(params, gradients(params, 0), scale_of(updater))
-        if bad:
-            params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
-        updater.apply(params, None)
-        advanced.append((first.last_epoch, second.last_epoch))
-    assert advanced == [(1, 1), (1, 1), (1, 1), (2, 2)]
-
-
 def test_the_scheduler_is_advanced_by_the_library_itself() -> None:
     """While it is, calls by hand are allowed: that is how they are told apart."""
     params, seen = parameters(), []
