@@ -99,9 +99,8 @@ def whole_batches(
 def _clip(model: nn.Module, clip_norm: float) -> Tensor:
     if not any(parameter.grad is not None and parameter.grad.is_sparse for parameter in model.parameters()):
         return nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    dense = [
-        gradient for gradient in gradients_of(model).values() if gradient is not None
-    ]  # torch cannot clip sparse ones
+    # torch cannot clip sparse gradients
+    dense = [gradient for gradient in gradients_of(model).values() if gradient is not None]
     norm = torch.cat([gradient.flatten() for gradient in dense]).norm()
     for parameter in model.parameters():
         if parameter.grad is not None:

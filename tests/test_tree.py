@@ -307,39 +307,26 @@ def nested(rows: int) -> st.SearchStrategy[Any]:
 
 
 @given(st.data())
-def test_all_pieces_together_are_the_batch(data: st.DataObject) -> None:
+def test_all_pieces_together_are_the_batch_and_an_index_takes_what_it_takes_of_each_leaf(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 7))
     batch = data.draw(nested(rows))
     cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
+    index = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
 
     pieces = [tree.take(batch, slice(start, stop)) for start, stop in pairwise(cuts)]
+    chosen = tree.take(batch, torch.tensor(index, dtype=torch.long))
 
     assert tree.rows(batch) == rows
     assert [tree.rows(piece) for piece in pieces] == [b - a for a, b in pairwise(cuts)]
-    for whole, *parts in zip(leaves_of(batch), *map(leaves_of, pieces), strict=True):
+    for whole, few, *parts in zip(leaves_of(batch), leaves_of(chosen), *map(leaves_of, pieces), strict=True):
         if isinstance(whole, Tensor) and whole.dim():
             assert torch.equal(torch.cat(parts), whole)
+            assert torch.equal(few, whole[index])
         elif isinstance(whole, list):
             assert [entry for part in parts for entry in part] == whole
+            assert few == [whole[i] for i in index]
         else:
-            assert all(part is whole for part in parts)
-
-
-@given(st.data())
-def test_an_index_takes_what_indexing_each_leaf_takes(data: st.DataObject) -> None:
-    rows = data.draw(st.integers(1, 6))
-    batch = data.draw(nested(rows))
-    index = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
-
-    piece = tree.take(batch, torch.tensor(index, dtype=torch.long))
-
-    for whole, part in zip(leaves_of(batch), leaves_of(piece), strict=True):
-        if isinstance(whole, Tensor) and whole.dim():
-            assert torch.equal(part, whole[index])
-        elif isinstance(whole, list):
-            assert part == [whole[i] for i in index]
-        else:
-            assert part is whole
+            assert all(part is whole for part in (few, *parts))
 
 
 def test_map_leaves_calls_once_for_each_leaf() -> None:
