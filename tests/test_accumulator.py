@@ -237,13 +237,6 @@ def test_a_loader_that_raises_inside_a_window(tail: str, caplog: pytest.LogCaptu
     assert_same_gradients(parameters_of(model), parameters_of(whole))
 
 
-def test_a_loader_that_raises_between_windows() -> None:
-    model, _, accumulator = make_accumulator(micro_batches=2)
-    with pytest.raises(OSError, match="disk gone"):
-        train(accumulator, model, failing_after(pairs(2, 2)))
-    assert accumulator.updates == 1
-
-
 def test_an_accumulator_that_is_dropped_with_a_window_open() -> None:
     model, optimizer, accumulator = make_accumulator(micro_batches=2, tail="carry")
     train(accumulator, model, pairs(2))
@@ -271,27 +264,6 @@ def test_a_data_loader_is_asked_for_nothing_twice(tail: str) -> None:
     assert dataset.asked == list(range(23))
     assert accumulator.samples == {"step": 23, "drop": 20, "carry": 20}[tail]
     accumulator.flush()
-
-
-def test_a_data_loader_is_read_one_micro_batch_ahead_and_no_further() -> None:
-    model, _, accumulator = make_accumulator(micro_batches=2)
-    dataset = Counting()
-    seen: list[int] = []
-    train(accumulator, model, DataLoader(dataset, batch_size=5), after=lambda done: seen.append(len(dataset.asked)))
-    assert seen == [10, 15, 20, 23, 23]
-
-
-def test_a_stream_is_continued_where_a_pass_was_left() -> None:
-    model, _, accumulator = make_accumulator(micro_batches=2)
-    stream = iter(pairs(1, 2, 3, 4, 5))
-    sizes: list[int] = []
-    for _ in range(3):
-        for micro_batch in accumulator.over(stream):
-            sizes.append(len(micro_batch[0]))
-            if accumulator.backward(squares(model, micro_batch)):
-                break
-    assert sizes == [1, 2, 3, 4, 5]
-    assert accumulator.updates == 3
 
 
 def test_a_new_pass_ends_the_one_before() -> None:

@@ -7,9 +7,8 @@ import dataclasses
 import gc
 import logging
 import weakref
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,13 +147,6 @@ def test_an_optimizer_that_fails_leaves_nothing_behind() -> None:
     assert train_step((X, Y)).index == 1
 
 
-def test_totals_that_are_not_those_of_the_loss() -> None:
-    model, _, train_step = make_step(weights=lambda batch: 26 if len(batch[0]) == ROWS else len(batch[0]))
-    with pytest.raises(ga.LossError, match=r"given as 26, and its micro-batches add up to 13.*0\.5 times"):
-        train_step((X, Y))
-    assert_no_gradients(model)
-
-
 # ---------------------------------------------------------------------------------------------------- what else it does
 
 
@@ -199,24 +191,6 @@ def test_several_models_are_handed_to_the_loss_as_they_were_given() -> None:
     ga.TrainStep(models, optimizers, loss_fn, micro_batch_size=4)((X, Y))
     assert all(given is models for given in seen)
     assert_same_gradients(parameters_of(models[0]), parameters_of(models[1]), tolerance=0.0)
-
-
-def test_batch_norm_in_training_mode_is_warned_of_once_by_name() -> None:
-    def loss_fn(model: nn.Module, batch: SimpleNamespace | Tensor) -> Tensor:
-        return model(batch).mean()
-
-    def make_normed() -> tuple[nn.Module, ga.TrainStep]:
-        model = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), norm=nn.BatchNorm1d(3))).double()
-        return model, ga.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch_size=4)
-
-    _, train_step = make_normed()
-    train_step(X[:4])  # in one piece, so exact
-    with pytest.warns(ga.BatchNormWarning, match=r"1 BatchNorm layer in training mode \(norm\) .* the 4 micro-batches"):
-        train_step(X)
-    train_step(X)
-    model, train_step = make_normed()
-    model.norm.eval()
-    train_step(X)
 
 
 def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -133,15 +133,6 @@ def test_a_scale_changes_no_digit_of_fp32(way: str, fused: bool) -> None:
     assert_same_gradients(found[1], found[0], tolerance=1e-6)  # the correction is rounded to fp32, 2**-24, in both
 
 
-def test_backward_alone_leaves_no_scale_in_the_gradients() -> None:
-    model = make_model("mlp").float()
-    expected = exact_gradient(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_step = ga.TrainStep(model, optimizer, mse, micro_batch_size=4, scaler=GradScaler("cpu"))
-    train_step.backward(in_dtype(BATCHES[0], torch.float32))
-    assert error_of(gradients_of(model), expected) < SINGLE
-
-
 @pytest.mark.parametrize(
     "weights",
     [

@@ -117,15 +117,6 @@ def test_two_that_share_a_pass_are_each_exact(sizes: list[int], micro_batches: i
     assert generator.updates == judge.updates == len(expected_judge)
 
 
-def test_windows_of_different_lengths_on_one_pass() -> None:
-    """The judge is updated after each two micro-batches, the generator after each three."""
-    pair, stream = Pair(), batches([3, 1, 2, 4, 1, 2, 2])
-    generator, judge = accumulators(pair, 3, 2)
-    train(pair, generator, judge, stream)
-    assert (generator.updates, judge.updates) == (3, 4)
-    assert generator.samples == judge.samples == 15
-
-
 @pytest.mark.parametrize(
     ("forgotten", "micro_batches", "error", "message"),
     [

@@ -147,6 +147,8 @@ def test_the_warning_points_at_the_users_line(by_hand: bool) -> None:
     step = ga.TrainStep(model, optimizer, lambda model, x: model(x).mean(), micro_batch_size=2)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
 
+    step(torch.randn(2, 2))  # in one piece it is exact, and not warned of
+
     def train() -> None:
         if not by_hand:
             step(torch.randn(4, 2))
@@ -224,22 +226,6 @@ def test_the_objects_are_left_as_they_were(fails: bool) -> None:
     except RuntimeError:
         assert fails
     assert watched.look() == before
-
-
-def test_two_passes_at_a_time_that_end_in_another_order() -> None:
-    """Two accumulators of one optimizer."""
-    watched = Watched()
-    before = watched.look()
-    first, second = watched.watch(), watched.watch()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    with pytest.raises(ga.MisuseError, match="zero_grad"):
-        watched.optimizer.zero_grad()
-    second.__exit__(None, None, None)
-    assert watched.look() == before
-    for call in watched.calls().values():
-        call()
 
 
 @pytest.mark.parametrize("name", ["optimizer.zero_grad", "scheduler.step"])

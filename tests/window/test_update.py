@@ -70,6 +70,14 @@ def trained(
     return [parameter.detach() for parameter in params]
 
 
+def one_update(updater: Updater, params: list[nn.Parameter], bad: float | None = None, correction: Any = None) -> Any:
+    """From the first gradient, one element of which is not finite where there is a ``bad`` one."""
+    give(params, gradients(params, 0), scale_of(updater))
+    if bad is not None:
+        params[0].grad.view(-1)[0] = bad  # type: ignore[union-attr]
+    return updater.apply(params, correction)
+
+
 def by_hand(make: Callable[..., Optimizer], dtype: torch.dtype, clip_norm: float | None) -> list[Tensor]:
     params = parameters(dtype)
     optimizer = make(params)
@@ -104,9 +112,8 @@ def test_optimizers_of_two_kinds(fused: bool) -> None:
     """One of them cannot skip by itself, so both wait for the check."""
     params = parameters()
     updater = Updater([SGD(params[:2], lr=0.1, fused=fused), Adam(params[2:], lr=0.1)])
-    give(params, gradients(params, 0))
     before = params[0].detach().clone()
-    assert updater.apply(params, None).skipped is False
+    assert one_update(updater, params).skipped is False
     torch.testing.assert_close(params[0].detach(), before - 0.1 * gradients(params, 0)[0])
 
 
@@ -246,18 +253,15 @@ def test_a_skipped_update_leaves_no_trace(
 
 @fused_or_not
 @scaled_or_not
-@pytest.mark.parametrize("which", [0, 1])
-def test_several_optimizers_are_all_stepped_or_none(fused: bool, scaled: bool, which: int) -> None:
+@pytest.mark.parametrize("bad_is_first", [True, False])
+def test_several_optimizers_are_all_stepped_or_none(fused: bool, scaled: bool, bad_is_first: bool) -> None:
     params = parameters()
     both = [SGD(params[:1], lr=0.1, fused=fused), Adam(params[1:], lr=0.1, fused=fused)]
-    updater = Updater(both, scaler=scaler(scaled))
+    updater = Updater(both if bad_is_first else both[::-1], scaler=scaler(scaled))
     values = [parameter.detach().clone() for parameter in params]
-    give(params, gradients(params, 0), scale_of(updater))
-    params[which].grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
-    assert updater.apply(params, None).skipped is True
+    assert one_update(updater, params, float("nan")).skipped is True
     torch.testing.assert_close([p.detach() for p in params], values, rtol=0, atol=0)
-    give(params, gradients(params, 0), scale_of(updater))
-    assert updater.apply(params, None).skipped is False
+    assert one_update(updater, params).skipped is False
     assert not torch.equal(params[0], values[0])
     assert not torch.equal(params[1], values[1])
 
@@ -277,11 +281,8 @@ def test_the_scale_shrinks_and_grows_as_torchs_own(fused: bool) -> None:
     params, ours = parameters(), scaler()
     updater = Updater([SGD(params, lr=0.1, fused=fused)], clip_norm=1.0, scaler=ours)
     scales = []
-    for bad in (True, False, False, False):
-        give(params, gradients(params, 0), scale_of(updater))
-        if bad:
-            params[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
-        updater.apply(params, 3.0)
+    for bad in (float("inf"), None, None, None):
+        one_update(updater, params, bad, 3.0)
         scales.append(ours.get_scale())
     assert scales == [512, 512, 1024, 1024]
 
@@ -296,8 +297,7 @@ def test_only_fused_optimizers_find_out_for_themselves(fused: bool) -> None:
     optimizer = Adam(params, fused=fused)
     seen: list[Any] = []
     optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
-    give(params, gradients(params, 0))
-    assert Updater([optimizer]).apply(params, None).skipped is False
+    assert one_update(Updater([optimizer]), params).skipped is False
     assert [None if found_inf is None else found_inf.item() for found_inf in seen] == [0.0 if fused else None]
 
 
@@ -310,8 +310,7 @@ def test_groups_that_are_not_fused(loaded: bool) -> None:
     if loaded:
         others = parameters()
         optimizer.load_state_dict(Adam([{"params": others[:1]}, {"params": others[1:]}]).state_dict())
-    give(params, gradients(params, 0))
-    assert updater.apply(params, 2.0).skipped is False
+    assert one_update(updater, params, correction=2.0).skipped is False
 
 
 # ------------------------------------------------------------------------------------------------------ nothing is left
@@ -323,11 +322,9 @@ def test_the_optimizer_is_left_as_it_was(fused: bool, scaled: bool) -> None:
     params, ours = parameters(), scaler()
     optimizer = Adam(params, lr=0.1, fused=fused)
     updater = Updater([optimizer], scaler=ours if scaled else None)
-    give(params, gradients(params, 0), scale_of(updater))
+    scale_of(updater)  # makes the scaler's own tensor
     attributes, scale = set(vars(optimizer)), ours._scale
-
-    updater.apply(params, 0.5)
-
+    one_update(updater, params, correction=0.5)
     assert set(vars(optimizer)) == attributes
     assert not optimizer._optimizer_step_post_hooks
     assert ours._scale is scale
@@ -348,14 +345,11 @@ def test_after_a_step_that_failed_the_next_one_is_right(fused: bool, scaled: boo
         raise MemoryError
 
     handle = optimizer.register_step_pre_hook(fail)
-    give(params, gradients(params, 0), scale_of(updater))
     with pytest.raises(MemoryError):
-        updater.apply(params, None)
+        one_update(updater, params)
     handle.remove()
     assert not updater.is_stepping
-
-    give(params, gradients(params, 0), scale_of(updater))
-    assert updater.apply(params, None).skipped is False
+    assert one_update(updater, params).skipped is False
     torch.testing.assert_close(params[0].detach(), before - 0.1 * gradients(params, 0)[0])
 
 
@@ -371,8 +365,7 @@ def test_the_scheduler_is_advanced_by_the_library_itself() -> None:
             seen.append(updater.is_stepping)
 
     updater = Updater([SGD(params)], schedulers=[Scheduler()])
-    give(params, gradients(params, 0))
-    updater.apply(params, None)
+    one_update(updater, params)
     assert seen == [True]
 
 
