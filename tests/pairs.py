@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -49,3 +50,11 @@ def make_accumulator(**options: Any) -> tuple[nn.Module, Optimizer, ga.Accumulat
 
 def assert_no_gradients(model: nn.Module) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def line_here(offset: int = 0) -> str:
+    """``file:line`` of who calls."""
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return f"{frame.f_back.f_code.co_filename}:{frame.f_back.f_lineno + offset}"

@@ -224,14 +224,15 @@ def failing_after(micro_batches: list[Pair]) -> Iterator[Pair]:
     raise OSError("disk gone")
 
 
+@pytest.mark.parametrize("is_inside", [True, False])
 @pytest.mark.parametrize("tail", ["step", "drop"])
-def test_a_loader_that_raises_inside_a_window(tail: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loader_that_raises(tail: str, is_inside: bool, caplog: pytest.LogCaptureFixture) -> None:
     model, _, accumulator = make_accumulator(micro_batches=2, tail=tail)
     whole = copy.deepcopy(model)
     with pytest.raises(OSError, match="disk gone"), caplog.at_level(logging.WARNING, "gradaccum"):
-        train(accumulator, model, failing_after(pairs(2, 2, 2)))
+        train(accumulator, model, failing_after(pairs(2, 2, *[2] * is_inside)))
     assert (accumulator.updates, accumulator.samples) == (1, 4), "the window before is applied, the half one is not"
-    assert "1 micro-batches (2 samples) were accumulated and never applied" in caplog.text
+    assert ("1 micro-batches (2 samples) were accumulated and never applied" in caplog.text) == is_inside
     assert_no_gradients(model)
     whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(ALL_X[:4], ALL_Y[:4])], squares)
     assert_same_gradients(parameters_of(model), parameters_of(whole))

@@ -17,11 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
-from oracle import (
-    assert_same_gradients,
-    gradients_of,
-    parameters_of,
-)
+from oracle import assert_same_gradients, gradients_of, parameters_of
 from pairs import ROWS, Pair, X, Y, assert_no_gradients, make_model, make_step, squares
 
 # ------------------------------------------------------------------------------------------------------- nested batches
@@ -94,12 +90,9 @@ def test_batches_that_cannot_be_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None, "auto "])
-def test_sizes_that_are_none(size: Any) -> None:
+def test_sizes_that_are_none_and_a_loss_that_is_no_function(size: Any) -> None:
     with pytest.raises(ga.WindowError, match=r"micro_batch_size=.*at least 1"):
         make_step(micro_batch_size=size)
-
-
-def test_a_loss_that_is_no_function() -> None:
     with pytest.raises(ga.GradAccumError, match=r"loss_fn is a Tensor.*loss_fn\(model, micro_batch\)"):
         make_step(torch.ones(()))
 

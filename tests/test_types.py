@@ -139,12 +139,9 @@ def test_copies_have_everything(
     assert other.as_dict() == trained.as_dict()
     with pytest.raises(dataclasses.FrozenInstanceError):
         other.index = 2  # type: ignore[misc]
-
-
-def test_deepcopy_shares_no_tensor(trained: ga.Update) -> None:
-    other = copy.deepcopy(trained)
-    other.loss.add_(1)
-    assert other.loss != trained.loss
+    if copied is not copy.copy:
+        other.loss.add_(1)
+        assert other.loss != trained.loss, "no tensor is shared"
 
 
 @pytest.mark.xfail(reason="both share what is still to be computed", strict=True)

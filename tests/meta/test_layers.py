@@ -178,28 +178,20 @@ CASES = {
     "upward, relative": ({"errors.py": "from . import losses"}, r"errors \(words\) imports losses \(stages\)"),
     "upward, deep": ({"losses/loss.py": "\nfrom ..cli import main"}, r"loss.py:2: losses \(stages\) imports cli"),
     "upward, lazy": (
-        {"window/update.py": "def f():\n    import gradaccum.accumulator"},
-        r"update.py:2: window .* accumulator",
-    ),
+        {"window/update.py": "def f():\n    import gradaccum.accumulator"}, r"update.py:2: window .* accumulator"),
     "upward, by name": (
-        {"window/update.py": "import_module('gradaccum.accumulator')"},
-        r"window .* imports accumulator",
-    ),
+        {"window/update.py": "import_module('gradaccum.accumulator')"}, r"window .* imports accumulator"),
     "upward, types only": (
-        {"window/update.py": "if TYPE_CHECKING:\n    from gradaccum.accumulator import A"},
-        r"above it",
-    ),
+        {"window/update.py": "if TYPE_CHECKING:\n    from gradaccum.accumulator import A"}, r"above it"),
     "stage to stage": ({"split/cut.py": "from gradaccum.losses import L"}, r"one stage never imports another"),
     "to an unknown room": (
-        {"window/update.py": "from gradaccum.helpers import h"},
-        r"imports 'helpers', which belongs to no",
-    ),
+        {"window/update.py": "from gradaccum.helpers import h"}, r"imports 'helpers', which belongs to no"),
     "through the door": ({"window/update.py": "from gradaccum import Loss"}, r"window imports the package itself"),
     "the door in full": ({"window/update.py": "import gradaccum"}, r"window imports the package itself"),
     "unknown room": ({"helpers.py": ""}, r"'helpers' belongs to no layer"),
     "unknown folder": ({"helpers/more/x.py": ""}, r"'helpers' belongs to no layer"),
     "circle": ({"types.py": "from .tree import T", "tree.py": "from .types import T"}, r"a circle of imports: t"),
-}
+}  # fmt: skip
 
 
 CIRCLES = {

@@ -121,22 +121,6 @@ def test_a_micro_batch_that_fails_discards_its_window(
     assert accumulation.close().index == 1, "what was thrown away is no update"
 
 
-# ------------------------------------------------------------------------------------------------------ skipped updates
-
-
-def test_a_gradient_that_is_not_finite(caplog: pytest.LogCaptureFixture) -> None:
-    model, accumulation = made(clip_norm=1.0)
-    before = model.weight.detach().clone()
-    accumulation.open()
-    accumulation.add(mean(model, data(2)[0] * float("inf")), samples=2)
-    update = accumulation.close()
-    assert update.skipped
-    assert update.grad_norm is not None
-    assert not update.grad_norm.isfinite()
-    assert torch.equal(model.weight, before)
-    assert "update 1 was skipped: its gradient is not finite" in caplog.text
-
-
 # ----------------------------------------------------------------------------------- parameters that no optimizer holds
 
 

@@ -76,10 +76,6 @@ def in_place(model: nn.Module, backend: Any) -> nn.Module:
     return model
 
 
-def inside(model: nn.Module, backend: Any) -> nn.Module:
-    return nn.Sequential(torch.compile(model, backend=backend))
-
-
 def forward_only(model: nn.Module, backend: Any) -> nn.Module:
     model.forward = torch.compile(model.forward, backend=backend)
     return model
@@ -88,7 +84,7 @@ def forward_only(model: nn.Module, backend: Any) -> nn.Module:
 COMPILE: dict[str, Compile] = {
     "torch.compile": lambda model, backend: torch.compile(model, backend=backend),
     "model.compile": in_place,
-    "a module inside": inside,
+    "a module inside": lambda model, backend: nn.Sequential(torch.compile(model, backend=backend)),
     "its forward": forward_only,
 }
 

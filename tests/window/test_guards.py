@@ -1,7 +1,6 @@
 """Watches that speak up, name the line that was wrong, and leave every object as it was."""
 
 import copy
-import inspect
 import io
 import pickle
 import warnings
@@ -17,15 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR, StepLR
 
 import gradaccum as ga
 from gradaccum.window import guards
-
-
-def line_here() -> str:
-    """``file:line`` of who calls."""
-    frame = inspect.currentframe()
-    assert frame is not None
-    assert frame.f_back is not None
-    return f"{__file__}:{frame.f_back.f_lineno}"
-
+from pairs import line_here
 
 # ------------------------------------------------------------------------------------------------ models and optimizers
 
