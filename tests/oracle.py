@@ -99,9 +99,8 @@ def whole_batches(
 def _clip(model: nn.Module, clip_norm: float) -> Tensor:
     if not any(parameter.grad is not None and parameter.grad.is_sparse for parameter in model.parameters()):
         return nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    dense = [
-        gradient for gradient in gradients_of(model).values() if gradient is not None
-    ]  # torch cannot clip sparse ones
+    # torch cannot clip sparse gradients
+    dense = [gradient for gradient in gradients_of(model).values() if gradient is not None]
     norm = torch.cat([gradient.flatten() for gradient in dense]).norm()
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -117,34 +116,32 @@ def own_loop(
     loss: Callable[[nn.Module, Any], Any],
 ) -> tuple[list[Made], list[Update]]:
     """Trains with the library, in the loop of the README; a window that the last pass leaves to carry is flushed."""
-    made: list[Made] = []
-    updates: list[Update] = []
-    with seen_by(optimizer, model) as seen:
+
+    def updates() -> Iterator[Update | None]:
         for one_pass in passes:
             for micro_batch in accumulator.over(one_pass):
-                update = accumulator.backward(loss(model, micro_batch))
-                if update:
-                    updates.append(update)
-                    made.append(_made(update, seen, model, optimizer))
-        flushed = accumulator.flush()
-        if flushed:
-            updates.append(flushed)
-            made.append(_made(flushed, seen, model, optimizer))
-    return made, updates
+                yield accumulator.backward(loss(model, micro_batch))
+        yield accumulator.flush()
+
+    return _noted(updates(), model, optimizer)
 
 
 def whole_in_hand(
     train_step: TrainStep, model: nn.Module, optimizer: Optimizer, batches: Iterable[Any]
 ) -> tuple[list[Made], list[Update]]:
     """Trains with the library, handing it whole batches."""
+    return _noted(map(train_step, batches), model, optimizer)
+
+
+def _noted(updates: Iterable[Update | None], model: nn.Module, optimizer: Optimizer) -> tuple[list[Made], list[Update]]:
     made: list[Made] = []
-    updates: list[Update] = []
+    given: list[Update] = []
     with seen_by(optimizer, model) as seen:
-        for batch in batches:
-            update = train_step(batch)
-            updates.append(update)
-            made.append(_made(update, seen, model, optimizer))
-    return made, updates
+        for update in updates:
+            if update:
+                given.append(update)
+                made.append(_made(update, seen, model, optimizer))
+    return made, given
 
 
 def by_own_loop(

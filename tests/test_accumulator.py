@@ -10,33 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradaccum as ga
 from oracle import assert_same, assert_same_gradients, own_loop, parameters_of, whole_batches
-
-Pair = tuple[Tensor, Tensor]
-
-X, Y = torch.randn(23, 3, dtype=torch.float64), torch.randn(23, 1, dtype=torch.float64)
-"""23 samples, a prime: no size of micro-batch or batch divides them."""
-
-
-def pairs(*sizes: int) -> list[Pair]:
-    """The first samples, cut into micro-batches of these sizes."""
-    rows = sum(sizes)
-    return list(zip(X[:rows].split(list(sizes)), Y[:rows].split(list(sizes)), strict=True))
-
-
-def squares(model: nn.Module, batch: Pair) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def make(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, ga.Accumulator]:
-    model = nn.Linear(3, 1).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, optimizer, ga.Accumulator(model, optimizer, **options)
+from pairs import ALL_X, ALL_Y, Pair, assert_no_gradients, make_accumulator, pairs, squares
 
 
 def train(
@@ -54,10 +33,6 @@ def train(
             updates.append(update)
         after(done)
     return updates
-
-
-def assert_no_gradients(model: nn.Module) -> None:
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------- windows and tails
@@ -86,7 +61,7 @@ TAILS: dict[str, tuple[str, list[list[int]], list[slice]]] = {
 @pytest.mark.parametrize("name", TAILS)
 def test_each_update_is_of_the_batch_that_its_tail_makes(name: str, has_length: bool) -> None:
     tail, sizes, windows = TAILS[name]
-    model, optimizer, accumulator = make(micro_batches=2, tail=tail)
+    model, optimizer, accumulator = make_accumulator(micro_batches=2, tail=tail)
     whole = copy.deepcopy(model)
     passes = [pairs(*one_pass) for one_pass in sizes]
     streams = passes if has_length else [iter(one_pass) for one_pass in passes]
@@ -101,19 +76,20 @@ def test_each_update_is_of_the_batch_that_its_tail_makes(name: str, has_length: 
     assert [update.weight for update in updates] == [sum(window) for window in rows]
     assert [update.micro_batches for update in updates] == [len(window) for window in rows]
     assert [update.micro_batch_size for update in updates] == [max(window) for window in rows]
+    assert all(update.seconds > 0 for update in updates)
     assert accumulator.samples == sum(map(sum, rows))
     assert_no_gradients(model)
 
 
 def test_a_window_that_is_never_complete_is_refused_where_it_would_be_dropped() -> None:
-    model, _, accumulator = make(micro_batches=8, tail="drop")
+    model, _, accumulator = make_accumulator(micro_batches=8, tail="drop")
     message = r'The pass has 2 micro-batches.*micro_batches=8 and tail="drop".*no update would be made.*tail="step"'
     with pytest.raises(ga.WindowError, match=message):
         accumulator.over(pairs(5, 5))
     with pytest.raises(ga.WindowError, match=message):
         train(accumulator, model, iter(pairs(5, 5)))
     assert_no_gradients(model)
-    model, _, accumulator = make(batch_size=11, tail="drop")
+    model, _, accumulator = make_accumulator(batch_size=11, tail="drop")
     with pytest.raises(ga.WindowError, match=r"The pass has 2 micro-batches \(10 samples\).*batch_size=11"):
         train(accumulator, model, pairs(5, 5))
 
@@ -125,36 +101,33 @@ def test_a_schedule_is_asked_once_for_each_update() -> None:
         asked.append(update)
         return update
 
-    model, _, accumulator = make(micro_batches=micro_batches)
+    model, _, accumulator = make_accumulator(micro_batches=micro_batches)
     updates = train(accumulator, model, pairs(*[1] * 10))
     assert [update.micro_batches for update in updates] == [1, 2, 3, 4]
     assert asked == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, None, True])
-def test_a_schedule_that_gives_no_size(size: Any) -> None:
-    model, _, accumulator = make(batch_size=lambda update: 4 if update == 1 else size)
-    with pytest.raises(ga.WindowError, match=rf"batch_size is {size} for update 2: .* at least 1"):
-        train(accumulator, model, pairs(2, 2, 2, 2))
-    assert accumulator.updates == 1
-
-
 def test_micro_batches_that_do_not_add_up_to_the_batch_size() -> None:
-    model, _, accumulator = make(batch_size=8)
+    model, _, accumulator = make_accumulator(batch_size=8)
     message = r"do not add up to batch_size=8: there were 5 samples, and the next micro-batch has 5\..*of 10 samples"
     with pytest.raises(ga.WindowError, match=message):
         train(accumulator, model, pairs(5, 5))
     assert_no_gradients(model)
-    model, _, accumulator = make(batch_size=4)
-    with pytest.raises(ga.WindowError, match=r"micro-batch of 5 samples is larger than batch_size=4.*ga\.TrainStep"):
-        train(accumulator, model, pairs(5, 5))
+
+
+def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, _, accumulator = make_accumulator(micro_batches=3)
+    with caplog.at_level(logging.INFO, "gradaccum"):
+        for _ in range(2):
+            train(accumulator, model, pairs(4, 4, 2, 4, 4, 2, 1))
+    assert caplog.messages == ["batch 12 = 3 micro-batches x 4 | exact | 3 updates an epoch"]
 
 
 def test_samples_that_cannot_be_counted() -> None:
-    model, _, accumulator = make(batch_size=8)
+    model, _, accumulator = make_accumulator(batch_size=8)
     with pytest.raises(ga.LossError, match=r"batch_size= counts samples.*no tensor with rows.*micro_batches="):
         next(iter(accumulator.over(["text", "text"])))
-    model, _, accumulator = make(micro_batches=2)
+    model, _, accumulator = make_accumulator(micro_batches=2)
     for (x, y), _ in zip(pairs(2, 1), accumulator.over(["text", "more"]), strict=True):
         update = accumulator.backward(ga.Loss.mean(squares(model, (x, y)), over=len(x)))
     assert update is not None
@@ -165,16 +138,16 @@ def test_samples_that_cannot_be_counted() -> None:
 
 
 def test_a_micro_batch_that_is_left_out() -> None:
-    model, _, accumulator = make(micro_batches=3)
-    (x, y), *_ = pairs(4)
-    expected = torch.autograd.grad(squares(model, (x, y)), model.weight)[0]
-    before = model.weight.detach().clone()
+    model, _, accumulator = make_accumulator(micro_batches=3)
+    batch = (ALL_X[:4], ALL_Y[:4])
+    weight = model[0].weight
+    expected = weight.detach() - 0.1 * torch.autograd.grad(squares(model, batch), weight)[0]
     for i, _ in enumerate(accumulator.over(pairs(1, 1, 1))):
         left_out = ga.Loss.sum(torch.zeros(()), over=0)
-        update = accumulator.backward(ga.Loss.mean(squares(model, (x, y)), over=4) if i == 1 else left_out)
+        update = accumulator.backward(ga.Loss.mean(squares(model, batch), over=4) if i == 1 else left_out)
     assert update is not None
     assert update.weight == 4
-    torch.testing.assert_close(model.weight.detach(), before - 0.1 * expected)
+    torch.testing.assert_close(weight.detach(), expected)
 
 
 @pytest.mark.parametrize("over", [0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
@@ -201,7 +174,7 @@ def test_a_window_that_weighs_nothing_makes_no_update(over: Any, caplog: pytest.
 
 
 def test_break_inside_a_window_says_what_is_lost() -> None:
-    model, _, accumulator = make(micro_batches=3)
+    model, _, accumulator = make_accumulator(micro_batches=3)
 
     def stop_early() -> None:
         for done, micro_batch in enumerate(accumulator.over(pairs(2, 2, 2, 2, 1, 2)), start=1):
@@ -217,7 +190,7 @@ def test_break_inside_a_window_says_what_is_lost() -> None:
 
 
 def test_break_between_windows_is_no_loss() -> None:
-    model, _, accumulator = make(micro_batches=2)
+    model, _, accumulator = make_accumulator(micro_batches=2)
     for micro_batch in accumulator.over(pairs(2, 2, 2, 2)):
         if accumulator.backward(squares(model, micro_batch)):
             break
@@ -226,7 +199,7 @@ def test_break_between_windows_is_no_loss() -> None:
 
 @pytest.mark.parametrize("tail", ["step", "drop", "carry"])
 def test_an_error_in_the_loops_body_stays_that_error(tail: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, _, accumulator = make(micro_batches=2, tail=tail)
+    model, _, accumulator = make_accumulator(micro_batches=2, tail=tail)
 
     def fail(done: int) -> None:
         if done == 3:
@@ -251,28 +224,22 @@ def failing_after(micro_batches: list[Pair]) -> Iterator[Pair]:
     raise OSError("disk gone")
 
 
+@pytest.mark.parametrize("is_inside", [True, False])
 @pytest.mark.parametrize("tail", ["step", "drop"])
-def test_a_loader_that_raises_inside_a_window(tail: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, _, accumulator = make(micro_batches=2, tail=tail)
+def test_a_loader_that_raises(tail: str, is_inside: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, _, accumulator = make_accumulator(micro_batches=2, tail=tail)
     whole = copy.deepcopy(model)
     with pytest.raises(OSError, match="disk gone"), caplog.at_level(logging.WARNING, "gradaccum"):
-        train(accumulator, model, failing_after(pairs(2, 2, 2)))
+        train(accumulator, model, failing_after(pairs(2, 2, *[2] * is_inside)))
     assert (accumulator.updates, accumulator.samples) == (1, 4), "the window before is applied, the half one is not"
-    assert "1 micro-batches (2 samples) were accumulated and never applied" in caplog.text
+    assert ("1 micro-batches (2 samples) were accumulated and never applied" in caplog.text) == is_inside
     assert_no_gradients(model)
-    whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(X[:4], Y[:4])], squares)
+    whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(ALL_X[:4], ALL_Y[:4])], squares)
     assert_same_gradients(parameters_of(model), parameters_of(whole))
 
 
-def test_a_loader_that_raises_between_windows() -> None:
-    model, _, accumulator = make(micro_batches=2)
-    with pytest.raises(OSError, match="disk gone"):
-        train(accumulator, model, failing_after(pairs(2, 2)))
-    assert accumulator.updates == 1
-
-
 def test_an_accumulator_that_is_dropped_with_a_window_open() -> None:
-    model, optimizer, accumulator = make(micro_batches=2, tail="carry")
+    model, optimizer, accumulator = make_accumulator(micro_batches=2, tail="carry")
     train(accumulator, model, pairs(2))
     with pytest.warns(ga.DiscardedWindowWarning, match=r"1 micro-batches \(2 samples\)"):
         del accumulator
@@ -282,7 +249,7 @@ def test_an_accumulator_that_is_dropped_with_a_window_open() -> None:
 
 class Counting(TensorDataset):
     def __init__(self) -> None:
-        super().__init__(X, Y)
+        super().__init__(ALL_X, ALL_Y)
         self.asked: list[int] = []
 
     def __getitem__(self, index: int) -> Any:
@@ -292,7 +259,7 @@ class Counting(TensorDataset):
 
 @pytest.mark.parametrize("tail", ["step", "drop", "carry"])
 def test_a_data_loader_is_asked_for_nothing_twice(tail: str) -> None:
-    model, _, accumulator = make(batch_size=10, tail=tail)
+    model, _, accumulator = make_accumulator(batch_size=10, tail=tail)
     dataset = Counting()
     train(accumulator, model, DataLoader(dataset, batch_size=5))
     assert dataset.asked == list(range(23))
@@ -300,29 +267,8 @@ def test_a_data_loader_is_asked_for_nothing_twice(tail: str) -> None:
     accumulator.flush()
 
 
-def test_a_data_loader_is_read_one_micro_batch_ahead_and_no_further() -> None:
-    model, _, accumulator = make(micro_batches=2)
-    dataset = Counting()
-    seen: list[int] = []
-    train(accumulator, model, DataLoader(dataset, batch_size=5), after=lambda done: seen.append(len(dataset.asked)))
-    assert seen == [10, 15, 20, 23, 23]
-
-
-def test_a_stream_is_continued_where_a_pass_was_left() -> None:
-    model, _, accumulator = make(micro_batches=2)
-    stream = iter(pairs(1, 2, 3, 4, 5))
-    sizes: list[int] = []
-    for _ in range(3):
-        for micro_batch in accumulator.over(stream):
-            sizes.append(len(micro_batch[0]))
-            if accumulator.backward(squares(model, micro_batch)):
-                break
-    assert sizes == [1, 2, 3, 4, 5]
-    assert accumulator.updates == 3
-
-
 def test_a_new_pass_ends_the_one_before() -> None:
-    model, _, accumulator = make(micro_batches=2)
+    model, _, accumulator = make_accumulator(micro_batches=2)
     first = iter(accumulator.over(pairs(2, 2)))
     accumulator.backward(squares(model, next(first)))
     with pytest.warns(ga.DiscardedWindowWarning, match="1 micro-batches"):
@@ -335,18 +281,18 @@ def test_a_new_pass_ends_the_one_before() -> None:
 
 
 def test_a_state_is_counted_on_from() -> None:
-    model, _, before = make(micro_batches=3)
+    model, _, before = make_accumulator(micro_batches=3)
     train(before, model, pairs(2, 1, 2, 3))
     state = before.state_dict()
     assert state == {"updates": 2, "micro_batches": 4, "samples": 8}
-    model, _, after = make(micro_batches=2)
+    model, _, after = make_accumulator(micro_batches=2)
     after.load_state_dict(state)
     assert [update.index for update in train(after, model, pairs(5, 1))] == [3]
     assert after.state_dict() == {"updates": 3, "micro_batches": 6, "samples": 14}
 
 
 def test_no_state_in_mid_window() -> None:
-    model, _, accumulator = make(micro_batches=3, tail="carry")
+    model, _, accumulator = make_accumulator(micro_batches=3, tail="carry")
     state = accumulator.state_dict()
     train(accumulator, model, pairs(2, 3))
     with pytest.raises(ga.StateError, match=r"window is open, with 2 micro-batches \(5 samples\).*Save right after"):
@@ -358,6 +304,6 @@ def test_no_state_in_mid_window() -> None:
 
 
 def test_a_state_that_is_none() -> None:
-    _, _, accumulator = make(micro_batches=3)
+    _, _, accumulator = make_accumulator(micro_batches=3)
     with pytest.raises(ga.StateError, match=r"no count of micro_batches, samples; .*holds updates, other"):
         accumulator.load_state_dict({"updates": 1, "other": 2})

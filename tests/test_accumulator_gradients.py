@@ -65,68 +65,50 @@ def test_leftover_gradients_of_zero_are_no_leftovers(sparse: bool) -> None:
 def test_a_backward_by_hand_between_two_windows_is_a_leftover() -> None:
     model = nn.Linear(3, 1)
     accumulator = accumulator_of(model)
+
+    def touch(done: int) -> None:
+        if done == 2:
+            backward_by_hand(model)
+
     with pytest.raises(ga.MisuseError, match=r"have a \.grad before the window's first micro-batch"):
-        train(
-            accumulator,
-            micro_batches(4),
-            lambda x: model(x).mean(),
-            after=lambda done: backward_by_hand(model) if done == 2 else None,
-        )
+        train(accumulator, micro_batches(4), lambda x: model(x).mean(), after=touch)
     assert accumulator.updates == 1
-
-
-def clip(model: nn.Module) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-
-def clear(model: nn.Module) -> None:
-    model.zero_grad()
-
-
-def zero(model: nn.Module) -> None:
-    model.zero_grad(set_to_none=False)
 
 
 def backward_by_hand(model: nn.Module) -> None:
     model(torch.ones(1, 3)).sum().backward()
 
 
-def replace(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        parameter.grad = parameter.grad * 0.5
+TOUCHES: dict[str, Callable[[Any], Any]] = {
+    "clip": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+    "clear": lambda model: model.zero_grad(),
+    "zero": lambda model: model.zero_grad(set_to_none=False),
+    "backward": backward_by_hand,
+    "replace": lambda model: setattr(model.weight, "grad", model.weight.grad * 0.5),
+}
 
 
-@pytest.mark.parametrize("touch", [clip, clear, zero, backward_by_hand, replace], ids=lambda touch: touch.__name__)
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES.keys())
 @pytest.mark.parametrize("at", [1, 3])
-def test_gradients_changed_by_hand_inside_a_window_are_noticed(touch: Callable[[nn.Module], None], at: int) -> None:
+def test_gradients_changed_by_hand_inside_a_window_are_noticed(touch: Callable[[Any], Any], at: int) -> None:
     model = nn.Linear(3, 1)
     accumulator = accumulator_of(model, micro_batches=4)
     message = r"gradient of 'weight' was (changed|cleared).* between two micro-batches of one window.*pass clip_norm="
     with pytest.raises(ga.MisuseError, match=message):
-        train(
-            accumulator,
-            micro_batches(4),
-            lambda x: model(x).mean(),
-            after=lambda done: touch(model) if done == at else None,
-        )
+        train(accumulator, micro_batches(4), lambda x: model(x).mean(), after=lambda done: done == at and touch(model))
     assert model.weight.grad is None, "the window was discarded"
     assert accumulator.updates == 0
 
 
 def test_gradients_may_be_looked_at_inside_a_window() -> None:
-    model = nn.Linear(3, 1)
+    model, norms = nn.Linear(3, 1), list[float]()
     accumulator = accumulator_of(model, micro_batches=3)
-    norms: list[float] = []
 
     def look(done: int) -> None:
-        if done < 3:
-            assert model.weight.grad is not None
-            norms.append(model.weight.grad.norm().item())
+        norms.append(model.weight.grad.norm().item() if done < 3 else 1.0)
 
     train(accumulator, micro_batches(3), lambda x: model(x).mean(), after=look)
     assert accumulator.updates == 1
-    assert len(norms) == 2
     assert min(norms) > 0
 
 

@@ -1,4 +1,4 @@
-"""The whole batch in hand, by name: every nesting of batches, what is refused, what an error leaves behind."""
+"""The whole batch in hand, by name: nested batches, what is refused, what an error leaves behind."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import dataclasses
 import gc
 import logging
 import weakref
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,39 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
-from oracle import (
-    assert_same_gradients,
-    gradients_of,
-    parameters_of,
-    whole_batches,
-)
-
-Pair = tuple[Tensor, Tensor]
-
-ROWS = 13
-X, Y = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(ROWS, 1, dtype=torch.float64)
-
-
-def squares(model: nn.Module, batch: Pair) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-
-
-def make(
-    loss_fn: Callable[[Any, Any], Any] = squares, **options: Any
-) -> tuple[nn.Module, torch.optim.Optimizer, ga.TrainStep]:
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, optimizer, ga.TrainStep(model, optimizer, loss_fn, **{"micro_batch_size": 4, **options})
-
-
-def assert_no_gradients(model: nn.Module) -> None:
-    assert all(parameter.grad is None for parameter in model.parameters())
-
+from oracle import assert_same_gradients, gradients_of, parameters_of
+from pairs import ROWS, Pair, X, Y, assert_no_gradients, make_model, make_step, squares
 
 # ------------------------------------------------------------------------------------------------------- nested batches
 
@@ -64,40 +32,10 @@ class Plain:
     name: str = "batch"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Frozen:
-    x: Tensor
-    y: Tensor
-
-
-def batch_encoding(x: Tensor, y: Tensor) -> Any:
-    return pytest.importorskip("transformers").BatchEncoding({"x": x, "y": y})
-
-
-def model_output(x: Tensor, y: Tensor) -> Any:
-    return pytest.importorskip("transformers.utils").ModelOutput(x=x, y=y)
-
-
-def by_name(batch: Any) -> Pair:
-    return batch["x"], batch["y"]
-
-
-def by_attribute(batch: Any) -> Pair:
-    return batch.x, batch.y
-
-
+# Every other nesting is tested with `gradaccum.tree`.
 NESTINGS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Pair]]] = {
-    "tuple": (lambda x, y: (x, y), tuple),
-    "list": (lambda x, y: [x, y], tuple),
-    "named tuple": (Named, by_attribute),
-    "dict": (lambda x, y: {"x": x, "y": y}, by_name),
-    "ordered dict": (lambda x, y: OrderedDict(x=x, y=y), by_name),
-    "default dict": (lambda x, y: defaultdict(list, x=x, y=y), by_name),
-    "user dict": (lambda x, y: UserDict(x=x, y=y), by_name),
-    "dataclass": (Plain, by_attribute),
-    "frozen dataclass": (Frozen, by_attribute),
-    "batch encoding": (batch_encoding, by_name),
-    "model output": (model_output, by_name),
+    "dict": (lambda x, y: {"x": x, "y": y}, lambda batch: (batch["x"], batch["y"])),
+    "named tuple": (Named, lambda batch: (batch.x, batch.y)),
     "tensor": (lambda x, y: torch.cat([x, y], dim=1), lambda batch: (batch[:, :3], batch[:, 3:])),
     "deep": (
         lambda x, y: {"inputs": [(x, None)], "rest": Plain(Named(1.5, "text"), {"y": y}), "ids": ["a"] * len(x)},
@@ -108,7 +46,7 @@ NESTINGS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Pair]
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_every_nesting_of_batches(name: str) -> None:
+def test_nested_batches(name: str) -> None:
     nested, read = NESTINGS[name]
     batch = nested(X, Y)
     seen: list[Any] = []
@@ -117,7 +55,7 @@ def test_every_nesting_of_batches(name: str) -> None:
         seen.append(micro_batch)
         return squares(model, read(micro_batch))
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     train_step.backward(batch)
     whole = make_model()
     squares(whole, (X, Y)).backward()
@@ -128,23 +66,6 @@ def test_every_nesting_of_batches(name: str) -> None:
     if name == "deep":
         assert [len(micro_batch["ids"]) for micro_batch in seen] == [4, 3, 3, 3]
         assert seen[0]["rest"].x == Named(1.5, "text")
-
-
-@pytest.mark.parametrize(("rows", "size", "pieces"), [(1, 4, [1]), (3, 4, [3]), (4, 4, [4]), (5, 4, [3, 2])])
-def test_batches_of_one_sample_and_of_less_than_a_micro_batch(rows: int, size: int, pieces: list[int]) -> None:
-    seen: list[int] = []
-
-    def loss_fn(model: nn.Module, batch: Pair) -> Tensor:
-        seen.append(len(batch[0]))
-        return squares(model, batch)
-
-    model, _, train_step = make(loss_fn, micro_batch_size=size)
-    whole = make_model()
-    update = train_step((X[:rows], Y[:rows]))
-    whole_batches(whole, torch.optim.SGD(whole.parameters(), lr=0.1), [(X[:rows], Y[:rows])], squares)
-    assert_same_gradients(parameters_of(model), parameters_of(whole))
-    assert seen == pieces
-    assert (update.samples, update.micro_batches, update.micro_batch_size) == (rows, len(pieces), max(pieces))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input, errors
@@ -160,7 +81,7 @@ BAD_BATCHES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_batches_that_cannot_be_cut(name: str) -> None:
     batch, message = BAD_BATCHES[name]
-    model, _, train_step = make()
+    model, _, train_step = make_step()
     for call in (train_step, train_step.backward):
         with pytest.raises(ga.BatchError, match=message):
             call(batch)
@@ -169,14 +90,11 @@ def test_batches_that_cannot_be_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None, "auto "])
-def test_sizes_that_are_none(size: Any) -> None:
+def test_sizes_that_are_none_and_a_loss_that_is_no_function(size: Any) -> None:
     with pytest.raises(ga.WindowError, match=r"micro_batch_size=.*at least 1"):
-        make(micro_batch_size=size)
-
-
-def test_a_loss_that_is_no_function() -> None:
+        make_step(micro_batch_size=size)
     with pytest.raises(ga.GradAccumError, match=r"loss_fn is a Tensor.*loss_fn\(model, micro_batch\)"):
-        make(torch.ones(()))
+        make_step(torch.ones(()))
 
 
 def test_a_plain_mean_that_was_not_over_samples() -> None:
@@ -184,7 +102,7 @@ def test_a_plain_mean_that_was_not_over_samples() -> None:
         output, counts = model(batch[0]), batch[1] > 0
         return (output * counts).sum() / counts.sum()
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     y = torch.ones(ROWS, 1, dtype=torch.float64)
     y[4:6] = -1
     message = r"divided by: 4, 1 in micro-batches of 4, 3 samples.* would count .* times .*Return the loss with"
@@ -204,7 +122,7 @@ def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[Base
             raise error("mine")
         return squares(model, batch)
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     with pytest.raises(error, match="mine"):
         train_step((X, Y))
     assert_no_gradients(model)
@@ -213,20 +131,13 @@ def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[Base
 
 
 def test_an_optimizer_that_fails_leaves_nothing_behind() -> None:
-    model, optimizer, train_step = make()
+    model, optimizer, train_step = make_step()
     handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_step((X, Y))
     handle.remove()
     assert_no_gradients(model)
     assert train_step((X, Y)).index == 1
-
-
-def test_totals_that_are_not_those_of_the_loss() -> None:
-    model, _, train_step = make(weights=lambda batch: 26 if len(batch[0]) == ROWS else len(batch[0]))
-    with pytest.raises(ga.LossError, match=r"given as 26, and its micro-batches add up to 13.*0\.5 times"):
-        train_step((X, Y))
-    assert_no_gradients(model)
 
 
 # ---------------------------------------------------------------------------------------------------- what else it does
@@ -239,7 +150,7 @@ def test_weights_are_counted_once_for_the_batch_and_once_for_each_micro_batch() 
         seen.append(len(batch[0]))
         return len(batch[0])
 
-    _, _, train_step = make(weights=weights)
+    _, _, train_step = make_step(weights=weights)
     train_step((X, Y))
     assert seen == [13, 4, 3, 3, 3]
 
@@ -255,7 +166,7 @@ def test_one_graph_is_alive_at_a_time() -> None:
         outputs.append(weakref.ref(output))
         return F.mse_loss(output, batch[1])
 
-    _, _, train_step = make(loss_fn)
+    _, _, train_step = make_step(loss_fn)
     update = train_step((X, Y))
     assert alive == [0, 0, 0, 0]
     assert not update.loss.requires_grad
@@ -275,26 +186,8 @@ def test_several_models_are_handed_to_the_loss_as_they_were_given() -> None:
     assert_same_gradients(parameters_of(models[0]), parameters_of(models[1]), tolerance=0.0)
 
 
-def test_batch_norm_in_training_mode_is_warned_of_once_by_name() -> None:
-    def loss_fn(model: nn.Module, batch: SimpleNamespace | Tensor) -> Tensor:
-        return model(batch).mean()
-
-    def make_normed() -> tuple[nn.Module, ga.TrainStep]:
-        model = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), norm=nn.BatchNorm1d(3))).double()
-        return model, ga.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch_size=4)
-
-    _, train_step = make_normed()
-    train_step(X[:4])  # in one piece, so exact
-    with pytest.warns(ga.BatchNormWarning, match=r"1 BatchNorm layer in training mode \(norm\) .* the 4 micro-batches"):
-        train_step(X)
-    train_step(X)
-    model, train_step = make_normed()
-    model.norm.eval()
-    train_step(X)
-
-
 def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _, _, train_step = make()
+    _, _, train_step = make_step()
     with caplog.at_level(logging.INFO, "gradaccum"):
         train_step((X, Y))
         train_step((X, Y))
@@ -302,9 +195,9 @@ def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_state_is_counted_on_from_with_another_size() -> None:
-    _, _, train_step = make(micro_batch_size=4)
+    _, _, train_step = make_step(micro_batch_size=4)
     train_step((X, Y))
-    _, _, resumed = make(micro_batch_size=13)
+    _, _, resumed = make_step(micro_batch_size=13)
     resumed.load_state_dict(copy.deepcopy(train_step.state_dict()))
     assert resumed((X, Y)).index == 2
     assert resumed.state_dict() == {"updates": 2, "micro_batches": 5, "samples": 26}

@@ -8,37 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
 from oracle import EXACT, SINGLE, assert_same_gradients, assert_same_number, gradients_of, parameters_of
-
-Pair = tuple[Tensor, Tensor]
-
-ROWS = 13
-X, Y = torch.randn(ROWS, 3, dtype=torch.float64), torch.randn(ROWS, 1, dtype=torch.float64)
-
-
-def squares(model: nn.Module, batch: Pair) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-
-
-def make(
-    loss_fn: Callable[[Any, Any], Any] = squares, **options: Any
-) -> tuple[nn.Module, torch.optim.Optimizer, ga.TrainStep]:
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, optimizer, ga.TrainStep(model, optimizer, loss_fn, **{"micro_batch_size": 4, **options})
-
-
-def assert_no_gradients(model: nn.Module) -> None:
-    assert all(parameter.grad is None for parameter in model.parameters())
+from pairs import ROWS, Pair, X, Y, make_model, make_step, squares
 
 
 @pytest.mark.parametrize("at", ["first", "last"])
@@ -51,7 +25,7 @@ def test_it_adds_to_what_is_there_as_torchs_own_does(at: str) -> None:
         if at == "first":
             model(X[:5]).sum().backward()
 
-    own, _, train_step = make()
+    own, _, train_step = make_step()
     whole = make_model()
     train(own, train_step.backward)
     train(whole, lambda batch: squares(whole, batch).backward())
@@ -77,7 +51,7 @@ def test_it_adds_sparse_and_dense(first: str) -> None:
 
 
 def test_it_makes_no_update() -> None:
-    model, optimizer, train_step = make(clip_norm=1e-3)
+    model, optimizer, train_step = make_step(clip_norm=1e-3)
     before = parameters_of(model)
     loss = train_step.backward((X, Y))
     assert isinstance(loss, ga.Loss)
@@ -98,7 +72,7 @@ def test_several_terms_come_back_as_their_sum() -> None:
     def weights(batch: Pair) -> dict[str, int]:
         return {"fit": len(batch[0]), "size": 2 * len(batch[0])}
 
-    model, _, train_step = make(loss_fn, weights=weights)
+    model, _, train_step = make_step(loss_fn, weights=weights)
     loss = train_step.backward((X, Y))
     assert loss.weight is None
     assert_same_number(loss.value.item(), (squares(model, (X, Y)) + model(X).mean()).item())
@@ -112,7 +86,7 @@ def test_a_backward_that_fails_leaves_the_gradients_that_were_there() -> None:
             raise RuntimeError("out of memory, say")
         return squares(model, batch)
 
-    model, _, train_step = make(loss_fn)
+    model, _, train_step = make_step(loss_fn)
     model(X).sum().backward()
     before = gradients_of(model)
     with pytest.raises(RuntimeError, match="out of memory, say"):
@@ -121,7 +95,7 @@ def test_a_backward_that_fails_leaves_the_gradients_that_were_there() -> None:
 
 
 def test_the_same_batch_gives_the_very_same_gradient_again() -> None:
-    model, optimizer, train_step = make()
+    model, optimizer, train_step = make_step()
     found = []
     for _ in range(2):
         optimizer.zero_grad()
@@ -180,7 +154,7 @@ def test_sharpness_aware_minimisation() -> None:
             optimizer.step()
         return parameters_of(model)
 
-    own, _, train_step = make()
+    own, _, train_step = make_step()
     whole = make_model()
     made = train(own, lambda: train_step.backward((X, Y)))
     assert_same_gradients(made, train(whole, lambda: squares(whole, (X, Y)).backward()))

@@ -18,7 +18,6 @@ import gradaccum as ga
 from gradaccum import tree
 
 ROWS = 5
-CPU = torch.device("cpu")
 
 
 class Named(NamedTuple):
@@ -29,28 +28,10 @@ class Named(NamedTuple):
 Untyped = namedtuple("Untyped", ["x", "y"])
 
 
-@dataclasses.dataclass
-class Data:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(slots=True)
-class Slots:
-    x: Any
-    y: Any
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FrozenSlots:
-    x: Any
-    y: Any
+Data = dataclasses.make_dataclass("Data", ["x", "y"])
+Frozen = dataclasses.make_dataclass("Frozen", ["x", "y"], frozen=True)
+Slots = dataclasses.make_dataclass("Slots", ["x", "y"], slots=True)
+FrozenSlots = dataclasses.make_dataclass("FrozenSlots", ["x", "y"], frozen=True, slots=True, kw_only=True)
 
 
 @dataclasses.dataclass
@@ -92,6 +73,7 @@ def by_default(x: Any, y: Any) -> defaultdict[str, Any]:
 
 
 NESTINGS: dict[str, Callable[[Any, Any], Any]] = {
+    "a tensor alone": lambda x, y: x,
     "tuple": lambda x, y: (x, y),
     "list": lambda x, y: [x, y],
     "a list of one's own": lambda x, y: ListOfOurs([x, y]),
@@ -121,27 +103,18 @@ def example() -> tuple[Tensor, Tensor]:
 
 
 @nestings
-def test_rows_of_every_nesting(nest: Callable[[Any, Any], Any]) -> None:
-    assert tree.rows(nest(*example())) == ROWS
-
-
-@nestings
-def test_a_piece_has_the_batchs_own_structure(nest: Callable[[Any, Any], Any]) -> None:
+def test_every_nesting_keeps_its_structure(nest: Callable[[Any, Any], Any]) -> None:
     x, y = example()
     batch = nest(x, y)
+    assert tree.rows(batch) == ROWS
 
     piece = tree.take(batch, slice(1, 4))
-
     assert type(piece) is type(batch)
     expected = list(tree.tensors(nest(x[1:4], y[1:4])))
     assert all(torch.equal(a, b) for a, b in zip(tree.tensors(piece), expected, strict=True))
     assert all(len(tensor) == ROWS for tensor in tree.tensors(batch)), "the batch itself is left as it was"
 
-
-@nestings
-def test_to_device_keeps_structure_and_tensors(nest: Callable[[Any, Any], Any]) -> None:
-    batch = nest(*example())
-    moved = tree.to_device(batch, CPU)
+    moved = tree.to_device(batch, torch.device("cpu"))
     assert type(moved) is type(batch)
     assert all(a is b for a, b in zip(tree.tensors(moved), tree.tensors(batch), strict=True))
 
@@ -150,13 +123,6 @@ def test_to_another_device() -> None:
     moved = tree.to_device({"x": torch.zeros(2, 3), "name": "a"}, torch.device("meta"))
     assert moved["x"].device.type == "meta"
     assert moved["name"] == "a"
-
-
-def test_a_tensor_alone() -> None:
-    x, _ = example()
-    assert tree.rows(x) == ROWS
-    assert torch.equal(tree.take(x, slice(0, 2)), x[:2])
-    assert [tensor is x for tensor in tree.tensors(x)] == [True]
 
 
 def test_a_defaultdict_keeps_its_factory() -> None:
@@ -209,12 +175,6 @@ def test_hugging_face(which: str) -> None:
 # ------------------------------------------------------------------------------------------- what has rows and what not
 
 
-def test_slices_are_views() -> None:
-    x, _ = example()
-    tree.take({"x": x}, slice(1, 2))["x"].zero_()
-    assert x[1].eq(0).all()
-
-
 def test_index_tensors_take_rows_in_their_order() -> None:
     x, y = example()
     batch = {"x": x, "y": y, "names": list("abcde"), "pair": tuple("vwxyz"), "array": y.numpy()}
@@ -230,7 +190,8 @@ def test_index_tensors_take_rows_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("column", [list("abcde"), tuple("abcde"), [b"a", b"b", b"c", b"d", b"e"], [1, 2, 3, 4, 5],
-                                    [0.1, 0.2, 0.3, 0.4, 0.5], [True, False, True, False, True]], ids=repr)  # fmt: skip
+                                    [0.1, 0.2, 0.3, 0.4, 0.5], [True, False, True, False, True],
+                                    [np.float64(i) for i in range(ROWS)]], ids=repr)  # fmt: skip
 def test_a_column_with_an_entry_for_each_row_is_cut(column: Any) -> None:
     piece = tree.take((torch.zeros(ROWS), column), slice(1, 3))
     assert piece[1] == column[1:3]
@@ -245,25 +206,15 @@ def test_what_has_no_rows_is_shared_by_all(shared: Any) -> None:
     assert type(piece) is type(shared)
 
 
-def test_0d_tensors_are_shared() -> None:
-    temperature = torch.tensor(0.07)
-    assert tree.take((torch.zeros(ROWS), temperature), slice(1, 3))[1] is temperature
-
-
-def test_numpy_arrays_have_rows() -> None:
-    batch = {"x": np.arange(10).reshape(5, 2), "scalar": np.float64(3.0), "zero_d": np.array(2)}
+def test_numpy_arrays_have_rows_and_tensors_without_dimensions_none() -> None:
+    column, temperature = [np.int64(i) for i in range(ROWS)], torch.tensor(0.07)
+    batch = {"x": np.arange(10).reshape(5, 2), "scalar": np.float64(3.0), "zero_d": np.array(2), "column": column}
     assert tree.rows(batch) == 5
-    piece = tree.take(batch, slice(3, 5))
-    assert piece["x"].tolist() == [[6, 7], [8, 9]]
-    assert piece["scalar"] == 3.0
-    assert piece["zero_d"] == 2
     assert list(tree.tensors(batch)) == []
-
-
-@pytest.mark.parametrize("number", [np.int64, np.float64])
-def test_numpy_numbers_are_numbers(number: type) -> None:
-    column = [number(i) for i in range(ROWS)]
-    assert tree.take((torch.zeros(ROWS), column), slice(1, 3))[1] == column[1:3]
+    piece = tree.take({**batch, "temperature": temperature}, slice(3, 5))
+    assert piece["x"].tolist() == [[6, 7], [8, 9]]
+    assert (piece["scalar"], piece["zero_d"], piece["column"]) == (3.0, 2, column[3:])
+    assert piece["temperature"] is temperature
 
 
 @pytest.mark.parametrize("lists", [[["a", "b"], ["c", "d"]], [[1, 2, 3], [4, 5]], [[], [None, ("a", 1)]]], ids=repr)
@@ -281,9 +232,12 @@ def test_a_list_of_anything_without_tensors_is_a_column(entries: list[Any]) -> N
     assert tree.take((torch.zeros(2), entries), slice(1, 2))[1] == entries[1:]
 
 
-def test_requires_grad_and_the_graph_survive() -> None:
+def test_slices_are_views_with_a_graph() -> None:
     x = torch.zeros(ROWS, 2, requires_grad=True)
-    tree.take({"x": x * 2}, slice(0, 2))["x"].sum().backward()
+    doubled = x * 2
+    piece = tree.take({"x": doubled}, slice(0, 2))["x"]
+    assert piece.data_ptr() == doubled.data_ptr()
+    piece.sum().backward()
     assert x.grad is not None
     assert x.grad[:, 0].tolist() == [2, 2, 0, 0, 0]
 
@@ -353,39 +307,26 @@ def nested(rows: int) -> st.SearchStrategy[Any]:
 
 
 @given(st.data())
-def test_all_pieces_together_are_the_batch(data: st.DataObject) -> None:
+def test_all_pieces_together_are_the_batch_and_an_index_takes_what_it_takes_of_each_leaf(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 7))
     batch = data.draw(nested(rows))
     cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
+    index = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
 
     pieces = [tree.take(batch, slice(start, stop)) for start, stop in pairwise(cuts)]
+    chosen = tree.take(batch, torch.tensor(index, dtype=torch.long))
 
     assert tree.rows(batch) == rows
     assert [tree.rows(piece) for piece in pieces] == [b - a for a, b in pairwise(cuts)]
-    for whole, *parts in zip(leaves_of(batch), *map(leaves_of, pieces), strict=True):
+    for whole, few, *parts in zip(leaves_of(batch), leaves_of(chosen), *map(leaves_of, pieces), strict=True):
         if isinstance(whole, Tensor) and whole.dim():
             assert torch.equal(torch.cat(parts), whole)
+            assert torch.equal(few, whole[index])
         elif isinstance(whole, list):
             assert [entry for part in parts for entry in part] == whole
+            assert few == [whole[i] for i in index]
         else:
-            assert all(part is whole for part in parts)
-
-
-@given(st.data())
-def test_an_index_takes_what_indexing_each_leaf_takes(data: st.DataObject) -> None:
-    rows = data.draw(st.integers(1, 6))
-    batch = data.draw(nested(rows))
-    index = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
-
-    piece = tree.take(batch, torch.tensor(index, dtype=torch.long))
-
-    for whole, part in zip(leaves_of(batch), leaves_of(piece), strict=True):
-        if isinstance(whole, Tensor) and whole.dim():
-            assert torch.equal(part, whole[index])
-        elif isinstance(whole, list):
-            assert part == [whole[i] for i in index]
-        else:
-            assert part is whole
+            assert all(part is whole for part in (few, *parts))
 
 
 def test_map_leaves_calls_once_for_each_leaf() -> None:

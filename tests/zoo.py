@@ -65,10 +65,6 @@ def sequences() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, TIME, FEATURES), labels.masked_fill(torch.arange(TIME) >= lengths[:, None], -100)
 
 
-def words() -> tuple[Tensor, Tensor]:
-    return torch.randint(0, 11, (ROWS, TIME)), torch.arange(ROWS) % CLASSES
-
-
 def pairs() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, FEATURES), torch.randn(ROWS, FEATURES)
 
@@ -108,32 +104,12 @@ def weighted_smoothed(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], weight=_WEIGHTS, label_smoothing=0.1)
 
 
-def smoothed(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
-
-
-def weighted_told(model: Any, batch: Any) -> ga.Loss:
-    return ga.criterion(nn.CrossEntropyLoss(weight=_WEIGHTS.to(batch[0].dtype)))(model(batch[0]), batch[1])
-
-
 def plain_sum(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
 
-def sum_told(model: Any, batch: Any) -> ga.Loss:
-    return ga.Loss.sum(plain_sum(model, batch))
-
-
 def sum_of_means(model: Any, batch: Any) -> ga.Loss:
     return ga.Loss.sum(classes(model, batch))  # a mean, called a sum: what `loss.backward()` in a loop does
-
-
-def divided_by_hand(model: Any, batch: Any) -> ga.Loss:
-    return ga.Loss.sum(classes(model, batch) / 4)  # by the number of micro-batches: a mean of means
-
-
-def wrong_count(model: Any, batch: Any) -> ga.Loss:
-    return ga.Loss.mean(tokens(model, batch), over=len(batch[0]))
 
 
 def root(model: Any, batch: Any) -> Tensor:
@@ -188,10 +164,6 @@ def mixup(model: Any, batch: Any) -> Tensor:
     return share * F.cross_entropy(made, y) + (1 - share) * F.cross_entropy(made, y[order])
 
 
-def scaled_noise(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0] * torch.rand(())), batch[1])  # one scale for the whole forward
-
-
 def own_noise(model: Any, batch: Any) -> Tensor:
     x, y = batch
     return F.cross_entropy(model(x + 0.1 * torch.randn_like(x) * torch.rand(len(x), 1)), y)
@@ -207,10 +179,6 @@ def sampled_actions(model: Any, batch: Any) -> Tensor:
     policy = torch.distributions.Categorical(logits=model(batch[0]))
     actions = policy.sample()
     return -(policy.log_prob(actions) * (actions == batch[1])).mean()
-
-
-def python_noise(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]) * (0.5 + random.random()), batch[1])
 
 
 def autocast(model: Any, batch: Any) -> Tensor:
@@ -382,10 +350,6 @@ class NotCopied(nn.Module):
         return self.inner(x)
 
 
-def half_precision() -> nn.Module:
-    return mlp().to(torch.bfloat16)
-
-
 def half_vectors() -> tuple[Tensor, Tensor]:
     x, y = vectors(128)
     return x.to(torch.bfloat16), y
@@ -402,11 +366,7 @@ def frozen_statistics() -> nn.Module:
     return model
 
 
-def spectral() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, 8)), nn.Linear(8, CLASSES))
-
-
-_LOSS = "the loss"
+_COUPLED, _WEIGHED, _RANDOM = (("coupled-loss", "the loss"), ("loss-weight", "the loss"), ("random", "the loss"))
 _TOLD = {"options": lambda: {"weights": two_counts}}
 _TOKENS = partial(nn.Linear, FEATURES, CLASSES)
 
@@ -425,16 +385,19 @@ EXACT: dict[str, Case] = {
     "lstm with dropout": case(lambda: Recurrent(nn.LSTM, num_layers=2, dropout=0.3), tokens_told, sequences),
     "gru": case(lambda: Recurrent(nn.GRU), tokens_told, sequences),
     "transformer with dropout": case(encoder, tokens_told, sequences),
-    "class weights, told": case(mlp, weighted_told),
-    "label smoothing": case(mlp, smoothed),
-    "sum, told": case(mlp, sum_told),
+    "class weights, told": case(
+        mlp,
+        lambda model, batch: ga.criterion(nn.CrossEntropyLoss(_WEIGHTS.to(batch[0].dtype)))(model(batch[0]), batch[1]),
+    ),
+    "label smoothing": case(mlp, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)),
+    "sum, told": case(mlp, lambda model, batch: ga.Loss.sum(plain_sum(model, batch))),
     "two terms": case(_TOKENS, two_terms, sequences, **_TOLD),
     "penalty on weights": case(mlp, penalised),
     "contrastive, in two passes": case(
         lambda: mlp(nn.Dropout(0.2)), None, pairs,
         options=lambda: {"forward": outputs, "batch_loss": contrastive_of},
     ),
-    "tied weights": case(Tied, classes, words),
+    "tied weights": case(Tied, classes, lambda: (torch.randint(0, 11, (ROWS, TIME)), torch.arange(ROWS) % CLASSES)),
     "unused and frozen": case(PartlyUsed, classes),
     "casts to float32": case(Casting, classes),
     "cannot be copied": case(NotCopied, classes),
@@ -456,7 +419,9 @@ INEXACT: dict[str, Case] = {
     "instance norm with statistics": case(
         lambda: convolution(nn.InstanceNorm2d(4, track_running_stats=True)), classes, images, ("buffer", "1")
     ),
-    "spectral norm": case(spectral, classes, None, ("buffer", "0.parametrizations.weight.0")),
+    "spectral norm": case(
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, 8)), nn.Linear(8, CLASSES)),
+        classes, None, ("buffer", "0.parametrizations.weight.0")),
     "calls counted": case(lambda: mlp(Counting()), classes, None, ("buffer", "1")),
     "minibatch deviation": case(
         lambda: nn.Sequential(nn.Linear(FEATURES, 7), MinibatchDeviation(), nn.Linear(8, CLASSES)),
@@ -469,26 +434,30 @@ INEXACT: dict[str, Case] = {
         lambda: mlp(nn.BatchNorm1d(8), BatchAttention(), nn.Dropout(0.2)), classes, None,
         ("batch-norm", "1"), ("unknown", "2"),
     ),
-    "contrastive": case(mlp, contrastive, pairs, ("coupled-loss", _LOSS)),
-    "dice": case(mlp, dice, None, ("coupled-loss", _LOSS)),
-    "root of a mean": case(mlp, root, None, ("coupled-loss", _LOSS)),
-    "hardest half": case(mlp, hardest, None, ("coupled-loss", _LOSS)),
-    "mean over tokens": case(_TOKENS, tokens, sequences, ("loss-weight", _LOSS)),
-    "mean over a mask": case(_TOKENS, masked_mean, sequences, ("loss-weight", _LOSS)),
-    "class weights": case(mlp, weighted, None, ("loss-weight", _LOSS)),
-    "class weights, smoothed": case(mlp, weighted_smoothed, None, ("loss-weight", _LOSS)),
-    "sum": case(mlp, plain_sum, None, ("loss-weight", _LOSS)),
-    "means added up": case(mlp, sum_of_means, None, ("loss-weight", _LOSS)),
-    "divided by hand": case(mlp, divided_by_hand, None, ("loss-weight", _LOSS)),
-    "wrong count": case(_TOKENS, wrong_count, sequences, ("loss-weight", _LOSS)),
+    "contrastive": case(mlp, contrastive, pairs, _COUPLED),
+    "dice": case(mlp, dice, None, _COUPLED),
+    "root of a mean": case(mlp, root, None, _COUPLED),
+    "hardest half": case(mlp, hardest, None, _COUPLED),
+    "mean over tokens": case(_TOKENS, tokens, sequences, _WEIGHED),
+    "mean over a mask": case(_TOKENS, masked_mean, sequences, _WEIGHED),
+    "class weights": case(mlp, weighted, None, _WEIGHED),
+    "class weights, smoothed": case(mlp, weighted_smoothed, None, _WEIGHED),
+    "sum": case(mlp, plain_sum, None, _WEIGHED),
+    "means added up": case(mlp, sum_of_means, None, _WEIGHED),
+    # By the number of micro-batches: a mean of means.
+    "divided by hand": case(mlp, lambda model, batch: ga.Loss.sum(classes(model, batch) / 4), None, _WEIGHED),
+    "wrong count": case(
+        _TOKENS, lambda model, batch: ga.Loss.mean(tokens(model, batch), over=len(batch[0])), sequences, _WEIGHED),
     "batch norm and tokens": case(
         lambda: nn.Sequential(nn.Flatten(0, 1), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES),
                               nn.Unflatten(0, (-1, TIME))),
-        tokens, sequences, ("batch-norm", "1"), ("loss-weight", _LOSS),
+        tokens, sequences, ("batch-norm", "1"), _WEIGHED,
     ),
-    "mixup": case(mlp, mixup, None, ("random", _LOSS)),
-    "one scale for all": case(mlp, scaled_noise, None, ("random", _LOSS)),
-    "Python's random": case(mlp, python_noise, None, ("random", _LOSS)),
+    "mixup": case(mlp, mixup, None, _RANDOM),
+    "one scale for all": case(
+        mlp, lambda model, batch: F.cross_entropy(model(batch[0] * torch.rand(())), batch[1]), None, _RANDOM),
+    "Python's random": case(
+        mlp, lambda model, batch: F.cross_entropy(model(batch[0]) * (0.5 + random.random()), batch[1]), None, _RANDOM),
     "depth dropped for all": case(lambda: mlp(DropsDepth()), classes, None, ("random", "1")),
-    "bfloat16": case(half_precision, classes, half_vectors, ("precision", "the gradients"), size=1),
+    "bfloat16": case(lambda: mlp().to(torch.bfloat16), classes, half_vectors, ("precision", "the gradients"), size=1),
 }  # fmt: skip

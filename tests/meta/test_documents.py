@@ -139,15 +139,11 @@ exit 1
 """
 
 
-def test_blocks_share_their_names_in_order(tmp_path: Path) -> None:
+def test_blocks_share_their_names_in_order_and_one_that_fails_is_found_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text(DOCUMENT, encoding="utf-8")
     names = run_document(path)
     assert (names["hidden"], names["shown"], names["last"]) == (1, 2, 3)
-
-
-def test_a_block_that_fails_is_found_by_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "page.md"
     path.write_text(DOCUMENT + "\n```python\n\nnot_there\n```\n", encoding="utf-8")
     with pytest.raises(NameError, match="not_there") as caught:
         run_document(path)

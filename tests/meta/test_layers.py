@@ -4,7 +4,7 @@ import ast
 import graphlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -178,28 +178,20 @@ CASES = {
     "upward, relative": ({"errors.py": "from . import losses"}, r"errors \(words\) imports losses \(stages\)"),
     "upward, deep": ({"losses/loss.py": "\nfrom ..cli import main"}, r"loss.py:2: losses \(stages\) imports cli"),
     "upward, lazy": (
-        {"window/update.py": "def f():\n    import gradaccum.accumulator"},
-        r"update.py:2: window .* accumulator",
-    ),
+        {"window/update.py": "def f():\n    import gradaccum.accumulator"}, r"update.py:2: window .* accumulator"),
     "upward, by name": (
-        {"window/update.py": "import_module('gradaccum.accumulator')"},
-        r"window .* imports accumulator",
-    ),
+        {"window/update.py": "import_module('gradaccum.accumulator')"}, r"window .* imports accumulator"),
     "upward, types only": (
-        {"window/update.py": "if TYPE_CHECKING:\n    from gradaccum.accumulator import A"},
-        r"above it",
-    ),
+        {"window/update.py": "if TYPE_CHECKING:\n    from gradaccum.accumulator import A"}, r"above it"),
     "stage to stage": ({"split/cut.py": "from gradaccum.losses import L"}, r"one stage never imports another"),
     "to an unknown room": (
-        {"window/update.py": "from gradaccum.helpers import h"},
-        r"imports 'helpers', which belongs to no",
-    ),
+        {"window/update.py": "from gradaccum.helpers import h"}, r"imports 'helpers', which belongs to no"),
     "through the door": ({"window/update.py": "from gradaccum import Loss"}, r"window imports the package itself"),
     "the door in full": ({"window/update.py": "import gradaccum"}, r"window imports the package itself"),
     "unknown room": ({"helpers.py": ""}, r"'helpers' belongs to no layer"),
     "unknown folder": ({"helpers/more/x.py": ""}, r"'helpers' belongs to no layer"),
     "circle": ({"types.py": "from .tree import T", "tree.py": "from .types import T"}, r"a circle of imports: t"),
-}
+}  # fmt: skip
 
 
 CIRCLES = {
@@ -229,35 +221,24 @@ SHAPES = {
 }
 
 
-def write(package: Path, files: Mapping[str, str]) -> Path:
+GROUND = {"__init__.py": "", "errors.py": "", "types.py": "", "losses/__init__.py": "", "accumulator.py": ""}
+GUARDS = [
+    *(pytest.param(violations, {**GROUND, **files}, message, id=name) for name, (files, message) in CASES.items()),
+    *(pytest.param(circles, {"__init__.py": "", "deep/__init__.py": "", "deep/c.py": "", **files}, message, id=name)
+      for name, (files, message) in CIRCLES.items()),
+    *(pytest.param(shapes, {path: "x = 1\n" * num_lines for path, num_lines in files.items()}, message, id=name)
+      for name, (files, message) in SHAPES.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("guard", "files", "message"), GUARDS)
+def test_the_guards(
+    tmp_path: Path, guard: Callable[[Path], list[str]], files: dict[str, str], message: str | None
+) -> None:
     for name, text in files.items():
-        path = package / name
+        path = tmp_path / "gradaccum" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return package
-
-
-@pytest.mark.parametrize(("files", "message"), CASES.values(), ids=CASES.keys())
-def test_the_layer_guard(tmp_path: Path, files: dict[str, str], message: str | None) -> None:
-    ground = {"__init__.py": "", "errors.py": "", "types.py": "", "losses/__init__.py": "", "accumulator.py": ""}
-    assert_found(violations(write(tmp_path / "gradaccum", {**ground, **files})), message)
-
-
-@pytest.mark.parametrize(("files", "message"), CIRCLES.values(), ids=CIRCLES.keys())
-def test_the_circle_guard(tmp_path: Path, files: dict[str, str], message: str | None) -> None:
-    ground = {"__init__.py": "", "deep/__init__.py": "", "deep/c.py": ""}
-    assert_found(circles(write(tmp_path / "gradaccum", {**ground, **files})), message)
-
-
-@pytest.mark.parametrize(("files", "message"), SHAPES.values(), ids=SHAPES.keys())
-def test_the_shape_guard(tmp_path: Path, files: dict[str, int], message: str | None) -> None:
-    texts = {name: "x = 1\n" * num_lines for name, num_lines in files.items()}
-    assert_found(shapes(write(tmp_path / "gradaccum", texts)), message)
-
-
-def assert_found(found: list[str], message: str | None) -> None:
-    if message is None:
-        assert found == []
-    else:
-        assert len(found) == 1
-        assert re.search(message, found[0])
+    found = guard(tmp_path / "gradaccum")
+    assert len(found) == (message is not None), found
+    assert message is None or re.search(message, found[0])

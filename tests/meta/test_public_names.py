@@ -41,15 +41,11 @@ def test_nothing_else_shows() -> None:
     assert shown == PUBLIC
 
 
-def test_every_error_is_public() -> None:
-    defined = {name for name, value in vars(errors).items() if inspect.isclass(value)}
-    assert defined <= PUBLIC
-
-
-def test_errors_derive_from_one_base() -> None:
-    for name, value in vars(errors).items():
-        if inspect.isclass(value):
-            assert issubclass(value, ga.GradAccumWarning if name.endswith("Warning") else ga.GradAccumError), name
+def test_every_error_is_public_and_derives_from_one_base() -> None:
+    defined = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert defined.keys() <= PUBLIC
+    for name, value in defined.items():
+        assert issubclass(value, ga.GradAccumWarning if name.endswith("Warning") else ga.GradAccumError), name
 
 
 def test_every_public_name_is_documented() -> None:

@@ -100,23 +100,17 @@ FINE = table("`a.py`, `b.py`", "`deep/`")
         pytest.param({"README.md": FINE + "\n| file |\n| --- |\n| `c.py` |", "c.py": ""}, [], id="two tables"),
         pytest.param({"README.md": table("`a.py`", "`deep/`")}, ["README.md does not name b.py"], id="missing file"),
         pytest.param({"README.md": table("`a.py` `b.py`")}, ["README.md does not name deep/"], id="missing folder"),
-        pytest.param(
-            {"README.md": FINE + "| `gone.py` | |\n"}, ["README.md names gone.py, which is not there"], id="surplus"
-        ),
+        pytest.param({"README.md": FINE + "| `gone.py` | |\n"}, ["README.md names gone.py, which is not there"],
+                     id="surplus"),
         pytest.param({"README.md": FINE + "| `a.py` | |"}, ["README.md names a.py 2 times"], id="doubled"),
-        pytest.param(
-            {"__init__.py": f'"""{FINE}"""', "c.py": ""}, ["__init__.py does not name c.py"], id="docstring, missing"
-        ),
-        pytest.param(
-            {
-                **dict.fromkeys(("c.py", "d.py", "e.py"), ""),
-                "__init__.py": f'"""{table("`a.py`-`e.py`", "`deep/`")}"""',
-            },
-            ["5 files and no README.md", *(f"__init__.py does not name {name}.py" for name in "bcd")],
-            id="too many for a docstring",
-        ),
+        pytest.param({"__init__.py": f'"""{FINE}"""', "c.py": ""}, ["__init__.py does not name c.py"],
+                     id="docstring, missing"),
+        pytest.param({**dict.fromkeys(("c.py", "d.py", "e.py"), ""),
+                      "__init__.py": f'"""{table("`a.py`-`e.py`", "`deep/`")}"""'},
+                     ["5 files and no README.md", *(f"__init__.py does not name {name}.py" for name in "bcd")],
+                     id="too many for a docstring"),
     ],
-)
+)  # fmt: skip
 def test_the_folder_guard(tmp_path: Path, files: dict[str, str], complaints: list[str]) -> None:
     for name, text in {"__init__.py": "", "a.py": "", "b.py": "", "deep/c.py": "", "__pycache__/a.pyc": ""}.items():
         path = tmp_path / name

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from oracle import ROWS, WAYS, Made, assert_same, assert_same_gradients, parameters_of, whole_batches
-from tasks import CLASSES, FEATURES, WORDS, Batch, make_batch, pieces
+from tasks import CLASSES, FEATURES, TIME, WORDS, Batch, make_batch, pieces
 
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 BATCHES = [make_batch(ROWS, seed=1), make_batch(ROWS, seed=2)]
@@ -31,19 +31,12 @@ class Layers(nn.Module):
         return self.second(self.first(batch["x"]).tanh())
 
 
-class Frozen(Layers):
-    """The first layer is not trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first.requires_grad_(False)
-
-
-class LowRank(Frozen):
+class LowRank(Layers):
     """A frozen layer with a trained low-rank correction."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.first.requires_grad_(False)
         self.down = nn.Linear(FEATURES, 2, bias=False)
         self.up = nn.Linear(2, FEATURES, bias=False)
 
@@ -54,14 +47,6 @@ class LowRank(Frozen):
 class UsedTwice(Layers):
     def forward(self, batch: Batch) -> Tensor:
         return self.second(self.first(self.first(batch["x"]).tanh()).tanh())
-
-
-class Unused(Layers):
-    """A layer that no batch uses: its gradients are None, and weight decay leaves it alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(2, 2)
 
 
 class Tied(nn.Module):
@@ -146,31 +131,6 @@ class Spectral(Layers):
         return self.second(torch.fft.irfft(torch.fft.rfft(batch["x"]) * self.filter, n=FEATURES))
 
 
-class Parametrised(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        nn.utils.parametrizations.weight_norm(self.first)
-
-
-class Hooked(Layers):
-    """Gradients that change on their way: a hook on a tensor that is linear, so that the sum may be taken after it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second.weight.register_hook(lambda gradient: 3 * gradient)
-
-
-class FrozenStatistics(Layers):
-    """BatchNorm in evaluation mode sees single samples only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4).eval()
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.second(self.norm(self.first(batch["x"])))
-
-
 class Transposed(Layers):
     """A parameter and inputs that do not lie in memory in order."""
 
@@ -182,11 +142,23 @@ class Transposed(Layers):
         return super().forward({"x": batch["x"].transpose(0, 1).contiguous().transpose(0, 1)})
 
 
+def changed(change: Callable[[Any], object]) -> Callable[[], nn.Module]:
+    """Makes `Layers` of which something is changed."""
+
+    def make() -> nn.Module:
+        model = Layers()
+        change(model)
+        return model
+
+    return make
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
-    "frozen": Frozen,
+    "frozen": changed(lambda model: model.first.requires_grad_(False)),
     "low rank": LowRank,
     "used twice": UsedTwice,
-    "unused": Unused,
+    # No batch uses it: its gradients are None, and weight decay leaves it alone.
+    "unused": changed(lambda model: model.add_module("unused", nn.Linear(2, 2))),
     "tied": Tied,
     "tied, half of it sparse": lambda: Tied(sparse=True),
     "used in some micro-batches": Sometimes,
@@ -196,9 +168,13 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "checkpointed, reentrant": lambda: Checkpointed(use_reentrant=True),
     "odd shapes": OddShapes,
     "complex": Spectral,
-    "parametrised": Parametrised,
-    "hooked": Hooked,
-    "frozen statistics": FrozenStatistics,
+    "parametrised": changed(lambda model: nn.utils.parametrizations.weight_norm(model.first)),
+    # Gradients change on their way, by a hook that is linear, so that the sum may be taken after it.
+    "hooked": changed(lambda model: model.second.weight.register_hook(lambda gradient: 3 * gradient)),
+    # BatchNorm in evaluation mode sees single samples only.
+    "frozen statistics": changed(
+        lambda model: setattr(model, "first", nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(TIME).eval()))
+    ),
     "transposed": Transposed,
 }
 

@@ -117,29 +117,6 @@ def test_two_that_share_a_pass_are_each_exact(sizes: list[int], micro_batches: i
     assert generator.updates == judge.updates == len(expected_judge)
 
 
-def test_each_writes_its_own_models_gradients_only() -> None:
-    pair = Pair()
-    generator, judge = accumulators(pair, 2)
-    for done, (z, real) in enumerate(judge.over(generator.over(batches([3, 2])))):
-        for_generator, for_judge = pair.losses(z, real)
-        before = gradients_of(pair.judge)
-        generator.backward(for_generator)
-        assert_same_gradients(gradients_of(pair.judge), before, tolerance=0.0)
-        before = gradients_of(pair.generator)
-        judge.backward(for_judge)
-        assert_same_gradients(gradients_of(pair.generator), before, tolerance=0.0)
-        assert (pair.generator[0].weight.grad is None) == (done == 1)
-
-
-def test_windows_of_different_lengths_on_one_pass() -> None:
-    """The judge is updated after each two micro-batches, the generator after each three."""
-    pair, stream = Pair(), batches([3, 1, 2, 4, 1, 2, 2])
-    generator, judge = accumulators(pair, 3, 2)
-    train(pair, generator, judge, stream)
-    assert (generator.updates, judge.updates) == (3, 4)
-    assert generator.samples == judge.samples == 15
-
-
 @pytest.mark.parametrize(
     ("forgotten", "micro_batches", "error", "message"),
     [

@@ -11,16 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import gradaccum as ga
-from casting import (
-    FEATURES,
-    MICRO_BATCHES,
-    ROWS,
-    autocast,
-    loss_fn,
-    loss_without_cache,
-    make,
-    nesting,
-)
+from casting import FEATURES, MICRO_BATCHES, ROWS, autocast, loss_fn, loss_without_cache, make, nesting
 from oracle import parameters_of
 
 

@@ -1,7 +1,5 @@
 """One window: opened, added to, closed or discarded; whatever goes wrong, the next one starts clean."""
 
-import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,29 +52,6 @@ def clean(model: nn.Module, accumulation: Accumulation) -> bool:
 # ----------------------------------------------------------------------------------------------------------- one window
 
 
-def test_the_update_is_the_whole_batchs() -> None:
-    model, accumulation = made()
-    batches = data(4, 4, 1)
-    whole = torch.cat(batches)
-    value = mean(model, whole)
-    expected = [
-        p.detach() - 0.1 * g
-        for p, g in zip(model.parameters(), torch.autograd.grad(value, [*model.parameters()]), strict=True)
-    ]
-
-    accumulation.open(first_share=(4, 12))
-    run(accumulation, model, batches)
-    update = accumulation.close()
-
-    torch.testing.assert_close([p.detach() for p in model.parameters()], expected, rtol=FP64, atol=FP64)
-    torch.testing.assert_close(update.loss, value.detach(), rtol=FP64, atol=FP64)
-    assert (update.index, update.samples, update.micro_batches, update.micro_batch_size) == (1, 9, 3, 4)
-    assert update.weight == 9
-    assert update.seconds > 0
-    assert not update.skipped
-    assert clean(model, accumulation)
-
-
 def test_counters_and_the_window_so_far() -> None:
     model, accumulation = made()
     for index in (1, 2):
@@ -96,18 +71,6 @@ def test_rows_that_cannot_be_seen() -> None:
     update = accumulation.close()
     assert (update.samples, update.micro_batch_size, update.micro_batches) == (None, None, 2)
     assert accumulation.counts.samples == 4
-
-
-def test_a_micro_batch_heavier_than_the_whole_was_expected_to_be() -> None:
-    model, accumulation = made()
-    (x, y), before = data(2, 2), model.weight.detach().clone()
-    value = (losses(model, x).sum() + losses(model, y).sum()) / 201
-    [gradient] = torch.autograd.grad(value, [model.weight])
-    accumulation.open(first_share=(1, 2))
-    for batch, tokens in ((x, 1), (y, 200)):
-        accumulation.add(ga.Loss.sum(losses(model, batch).sum(), over=tokens), samples=2)
-    torch.testing.assert_close(accumulation.close().loss, value.detach(), rtol=FP64, atol=FP64)
-    torch.testing.assert_close(model.weight.detach(), before - 0.1 * gradient, rtol=FP64, atol=FP64)
 
 
 def test_the_total_of_the_window_before_is_expected_again() -> None:
@@ -158,77 +121,6 @@ def test_a_micro_batch_that_fails_discards_its_window(
     assert accumulation.close().index == 1, "what was thrown away is no update"
 
 
-def test_an_optimizer_that_fails_discards_the_window() -> None:
-    model, accumulation = made()
-    handle = accumulation.optimizers[0].register_step_pre_hook(lambda *_: {}["out of memory"])
-    run(accumulation, model, data(2))
-    with pytest.raises(KeyError, match="out of memory"):
-        accumulation.close()
-    handle.remove()
-    assert clean(model, accumulation)
-    run(accumulation, model, data(2))
-    assert accumulation.close().index == 1
-
-
-def test_totals_that_do_not_add_up_discard_the_window() -> None:
-    model, accumulation = made()
-    before = model.weight.detach().clone()
-    run(accumulation, model, data(2, 2), totals={"": 7})
-    with pytest.raises(ga.LossError, match="given as 7, and its micro-batches add up to 4"):
-        accumulation.close()
-    assert clean(model, accumulation)
-    assert torch.equal(model.weight, before)
-
-
-def test_a_window_without_gradients() -> None:
-    model, accumulation = made()
-    accumulation.open()
-    other = torch.ones(2, requires_grad=True)
-    accumulation.add(other.mean(), samples=2)
-    with pytest.raises(ga.LossError, match=r"0 of 2 trainable parameters got a gradient.*detached on the way\?"):
-        accumulation.close()
-    assert clean(model, accumulation)
-
-
-def test_a_left_over_gradient_is_found_before_the_window() -> None:
-    model, accumulation = made()
-    mean(model, data(2)[0]).backward()
-    with pytest.raises(ga.MisuseError, match="before the window's first micro-batch"):
-        accumulation.open()
-    assert not accumulation.is_open
-
-
-# ------------------------------------------------------------------------------------------------------ skipped updates
-
-
-def test_a_window_that_weighs_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    model, accumulation = made()
-    before = model.weight.detach().clone()
-    accumulation.open()
-    for _ in range(2):
-        accumulation.add(ga.Loss.sum(losses(model, data(2)[0]).sum(), over=0), samples=2)
-    update = accumulation.close()
-    assert update.skipped
-    assert update.weight == 0
-    assert update.loss.isnan()
-    assert torch.equal(model.weight, before)
-    assert "update 1 was skipped: the weight of its batch is 0" in caplog.text
-    assert accumulation.counts.updates == 1, "the index counts on"
-
-
-def test_a_gradient_that_is_not_finite(caplog: pytest.LogCaptureFixture) -> None:
-    model, accumulation = made(clip_norm=1.0)
-    before = model.weight.detach().clone()
-    accumulation.open()
-    accumulation.add(mean(model, data(2)[0] * float("inf")), samples=2)
-    update = accumulation.close()
-    assert update.skipped
-    assert update.grad_norm is not None
-    assert not update.grad_norm.isfinite()
-    assert torch.equal(model.weight, before)
-    assert "update 1 was skipped: its gradient is not finite" in caplog.text
-
-
 # ----------------------------------------------------------------------------------- parameters that no optimizer holds
 
 
@@ -266,28 +158,6 @@ def test_a_bad_gradient_outside_of_the_optimizer_does_no_harm() -> None:
     assert head.weight.isfinite().all()
 
 
-def test_parameters_added_while_training() -> None:
-    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Linear(3, 1, dtype=torch.float64))
-    optimizer = SGD(model[1].parameters(), lr=0.1)
-    accumulation = Accumulation(model, optimizer)
-    optimizer.add_param_group({"params": model[0].parameters()})
-    before = model[0].weight.detach().clone()
-    run(accumulation, model, data(2))
-    accumulation.close()
-    assert not torch.equal(model[0].weight, before)
-
-
-def test_unfrozen_while_training() -> None:
-    model, accumulation = made()
-    model.weight.requires_grad_(False)
-    for frozen in (True, False):
-        model.weight.requires_grad_(not frozen)
-        before = model.weight.detach().clone()
-        run(accumulation, model, data(2))
-        accumulation.close()
-        assert torch.equal(model.weight, before) == frozen
-
-
 # ---------------------------------------------------------------------------------------------- the gradient, no update
 
 
@@ -311,81 +181,6 @@ def test_closed_into_grad(scaled: bool) -> None:
     assert not loss.root.requires_grad
     assert accumulation.counts.updates == 0
     assert not accumulation.is_open
-
-
-def test_closed_into_grad_several_terms() -> None:
-    model, accumulation = made()
-    accumulation.open(totals={"a": 2, "b": 5})
-    x = data(2)[0]
-    accumulation.add({"a": mean(model, x), "b": ga.Loss.sum(losses(model, x).sum(), over=5)}, samples=2)
-    loss = accumulation.close_into_grad([None, None])
-    assert loss.weight is None
-    torch.testing.assert_close(loss.value, (losses(model, x).sum() * (1 / 2 + 1 / 5)).detach(), rtol=FP64, atol=FP64)
-
-
-# -------------------------------------------------------------------------------------------------------------- telling
-
-
-def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _, accumulation = made()
-    with caplog.at_level(logging.INFO, "gradaccum"):
-        accumulation.plan_line.announce([4, 4, 2], updates_per_epoch=3)
-        accumulation.plan_line.announce([4, 4, 2])
-    assert caplog.messages == ["batch 10 = 3 micro-batches of 2 to 4 | exact | 3 updates an epoch"]
-
-
-def test_batch_norm_is_warned_of_once_and_only_if_the_batch_is_split(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    accumulation = Accumulation(model, SGD(model.parameters(), lr=0.1))
-    with caplog.at_level(logging.INFO, "gradaccum"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accumulation.plan_line.announce([8])
-    assert caplog.messages == ["batch 8 = 1 micro-batch x 8 | exact"]
-    with pytest.warns(ga.BatchNormWarning, match=r"1 BatchNorm layer in training mode \(1\)"):
-        accumulation.plan_line.announce([4, 4])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accumulation.plan_line.announce([4, 4])
-
-
-# ---------------------------------------------------------------------------------------------------------------- state
-
-
-def test_the_state_is_counters() -> None:
-    model, accumulation = made()
-    run(accumulation, model, data(4, 2))
-    accumulation.close()
-    state = accumulation.state_dict()
-    assert state == {"updates": 1, "micro_batches": 2, "samples": 6}
-    _, resumed = made()
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
-
-
-def test_no_state_of_an_open_window() -> None:
-    model, accumulation = made()
-    run(accumulation, model, data(4, 2))
-    with pytest.raises(
-        ga.StateError, match=r"A window is open, with 2 micro-batches \(6 samples\).*Save right after an update"
-    ):
-        accumulation.state_dict()
-    with pytest.raises(ga.StateError, match=r"A window is open, with 2 micro-batches.*Load before training starts"):
-        accumulation.load_state_dict({"updates": 0, "micro_batches": 0, "samples": 0})
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({}, "no count of updates, micro_batches, samples; it is a dict that holds none"),
-        (
-            {"updates": 1, "samples": 3.5, "x": 1},
-            "no count of micro_batches, samples; it is a dict that holds updates, ",
-        ),
-    ],
-)
-def test_what_is_no_state(state: dict[str, Any], message: str) -> None:
-    with pytest.raises(ga.StateError, match=message):
-        made()[1].load_state_dict(state)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,16 +28,6 @@ class Counting:
         return self.calls
 
 
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def noting(log: list[str], what: str) -> Callable[[], None]:
     return lambda: log.append(what)
 
@@ -50,16 +39,6 @@ def test_the_check_runs_before_the_call_which_returns_as_always() -> None:
         assert [one.step(), one.step()] == [1, 2]
     assert one.step() == 3
     assert log == ["after 0 calls", "after 1 calls"]
-
-
-def test_each_object_has_its_own_check() -> None:
-    log: list[str] = []
-    first, second, third = Counting(), Counting(), Counting()
-    with checked_before(first, "step", noting(log, "first")), checked_before(second, "step", noting(log, "second")):
-        for one in (second, first, third):
-            one.step()
-    assert log == ["second", "first"]
-    assert type(first) is type(second) is Counting
 
 
 def test_several_checks_of_one_object_run_in_turn_and_end_in_any_order() -> None:
@@ -89,14 +68,17 @@ def test_an_object_is_of_the_same_class_each_time_it_is_watched() -> None:
     assert seen[0] is not Counting
 
 
-def test_a_method_of_a_subclass_is_its_own() -> None:
+def test_each_object_has_its_own_check_and_a_subclass_its_own_method() -> None:
     class Other(Counting):
         def step(self) -> int:
             return -super().step()
 
-    one, other = Counting(), Other()
-    with checked_before(one, "step", lambda: None), checked_before(other, "step", lambda: None):
-        assert (one.step(), other.step()) == (1, -1)
+    log: list[str] = []
+    first, second, third = Counting(), Other(), Counting()
+    with checked_before(first, "step", noting(log, "first")), checked_before(second, "step", noting(log, "second")):
+        assert [one.step() for one in (second, first, third)] == [-1, 1, 1]
+    assert log == ["second", "first"]
+    assert (type(first), type(second)) == (Counting, Other)
 
 
 def test_a_method_that_is_patched_between_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +116,9 @@ def test_after_a_pass_everything_is_freed_with_its_last_reference(leaves: bool) 
         return [weakref.ref(one) for one in (accumulator, optimizer, model)]
 
     train()  # torch imports modules in the first step, and an import keeps frames
-    with without_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
         assert [one() is None for one in train()] == [True, True, True]
+    finally:
+        gc.enable()

@@ -52,12 +52,16 @@ def make() -> nn.Module:
     return Model(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
 
 
-def batch_of(rows: int) -> Batch:
-    return torch.randn(rows, FEATURES, dtype=torch.float64), torch.randint(CLASSES, (rows,))
+def batch_of(rows: int, dtype: torch.dtype = torch.float64) -> Batch:
+    return torch.randn(rows, FEATURES, dtype=dtype), torch.randint(CLASSES, (rows,))
 
 
 def loss_fn(model: Any, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def accumulator_of(model: Any, **options: Any) -> ga.Accumulator:
+    return ga.Accumulator(model, SGD(model.parameters(), lr=0.1), **options)
 
 
 def assert_whole_batchs(model: nn.Module, batch: Batch) -> None:
@@ -72,10 +76,6 @@ def in_place(model: nn.Module, backend: Any) -> nn.Module:
     return model
 
 
-def inside(model: nn.Module, backend: Any) -> nn.Module:
-    return nn.Sequential(torch.compile(model, backend=backend))
-
-
 def forward_only(model: nn.Module, backend: Any) -> nn.Module:
     model.forward = torch.compile(model.forward, backend=backend)
     return model
@@ -84,7 +84,7 @@ def forward_only(model: nn.Module, backend: Any) -> nn.Module:
 COMPILE: dict[str, Compile] = {
     "torch.compile": lambda model, backend: torch.compile(model, backend=backend),
     "model.compile": in_place,
-    "a module inside": inside,
+    "a module inside": lambda model, backend: nn.Sequential(torch.compile(model, backend=backend)),
     "its forward": forward_only,
 }
 
@@ -108,17 +108,15 @@ def test_a_batch_is_compiled_for_once(compile_: str, fused: Any, backend: Compil
 
 
 def test_a_compiled_loss_function(backend: Compilations) -> None:
-    model = make()
-    compiled = torch.compile(loss_fn, backend=backend)
-    step = ga.TrainStep(model, SGD(model.parameters(), lr=0.1), compiled, micro_batch_size=4)
-    batch = batch_of(23)
-    step.backward(batch)
+    model, batch = make(), batch_of(23)
+    loss = torch.compile(loss_fn, backend=backend)
+    ga.TrainStep(model, SGD(model.parameters(), lr=0.1), loss, micro_batch_size=4).backward(batch)
     assert_whole_batchs(model, batch)
     assert backend.count == 1
 
 
 def test_a_loss_over_the_whole_batch(backend: Compilations) -> None:
-    model = torch.compile(make(), backend=backend)
+    model, batch = torch.compile(make(), backend=backend), batch_of(23)
     step = ga.TrainStep(
         model,
         SGD(model.parameters(), lr=0.1),
@@ -127,61 +125,52 @@ def test_a_loss_over_the_whole_batch(backend: Compilations) -> None:
         micro_batch_size=4,
         kept_graphs=6,
     )
-    batch = batch_of(23)
     step.backward(batch)
     assert_whole_batchs(model, batch)
     assert backend.count == 1
 
 
-def test_sizes_that_are_searched(backend: Compilations) -> None:
-    """Pieces of 2, 4, 8 and 16 are tried."""
+@pytest.mark.parametrize(
+    ("options", "rows", "count"),
+    [
+        pytest.param({}, [16] * 5, 1, id="sizes that are searched: 2, 4, 8 and 16"),
+        pytest.param({"micro_batch_size": 4}, [24, 12], 1, id="equal pieces, compiled for their size"),
+        pytest.param({"micro_batch_size": 4}, [24, 12, 11, 10], 2, id="and then the one compilation for any size"),
+    ],
+)
+def test_how_often_a_model_is_compiled(
+    options: dict[str, Any], rows: list[int], count: int, backend: Compilations
+) -> None:
     model = torch.compile(make(), backend=backend)
-    step = ga.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn)
-    for _ in range(5):
-        step(batch_of(16))
-    assert backend.count == 1
+    step = ga.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, **options)
+    for n in rows:
+        step(batch_of(n))
+    assert backend.count == count
 
 
 def test_under_autocast(backend: Compilations) -> None:
     """Casts that are kept over a window are no reason to compile again."""
-    model = torch.compile(make().float(), backend=backend)
 
     def in_bf16(model: Any, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return loss_fn(model, batch)
 
+    model = torch.compile(make().float(), backend=backend)
     step = ga.TrainStep(model, SGD(model.parameters(), lr=0.1), in_bf16, micro_batch_size=4)
     for rows in (23, 10):
-        x, y = batch_of(rows)
-        step((x.float(), y))
+        step(batch_of(rows, torch.float32))
     assert backend.count == 1
 
 
-def test_equal_pieces_are_compiled_for_their_size(backend: Compilations) -> None:
-    model = torch.compile(make(), backend=backend)
-    step = ga.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=4)
-    batches = [batch_of(24), batch_of(12)]
-    for batch in batches:
-        step(batch)
-    assert backend.count == 1
-    step(batch_of(11))  # pieces of 4, 4 and 3: the one compilation that any size takes
-    step(batch_of(10))
-    assert backend.count == 2
-
-
-def test_what_is_not_seen_is_left_to_torch(backend: Compilations) -> None:
+def test_what_is_not_seen_is_left_to_torch_and_so_is_what_the_user_wants_otherwise(backend: Compilations) -> None:
     model = make()
-    compiled = torch.compile(model, backend=backend)
-    step = ga.TrainStep(model, SGD(model.parameters()), lambda _, batch: loss_fn(compiled, batch), micro_batch_size=4)
+    inside = torch.compile(model, backend=backend)
+    step = ga.TrainStep(model, SGD(model.parameters()), lambda _, batch: loss_fn(inside, batch), micro_batch_size=4)
     step(batch_of(23))
     assert backend.count == 2
-
-
-def test_the_users_wish_for_code_for_each_size_is_kept(backend: Compilations) -> None:
     model = torch.compile(make(), backend=backend, dynamic=False)
-    step = ga.TrainStep(model, SGD(model.parameters()), loss_fn, micro_batch_size=4)
-    step(batch_of(23))
-    assert backend.count == 2
+    ga.TrainStep(model, SGD(model.parameters()), loss_fn, micro_batch_size=4)(batch_of(23))
+    assert backend.count == 4, "code for each size"
 
 
 # ------------------------------------------------------------------------------------------------------------ own loops
@@ -191,17 +180,16 @@ def loader_of(batch: Batch, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*batch), **options)
 
 
-def streams(batch: Batch) -> dict[str, Any]:
-    rows = len(batch[0])
-    sampler = BatchSampler(SequentialSampler(range(rows)), batch_size=4, drop_last=False)
-    return {
-        "loader": loader_of(batch, batch_size=4),
-        "batch sampler": loader_of(batch, batch_sampler=sampler),
-        "list": list(zip(*(column.split(4) for column in batch), strict=True)),
-    }
+STREAMS: dict[str, Callable[[Batch], Any]] = {
+    "loader": lambda batch: loader_of(batch, batch_size=4),
+    "batch sampler": lambda batch: loader_of(
+        batch, batch_sampler=BatchSampler(SequentialSampler(range(len(batch[0]))), batch_size=4, drop_last=False)
+    ),
+    "list": lambda batch: list(zip(*(column.split(4) for column in batch), strict=True)),
+}
 
 
-@pytest.mark.parametrize("stream", ["loader", "batch sampler", "list"])
+@pytest.mark.parametrize("stream", STREAMS)
 def test_a_smaller_last_micro_batch(stream: str, backend: Compilations) -> None:
     batch = batch_of(23)
     model = torch.compile(make(), backend=backend)
@@ -215,7 +203,7 @@ def test_a_smaller_last_micro_batch(stream: str, backend: Compilations) -> None:
 
     optimizer.register_step_pre_hook(look)
     for _ in range(2):
-        for micro_batch in accumulator.over(streams(batch)[stream]):
+        for micro_batch in accumulator.over(STREAMS[stream](batch)):
             accumulator.backward(loss_fn(model, micro_batch))
     assert len(seen) == 2
     assert backend.count == 1
@@ -223,8 +211,7 @@ def test_a_smaller_last_micro_batch(stream: str, backend: Compilations) -> None:
 
 def test_two_accumulators_follow_one_pass(backend: Compilations) -> None:
     plain, model = make(), torch.compile(make(), backend=backend)
-    ones = ga.Accumulator(plain, SGD(plain.parameters(), lr=0.1), micro_batches=3)
-    twos = ga.Accumulator(model, SGD(model.parameters(), lr=0.1), micro_batches=2)
+    ones, twos = accumulator_of(plain, micro_batches=3), accumulator_of(model, micro_batches=2)
     for micro_batch in twos.over(ones.over(loader_of(batch_of(23), batch_size=4))):
         ones.backward(loss_fn(plain, micro_batch))
         twos.backward(loss_fn(model, micro_batch))
@@ -233,10 +220,15 @@ def test_two_accumulators_follow_one_pass(backend: Compilations) -> None:
 
 def test_a_stream_that_cannot_be_seen_through_is_left_to_torch(backend: Compilations) -> None:
     model = torch.compile(make(), backend=backend)
-    accumulator = ga.Accumulator(model, SGD(model.parameters(), lr=0.1), micro_batches=2)
+    accumulator = accumulator_of(model, micro_batches=2)
     for micro_batch in accumulator.over(batch_of(rows) for rows in (4, 4, 3, 5, 2)):
         accumulator.backward(loss_fn(model, micro_batch))
     assert backend.count == 2
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(2)
 
 
 @pytest.mark.parametrize(
@@ -247,27 +239,18 @@ def test_a_stream_that_cannot_be_seen_through_is_left_to_torch(backend: Compilat
         ({"batch_size": 23}, False),
         ({"batch_size": None}, False),
         ({"batch_size": 1}, False),
+        ({"batch_size": 4, "dataset": Stream()}, False),
     ],
 )
 def test_what_a_loader_says_of_its_sizes(options: dict[str, Any], differ: bool) -> None:
     rows = AnyNumberOfRows()
-    rows.expect_of(loader_of(batch_of(23), **options))
+    rows.expect_of(DataLoader(**{"dataset": TensorDataset(*batch_of(23)), **options}))
     assert hasattr(rows.marked(torch.zeros(4, 2)), "_dynamo_weak_dynamic_indices") is differ
-
-
-def test_a_loader_of_a_stream() -> None:
-    class Stream(torch.utils.data.IterableDataset[Tensor]):
-        def __iter__(self) -> Iterator[Tensor]:
-            yield torch.zeros(2)
-
-    rows = AnyNumberOfRows()
-    rows.expect_of(DataLoader(Stream(), batch_size=4))
-    assert not hasattr(rows.marked(torch.zeros(4, 2)), "_dynamo_weak_dynamic_indices")
 
 
 def test_a_list_with_a_broken_micro_batch_fails_in_its_place(backend: Compilations) -> None:
     model = torch.compile(make(), backend=backend)
-    accumulator = ga.Accumulator(model, SGD(model.parameters(), lr=0.1), micro_batches=1)
+    accumulator = accumulator_of(model, micro_batches=1)
     broken = (torch.zeros(3, FEATURES, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
     stream = iter(accumulator.over([batch_of(4), broken]))
     accumulator.backward(loss_fn(model, next(stream)))

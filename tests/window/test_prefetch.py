@@ -24,28 +24,23 @@ class Source:
             yield {"x": torch.full((2, 3), float(i)), "more": (torch.tensor(i), ["a", "b"])}
 
 
-def test_on_the_host_they_are_handed_on() -> None:
-    source = [{"x": torch.zeros(2)}, {"x": torch.ones(2)}]
-    moved = list(on_device(source, CPU))
-    assert [batch["x"] is original["x"] for batch, original in zip(moved, source, strict=True)] == [True, True]
-
-
-def test_on_the_host_nothing_runs_ahead() -> None:
-    source = Source(3)
-    for i, batch in enumerate(on_device(source, CPU)):
-        assert source.asked == i + 1
-        assert batch["x"][0, 0] == i
+def test_on_the_host_they_are_handed_on_and_nothing_runs_ahead() -> None:
+    originals = [{"x": torch.zeros(2)}, {"x": torch.ones(2)}]
+    moved = list(on_device(originals, CPU))
+    assert [batch["x"] is original["x"] for batch, original in zip(moved, originals, strict=True)] == [True, True]
+    for count in (0, 1, 3):
+        source, seen = Source(count), 0
+        for batch in on_device(source, CPU):
+            assert batch["x"][0, 0] == seen
+            seen += 1
+            assert source.asked == seen
+        assert seen == count
 
 
 def test_to_another_device() -> None:
     for batch in on_device(Source(2), META):
         assert batch["x"].device == batch["more"][0].device == META
         assert batch["more"][1] == ["a", "b"]
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_none_and_one(count: int) -> None:
-    assert len(list(on_device(Source(count), CPU))) == count
 
 
 def test_an_error_of_the_source() -> None:

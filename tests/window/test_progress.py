@@ -11,26 +11,14 @@ import torch
 
 import gradaccum as ga
 from gradaccum.window.progress import ProgressBar
-
-
-class Steady:
-    """tqdm's clock, turned by hand: no test waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from pairs import X, Y, make_accumulator, make_step, pairs, squares
 
 
 @pytest.fixture
-def bar_class(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What `ProgressBar` draws with: tqdm, drawing at every change."""
+def _drawn_at_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
     import tqdm.auto
 
-    plain = tqdm.auto.tqdm
-    monkeypatch.setattr(tqdm.auto, "tqdm", functools.partial(plain, mininterval=0, miniters=0, ncols=80))
-    return plain
+    monkeypatch.setattr(tqdm.auto, "tqdm", functools.partial(tqdm.auto.tqdm, mininterval=0, miniters=0, ncols=80))
 
 
 def update(loss: float = 0.25) -> Any:
@@ -41,7 +29,7 @@ def positions(text: str) -> list[float]:
     return [float(found) for found in re.findall(r"([0-9.]+)(?:/[0-9?]+)? updates", text)]
 
 
-@pytest.mark.usefixtures("bar_class")
+@pytest.mark.usefixtures("_drawn_at_every_change")
 def test_it_moves_inside_a_window_and_ends_at_the_total(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(total=3, description="train")
     for _ in range(3):
@@ -65,7 +53,7 @@ def test_it_moves_inside_a_window_and_ends_at_the_total(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("total", [1, 7, 391])
-@pytest.mark.usefixtures("bar_class", "capsys")
+@pytest.mark.usefixtures("_drawn_at_every_change", "capsys")
 def test_the_position_is_exact(total: int) -> None:
     """Thirds are no binary fractions: added up, they would end beside the total."""
     bar = ProgressBar(total=total)
@@ -78,7 +66,7 @@ def test_the_position_is_exact(total: int) -> None:
     bar.close()
 
 
-@pytest.mark.usefixtures("bar_class")
+@pytest.mark.usefixtures("_drawn_at_every_change")
 def test_a_window_that_is_not_yet_closed_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(total=2)
     bar.inside(4, 4)
@@ -90,27 +78,18 @@ def test_a_window_that_is_not_yet_closed_is_not_counted(capsys: pytest.CaptureFi
     assert "2.0/2" not in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("bar_class")
-def test_without_a_total(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(total=None)
+@pytest.mark.usefixtures("_drawn_at_every_change")
+@pytest.mark.parametrize("total", [None, 4])
+def test_closed_where_it_stands_and_closed_twice(total: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(total=total)
     bar.inside(1, 2)
     bar.updated(update(1e-9))
     bar.close()
+    bar.close()
     drawn = capsys.readouterr().err
     assert positions(drawn)[-1] == 1.0
-    assert "%" not in drawn
+    assert " 25%" in drawn if total else "%" not in drawn
     assert "loss=1e-9" in drawn.replace("1e-09", "1e-9")
-
-
-@pytest.mark.usefixtures("bar_class")
-def test_closed_where_it_stands_and_closed_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(total=4)
-    bar.updated(update())
-    bar.close()
-    bar.close()
-    drawn = capsys.readouterr().err
-    assert positions(drawn)[-1] == 1.0
-    assert " 25%" in drawn
     bar.inside(1, 2)  # a window that goes on after the bar has ended draws nothing
     bar.updated(update())
     assert capsys.readouterr().err == ""
@@ -120,7 +99,7 @@ def test_the_loss_is_read_at_the_bars_own_pace(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Reading it waits for the device, so it is not done for every update, but for the last."""
-    bar, clock, read = ProgressBar(total=101), Steady(), []
+    bar, clock, read = ProgressBar(total=101), SimpleNamespace(now=0.0), []
 
     class Update:
         @property
@@ -128,7 +107,7 @@ def test_the_loss_is_read_at_the_bars_own_pace(
             read.append(bar._updates)
             return torch.tensor(1.0)
 
-    monkeypatch.setattr(bar._bar, "_time", clock)
+    monkeypatch.setattr(bar._bar, "_time", lambda: clock.now)  # no test waits
     bar._bar.last_print_t = bar._bar.start_t = 0.0
     for _ in range(101):
         clock.now += 0.03
@@ -169,24 +148,20 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 
 
 def test_a_train_step_has_one(capsys: pytest.CaptureFixture[str]) -> None:
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = ga.TrainStep(model, optimizer, lambda model, x: model(x).mean(), micro_batch_size=2, progress=3)
+    _, _, step = make_step(progress=3)
     for _ in range(3):
-        step(torch.randn(4, 2))
+        step((X, Y))
     step.close()
     assert positions(capsys.readouterr().err)[-1] == 3.0
 
 
 @pytest.mark.parametrize("has_length", [True, False])
 def test_a_pass_has_one_of_its_own(capsys: pytest.CaptureFixture[str], has_length: bool) -> None:
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    accumulator = ga.Accumulator(model, optimizer, micro_batches=2, progress=True)
-    loader = [torch.randn(4, 2)] * 5
+    model, _, accumulator = make_accumulator(micro_batches=2, progress=True)
+    loader = pairs(4, 4, 4, 4, 4)
     for _ in range(2):
-        for x in accumulator.over(loader if has_length else iter(loader)):
-            accumulator.backward(model(x).mean())
+        for batch in accumulator.over(loader if has_length else iter(loader)):
+            accumulator.backward(squares(model, batch))
         drawn = capsys.readouterr().err
         assert positions(drawn)[-1] == 3.0
         assert ("3.0/3 updates" in drawn) == has_length

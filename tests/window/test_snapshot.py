@@ -9,25 +9,15 @@ from torch import nn
 from gradaccum.window.snapshot import Buffers, RandomSeed, RandomState
 
 
-def test_the_random_state_is_put_back() -> None:
-    before = RandomState.now()
-    drawn = torch.rand(7)
-    before.restore()
-    assert torch.equal(torch.rand(7), drawn)
-
-
-def test_what_has_been_drawn_shows() -> None:
-    before = RandomState.now()
-    assert RandomState.now().equals(before)
-    torch.rand(1)
-    assert not RandomState.now().equals(before)
-
-
-def test_drawing_later_does_not_reach_what_was_taken() -> None:
+def test_the_random_state_is_put_back_and_what_has_been_drawn_shows() -> None:
     before = RandomState.now()
     kept = before.cpu.clone()
-    torch.rand(1000)
-    assert torch.equal(before.cpu, kept)
+    assert RandomState.now().equals(before)
+    drawn = torch.rand(1000)
+    assert not RandomState.now().equals(before)
+    assert torch.equal(before.cpu, kept), "drawing later does not reach what was taken"
+    before.restore()
+    assert torch.equal(torch.rand(1000), drawn)
 
 
 def test_devices_that_were_never_used_are_not_woken_up() -> None:
@@ -49,14 +39,10 @@ def drawn_with(pieces: int) -> list[float]:
 
 
 def test_what_is_drawn_behind_does_not_depend_on_how_much_was_drawn() -> None:
-    assert drawn_with(1) == drawn_with(7)
-
-
-def test_where_something_was_drawn_the_stream_goes_on() -> None:
     torch.manual_seed(1)
     untouched = torch.rand(4).tolist()
-    assert drawn_with(1) != untouched
     assert drawn_with(0) == untouched
+    assert drawn_with(1) == drawn_with(7) != untouched, "where something was drawn, the stream goes on"
 
 
 def test_every_attempt_draws_alike_and_every_update_anew() -> None:
@@ -87,24 +73,16 @@ class Holder(nn.Module):
         self.register_buffer("hidden", torch.tensor(5), persistent=False)
 
 
-def test_values_are_put_back() -> None:
+def test_values_are_put_back_and_a_buffer_that_was_replaced_is_the_old_tensor_again() -> None:
     model = Holder()
-    before = Buffers.of([model])
+    old, before = model.kept, Buffers.of([model])
     model.kept.mul_(2)
     model.hidden.add_(1)
-    before.restore()
-    assert model.kept.tolist() == [0.0, 1.0, 2.0]
-    assert model.hidden.item() == 5
-
-
-def test_a_buffer_that_was_replaced_is_the_old_tensor_again() -> None:
-    model = Holder()
-    old = model.kept
-    before = Buffers.of([model])
     model.kept = model.kept * 3
     before.restore()
     assert model.kept is old
     assert old.tolist() == [0.0, 1.0, 2.0]
+    assert model.hidden.item() == 5
 
 
 def test_buffers_inside_are_found() -> None:
@@ -127,19 +105,14 @@ def test_a_shared_buffer_is_copied_once_and_stays_shared() -> None:
     assert one.kept is other.kept
 
 
-def test_a_buffer_that_is_none_stays_none() -> None:
-    norm = nn.BatchNorm1d(2, track_running_stats=False)
-    Buffers.of([norm]).restore()
-    assert norm.running_mean is None
-
-
 def test_a_buffer_that_was_none_is_none_again() -> None:
-    model = nn.Module()
+    model = nn.BatchNorm1d(2, track_running_stats=False)
     model.register_buffer("made_later", None)
     before = Buffers.of([model])
     model.made_later = torch.ones(2)
     before.restore()
     assert model.made_later is None
+    assert model.running_mean is None
 
 
 def test_buffers_that_need_a_gradient_are_copied_without_graph() -> None:
