@@ -8,7 +8,7 @@ import pytest
 
 import gradaccum as ga
 from gradaccum.auditing import audit_report, culprits
-from gradaccum.auditing.compare import ParameterVerdict
+from gradaccum.checking.compare import ParameterVerdict
 
 EXACT = ga.Report(
     exact=True, relative_error=1e-16, tolerance=1e-10, culprits=(), samples=13, micro_batch_sizes=(5, 4, 4),

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from gradaccum import tree
 from gradaccum.auditing.audit_run import Run, Runs, Substitutions, loss_value
-from gradaccum.auditing.compare import Gradients, flat
 from gradaccum.auditing.in_double import no_modes
-from gradaccum.auditing.pieces import Piece, pieces, whole
+from gradaccum.checking.compare import Gradients, flat
+from gradaccum.checking.pieces import Piece, pieces, whole
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.meaning import means_in
 
@@ -42,58 +43,39 @@ A_SUM, SAMPLES = "a plain sum", "a mean over samples"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossFinding:
-    """What the loss is.
+    """What the loss is."""
 
-    Attributes:
-        is_coupled: whether samples meet in it; otherwise it is a mean or a sum over something.
-        shares: of each micro-batch in the whole; None where there are none.
-        over: what the shares are proportional to, in words; "" where to nothing that is known.
-        instead: what to return in place of the loss.
-        taken: how the library takes it, in words.
-        residual: what shares leave unexplained, of the gradient.
-        output_gradients: the whole batch's gradient on the outputs, where it was seen.
-    """
-
-    is_coupled: bool
-    shares: tuple[float, ...] | None = None
-    over: str = ""
-    instead: str = ""
-    taken: str = ""
-    residual: float = 0.0
-    output_gradients: tuple[Tensor, ...] | None = None
+    is_coupled: bool  # whether samples meet in it; otherwise it is a mean or a sum over something
+    shares: tuple[float, ...] | None = None  # of each micro-batch in the whole
+    over: str = ""  # what the shares are proportional to, in words; "" where to nothing that is known
+    instead: str = ""  # what to return in place of the loss
+    taken: str = ""  # how the library takes it, in words
+    residual: float = 0.0  # what shares leave unexplained, of the gradient
+    output_gradients: tuple[Tensor, ...] | None = None  # the whole batch's on the outputs, where it was seen
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """What one micro-batch's loss shows of itself.
+    """What one micro-batch's loss shows of itself."""
 
-    Attributes:
-        means: what its graph says that means were taken over: the count, the words, what to return instead.
-        declared: the count it was returned with; None where there was none.
-        taken: how the library takes it, in words.
-    """
-
-    means: tuple[tuple[float, str, str], ...]
-    declared: float | None
-    taken: str
+    means: list[tuple[float, str, str]]  # of its graph: what they were taken over, in words, and what to return instead
+    declared: float | None  # the count it was returned with
+    taken: str  # how the library takes it, in words
 
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """Shares, what they leave unexplained, what each micro-batch shows, and the gradient on outputs if they were seen.
-
-    ``is_inside``: whether the model computes the loss, where no criterion can be put in its place.
-    """
+    """Shares, what they leave unexplained, and what each micro-batch's loss shows."""
 
     shares: tuple[float, ...]
     residual: float
     counts: list[_Counts]
     output_gradients: tuple[Tensor, ...] | None = None
-    is_inside: bool = False
+    is_inside: bool = False  # whether the model computes the loss, where no criterion can be put in its place
 
 
 def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
-    """Finds out what the loss is, with other suspects taken out; None where it cannot be seen."""
+    """Returns what the loss is, with other suspects taken out; None where it cannot be seen."""
     try:
         solved = _solve_on_outputs(runs, sizes, substitutions)
     except Exception:  # noqa: BLE001  # a loss function that writes into outputs, or calls parts of the model as well
@@ -101,27 +83,20 @@ def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substituti
     solved = solved or _solve_on_parameters(runs, sizes, substitutions)
     if solved is None:
         return None
-    on_outputs = solved.output_gradients
+    seen = LossFinding(is_coupled=True, residual=solved.residual, output_gradients=solved.output_gradients)
     if solved.residual > _EXPLAINED:
-        return LossFinding(is_coupled=True, residual=solved.residual, output_gradients=on_outputs)
+        return seen
     over, instead = _meaning(runs.task.batch, sizes, solved)
-    return LossFinding(
-        is_coupled=not over, shares=solved.shares, over=over, instead=instead, taken=solved.counts[0].taken,
-        residual=solved.residual, output_gradients=on_outputs,
-    )  # fmt: skip
+    taken = solved.counts[0].taken
+    return replace(seen, is_coupled=not over, shares=solved.shares, over=over, instead=instead, taken=taken)
 
 
 class _CutOutputs:
-    """Forward hook that cuts the graph behind the models' outputs.
-
-    Attributes:
-        leaves: stand for the outputs of the last forward, those that had a graph.
-        served: where it is set, rows of the whole batch's outputs, to stand in place of a piece's own.
-    """
+    """Forward hook that cuts the graph behind the models' outputs."""
 
     def __init__(self) -> None:
-        self.leaves: list[Tensor] = []
-        self.served: Iterator[Tensor] | None = None
+        self.leaves: list[Tensor] = []  # stand for the outputs of the last forward, those that had a graph
+        self.served: Iterator[Tensor] | None = None  # rows of the whole batch's outputs, in place of a piece's own
 
     def __call__(self, module: Any, args: Any, output: Any) -> Any:
         return tree.map_leaves(output, self._cut)
@@ -168,9 +143,7 @@ def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitut
 
 def _forward(run: Run, piece: Piece) -> tuple[Any, Tensor]:
     """What the loss function returns for a piece, and the number that it stands for."""
-    assert run.task.loss_fn is not None
-    with run.forward(piece):
-        loss = run.task.loss_fn(run.task.model, run.cut(piece))
+    loss = run.call(piece, run.cut(piece))
     return loss, loss_value(loss, piece.rows)
 
 
@@ -215,7 +188,7 @@ def _counts(loss: Any, value: Tensor) -> _Counts:
         taken = "terms with the counts they were returned with"
     with no_modes():
         found = [(float(mean.count), mean.what, mean.instead) for mean in means_in(value)]
-    return _Counts(tuple(found), declared, taken)
+    return _Counts(found, declared, taken)
 
 
 def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, str]:
@@ -231,19 +204,17 @@ def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, st
         pairs = zip(shares, candidate, strict=True)
         return total > 0 and all(abs(share - count / total) <= _SAME for share, count in pairs)
 
-    if all(one.declared is not None for one in counts) and fits([one.declared or 0.0 for one in counts]):
-        return "what it says", ""
-    if fits(sizes):
-        return "samples", "return the loss as a plain tensor, which is taken as a mean over samples"
-    of_graph = [
+    told = [one.declared or 0.0 for one in counts]
+    of_loss = [
+        ("what it says", "", told),
+        ("samples", "return the loss as a plain tensor, which is taken as a mean over samples", sizes),
+    ]
+    of_graph = (
         (means[0][1], f"return {_assigned(means[0][2])}", [count for count, _, _ in means])
         for means in zip(*(one.means for one in counts), strict=False)
-    ]
-    of_batch = [
-        (words, f"return ga.Loss.mean(loss, over={code})", of_pieces)
-        for words, code, of_pieces in _counts_of_batch(batch, sizes)
-    ]
-    candidates = [*of_batch, *of_graph] if solved.is_inside else [*of_graph, *of_batch]
+    )
+    of_batch = _counts_of_batch(batch, sizes)
+    candidates = chain(of_loss, *((of_batch, of_graph) if solved.is_inside else (of_graph, of_batch)))
     return next(((words, instead) for words, instead, candidate in candidates if fits(candidate)), ("", ""))
 
 
@@ -263,11 +234,15 @@ def _counts_of_batch(batch: Any, sizes: Sequence[int]) -> Iterator[tuple[str, st
         for path, parts in columns:
             if parts[0].is_floating_point() or parts[0].dtype == torch.bool:
                 continue
-            said = f"entries of {path} that are not {ignored}"
-            yield said, f"({path} != {ignored}).sum()", [float((part != ignored).sum()) for part in parts]
+            counts = [float((part != ignored).sum()) for part in parts]
+            yield f"entries of {path} that are not {ignored}", _over(f"({path} != {ignored})"), counts
             if parts[0].dim() > 1:  # the model predicts the next token, and the first one is predicted from nothing
                 counts = [float((part[:, 1:] != ignored).sum()) for part in parts]
-                said = f"entries of {path}, after the first of each sample, that are not {ignored}"
-                yield said, f"({path}[:, 1:] != {ignored}).sum()", counts
+                words = f"entries of {path}, after the first of each sample, that are not {ignored}"
+                yield words, _over(f"({path}[:, 1:] != {ignored})"), counts
     for path, parts in columns:
-        yield f"the sum of {path}", f"{path}.sum()", [float(part.sum()) for part in parts]
+        yield f"the sum of {path}", _over(path), [float(part.sum()) for part in parts]
+
+
+def _over(summed: str) -> str:
+    return f"return ga.Loss.mean(loss, over={summed}.sum())"

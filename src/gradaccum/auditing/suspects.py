@@ -11,29 +11,25 @@ The error of a culprit is the one it makes alone, all others taken out. A suspec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from gradaccum.auditing import coupling, culprits
 from gradaccum.auditing.audit_run import AS_IT_IS, RunResult, Runs, Substitutions
-from gradaccum.auditing.compare import different_buffers, relative_error
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import A_SUM, LossFinding, find_loss_shares
-from gradaccum.auditing.random_ops import ONCE, UNMATCHED
+from gradaccum.checking.compare import different_buffers, relative_error
+from gradaccum.checking.random_ops import ONCE, UNMATCHED
 
 # Layers judged one by one; more are judged together, a whole batch and its micro-batches being run for each.
 _MOST_SINGLE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspect:
-    """A suspect: the run in which it alone is let in, and whom to name, given by how much it moves the gradient."""
-
-    let_in: Substitutions
-    accuse: Callable[[float], Sequence[Culprit]]
+# The run in which a suspect alone is let in, and whom to name, given by how much it moves the gradient.
+_Suspect = tuple[Substitutions, Callable[[float], Sequence[Culprit]]]
 
 
 def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_checked: list[str]) -> list[Culprit]:
@@ -72,15 +68,20 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     is_unexplained = rest > tolerance
     background = rest if is_unexplained else 0.0
 
-    suspects = [*_layers(layers, modules, clean), *_draws(not_replayed, clean)]
+    suspects: list[_Suspect] = []
+    for names in [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]:
+        let_in = replace(clean, isolated_layers=clean.isolated_layers - set(names))
+        suspects.append((let_in, partial(_layers, {name: (modules[name], layers[name]) for name in names})))
+    if not_replayed:
+        suspects.append((replace(clean, same_draws=False), partial(_draws, not_replayed)))
     own_loss = replace(clean, loss_shares=None, output_gradients=None)
     if loss is not None and own_loss != clean:
-        suspects.append(_Suspect(own_loss, partial(_loss, loss)))
+        suspects.append((own_loss, partial(_loss, loss)))
     accused: list[Culprit] = []
-    for suspect in suspects:
-        error = run_both(suspect.let_in)[-1] - background
+    for let_in, accuse in suspects:
+        error = run_both(let_in)[-1] - background
         if error > tolerance:
-            accused += suspect.accuse(error)
+            accused += accuse(error)
     whole, accumulated, error = run_both(replace(clean, reset_buffers=False))
     moved = error - background if error - background > tolerance else 0.0
     accused += buffer_culprits(modules, whole, accumulated, moved=moved, tolerance=tolerance, known=layers)
@@ -124,34 +125,24 @@ def buffer_culprits(
     return found
 
 
-def _layers(layers: Mapping[str, bool], modules: Mapping[str, nn.Module], clean: Substitutions) -> list[_Suspect]:
-    def accuse(names: Sequence[str], error: float) -> list[Culprit]:
-        return [
-            culprits.BATCH_NORM.found(error, name)
-            if layers[name] or is_batch_norm(modules[name])
-            else culprits.COUPLING_LAYER.found(error, name, layer=type(modules[name]).__name__)
-            for name in names
-        ]
-
-    groups = [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]
+def _layers(layers: Mapping[str, tuple[nn.Module, bool]], error: float) -> list[Culprit]:
     return [
-        _Suspect(replace(clean, isolated_layers=clean.isolated_layers - set(names)), partial(accuse, names))
-        for names in groups
+        culprits.BATCH_NORM.found(error, name)
+        if is_norm or is_batch_norm(module)
+        else culprits.COUPLING_LAYER.found(error, name, layer=type(module).__name__)
+        for name, (module, is_norm) in layers.items()
     ]
 
 
-def _draws(not_replayed: Mapping[tuple[str, str], str], clean: Substitutions) -> list[_Suspect]:
-    def accuse(error: float) -> list[Culprit]:
-        found: list[Culprit] = []
-        for place in dict.fromkeys(where for where, _ in not_replayed):
-            parts: list[str] = []
-            for why in (ONCE, UNMATCHED):
-                draws = [what for (where, what), reason in not_replayed.items() if (where, reason) == (place, why)]
-                parts += [f"{why}: {' and '.join(draws)}."] if draws else []
-            found.append(culprits.RANDOM.found(error, place, draws=" ".join(parts)))
-        return found
-
-    return [_Suspect(replace(clean, same_draws=False), accuse)] if not_replayed else []
+def _draws(not_replayed: Mapping[tuple[str, str], str], error: float) -> list[Culprit]:
+    found: list[Culprit] = []
+    for place in dict.fromkeys(where for where, _ in not_replayed):
+        parts: list[str] = []
+        for why in (ONCE, UNMATCHED):
+            draws = [what for (where, what), reason in not_replayed.items() if (where, reason) == (place, why)]
+            parts += [f"{why}: {' and '.join(draws)}."] if draws else []
+        found.append(culprits.RANDOM.found(error, place, draws=" ".join(parts)))
+    return found
 
 
 def _loss(loss: LossFinding, error: float) -> list[Culprit]:

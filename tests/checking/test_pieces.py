@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.auditing.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
+from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
 
 
 @given(rows=st.integers(2, 300), size=st.integers(1, 64))
