@@ -64,16 +64,12 @@ class Report:
             raise InexactError(str(self))
 
     def __str__(self) -> str:
-        return text(self)
-
-
-def text(report: Report) -> str:
-    """Returns all of a report, for a terminal of 80 columns or more; only qualified names may be longer."""
-    parts = [_wrapped(answer(report)), _wrapped(setting(report))]
-    parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(report.culprits), 1)]
-    parts += [_table([HEADS, *parameter_cells(report)])]
-    parts += [_wrapped(line) for line in remarks(report)]
-    return "\n\n".join(parts)
+        # For a terminal of 80 columns or more; only qualified names may be longer.
+        parts = [_wrapped(answer(self)), _wrapped(setting(self))]
+        parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(self.culprits), 1)]
+        parts += [_table([HEADS, *parameter_cells(self)])]
+        parts += [_wrapped(line) for line in remarks(self)]
+        return "\n\n".join(parts)
 
 
 def answer(report: Report) -> str:

@@ -89,7 +89,6 @@ class RunResult:
 
     gradients: Gradients
     buffers: Buffers
-    is_loss_inside: bool = False  # whether a model returned a single number, as those that compute their loss do
     divisor: float | None = None  # what the whole batch's loss was divided by last of all
 
 
@@ -147,7 +146,7 @@ class Run:
 
     def keep_outputs(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook of the models."""
-        self.outputs += [tensor for tensor in tree.tensors(output) if tensor.is_floating_point()]
+        self.outputs += floats_in(output)
 
     def substituted(self, loss: Any, piece: Piece) -> Loss:
         """Returns the loss of a micro-batch with the share or the gradient on outputs that it is to have."""
@@ -200,8 +199,7 @@ class Runs:
                 made = self.task.function(self.task.model, copied(run.whole_batch))
                 value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)
             divisor = _divisor(value)
-            is_inside = any(output.requires_grad and output.dim() == 0 for output in run.outputs)
-            return RunResult(run.gradients(value), copy_buffers(self.task.modules()), is_inside, divisor)
+            return RunResult(run.gradients(value), copy_buffers(self.task.modules()), divisor)
 
     def accumulated(self, sizes: Sequence[int], substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the gradient of the batch in micro-batches of these sizes."""
@@ -250,6 +248,11 @@ def loss_value(loss: Any, rows: int) -> Tensor:
     """
     values = [term.value for term in as_terms(loss, rows).values()]
     return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def floats_in(value: Any) -> list[Tensor]:
+    """Returns the tensors of floats in nested outputs."""
+    return [tensor for tensor in tree.tensors(value) if tensor.is_floating_point()]
 
 
 def _change_parameters(task: Task, part: float) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradaccum import tree
-from gradaccum.auditing.audit_run import Run, Runs, Substitutions
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions, floats_in
 from gradaccum.checking.pieces import Piece, copied, whole
 
 _ENLARGED = 3.0
@@ -99,7 +99,7 @@ def _forward(run: Run, piece: Piece, batch: Any) -> None:
 
 def _keep(kept: dict[_Place, list[Tensor]], place: _Place, value: Any, _: str) -> None:
     # Copies: an activation may be overwritten in place by what follows.
-    kept[place] = [tensor.detach().clone() for tensor in _floats(value)]
+    kept[place] = [tensor.detach().clone() for tensor in floats_in(value)]
 
 
 def _observe(run: Run, observer: _Observer) -> list[str]:
@@ -141,15 +141,11 @@ class _BatchNorms(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Looks at a function, and runs it."""
+        """Runs a function, and looks whether it is that one."""
         is_training = args[5] if len(args) > 5 else (kwargs or {}).get("training", False)
         if func in (F.batch_norm, torch.batch_norm) and is_training and self._running:
             self.names.add(self._running[-1])
         return func(*args, **(kwargs or {}))
-
-
-def _floats(value: Any) -> list[Tensor]:
-    return [tensor for tensor in tree.tensors(value) if tensor.is_floating_point()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +162,7 @@ class _Comparison:
     found: dict[str, None]  # is filled with modules that couple samples
 
     def __call__(self, place: _Place, value: Any, made_by: str) -> Any:
-        made, expected, smaller = _floats(value), self.clean.get(place, []), self.fewer_rows.get(place, [])
+        made, expected, smaller = floats_in(value), self.clean.get(place, []), self.fewer_rows.get(place, [])
         if [one.shape for one in expected] != [one.shape for one in made]:
             return None
         small = [one.shape for one in smaller] if len(smaller) == len(made) else [None] * len(made)

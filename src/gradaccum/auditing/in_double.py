@@ -36,8 +36,7 @@ class InDouble(TorchDispatchMode):
         aliases = {name for name, argument in declared.items() if argument.alias_info is not None}
         writes = {name for name in aliases if declared[name].alias_info.is_write}
         kept = aliases if aliases - writes else writes  # a view of another memory would be none
-        names = [argument.name for argument in schema.arguments]
-        args = tuple(_longer(value, keeps_tensors=name in kept) for name, value in zip(names, args, strict=False))
+        args = tuple(_longer(value, keeps_tensors=name in kept) for name, value in zip(declared, args, strict=False))
         kwargs = {name: _longer(value, keeps_tensors=name in kept) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 

@@ -26,9 +26,8 @@ def isolate_samples(modules: Iterable[nn.Module]) -> None:
     To be called inside of `isolated_state`, which puts back every attribute of a module.
     """
     for module in modules:
-        vars(module)["forward"] = (
-            partial(_batch_norm, module) if is_batch_norm(module) else partial(_row_by_row, module.forward)
-        )
+        is_norm = is_batch_norm(module)
+        vars(module)["forward"] = partial(_batch_norm, module) if is_norm else partial(_row_by_row, module.forward)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -61,17 +61,10 @@ class _Counts:
     means: list[tuple[float, str, str]]  # of its graph: what they were taken over, in words, and what to return instead
     declared: float | None  # the count it was returned with
     taken: str  # how the library takes it, in words
+    is_inside: bool  # whether the model computes it, where no criterion can be put in its place
 
 
-@dataclass(frozen=True, slots=True)
-class _Solved:
-    """Shares, what they leave unexplained, and what each micro-batch's loss shows."""
-
-    shares: tuple[float, ...]
-    residual: float
-    counts: list[_Counts]
-    output_gradients: tuple[Tensor, ...] | None = None
-    is_inside: bool = False  # whether the model computes the loss, where no criterion can be put in its place
+_Solved = tuple[LossFinding, list[_Counts]]  # with shares and what they leave unexplained, but no meaning yet
 
 
 def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
@@ -83,12 +76,12 @@ def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substituti
     solved = solved or _solve_on_parameters(runs, sizes, substitutions)
     if solved is None:
         return None
-    seen = LossFinding(is_coupled=True, residual=solved.residual, output_gradients=solved.output_gradients)
-    if solved.residual > _EXPLAINED:
-        return seen
-    over, instead = _meaning(runs.task.batch, sizes, solved)
-    taken = solved.counts[0].taken
-    return replace(seen, is_coupled=not over, shares=solved.shares, over=over, instead=instead, taken=taken)
+    found, counts = solved
+    if found.residual > _EXPLAINED:
+        return replace(found, shares=None)
+    assert found.shares is not None
+    over, instead = _meaning(runs.task.batch, sizes, found.shares, counts)
+    return replace(found, is_coupled=not over, over=over, instead=instead, taken=counts[0].taken)
 
 
 class _CutOutputs:
@@ -135,10 +128,11 @@ def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitut
             square = (own @ own).item()
             shares.append((own @ expected).item() / square if square > 0 else 0.0)
             unexplained += (expected - shares[-1] * own).square().sum().item()
-            counts.append(_counts(loss, value))
-        size = sum(flat(one).square().sum().item() for one in of_whole)
-        copies = tuple(one.clone() for one in of_whole)
-        return _Solved(tuple(shares), math.sqrt(unexplained / size), counts, copies)
+            counts.append(_counts(run, loss, value))
+        residual = math.sqrt(unexplained / sum(flat(one).square().sum().item() for one in of_whole))
+        on_outputs = tuple(one.clone() for one in of_whole)
+        found = LossFinding(is_coupled=True, shares=tuple(shares), residual=residual, output_gradients=on_outputs)
+        return found, counts
 
 
 def _forward(run: Run, piece: Piece) -> tuple[Any, Tensor]:
@@ -154,15 +148,15 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
     """Least squares over the parameters' gradients, at as many coordinates as are cheap to keep."""
-    whole_batch = runs.whole(substitutions)
-    names = [name for name, gradient in whole_batch.gradients.items() if gradient is not None]
-    expected = _sampled(whole_batch.gradients, names)
+    gradients = runs.whole(substitutions).gradients
+    names = [name for name, gradient in gradients.items() if gradient is not None]
+    expected = _sampled(gradients, names)
     each: list[Tensor] = []
     counts: list[_Counts] = []
     with runs.running(substitutions) as run:
         for piece in pieces(sizes):
             loss, value = _forward(run, piece)
-            counts.append(_counts(loss, value))
+            counts.append(_counts(run, loss, value))
             each.append(_sampled(run.gradients(value), names).nan_to_num(0.0, 0.0, 0.0))
     if len(expected) < 2 * len(each) or not expected.norm() > 0:
         return None
@@ -170,7 +164,7 @@ def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substi
     scale = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     shares = torch.linalg.lstsq(columns / scale, expected, driver="gelsd").solution / scale
     residual = ((expected - columns @ shares).norm() / expected.norm()).item()
-    return _Solved(tuple(shares.tolist()), residual, counts, is_inside=whole_batch.is_loss_inside)
+    return LossFinding(is_coupled=True, shares=tuple(shares.tolist()), residual=residual), counts
 
 
 def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
@@ -179,7 +173,7 @@ def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(flat(one)[::step].cpu() for one in present)])
 
 
-def _counts(loss: Any, value: Tensor) -> _Counts:
+def _counts(run: Run, loss: Any, value: Tensor) -> _Counts:
     declared, taken = None, SAMPLES
     if isinstance(loss, Loss):
         declared = None if loss.weight is None else float(loss.weight)
@@ -188,12 +182,12 @@ def _counts(loss: Any, value: Tensor) -> _Counts:
         taken = "terms with the counts they were returned with"
     with no_modes():
         found = [(float(mean.count), mean.what, mean.instead) for mean in means_in(value)]
-    return _Counts(found, declared, taken)
+    is_inside = any(output.requires_grad and output.dim() == 0 for output in run.outputs)
+    return _Counts(found, declared, taken, is_inside)
 
 
-def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, str]:
+def _meaning(batch: Any, sizes: Sequence[int], shares: Sequence[float], counts: list[_Counts]) -> tuple[str, str]:
     """What shares are proportional to, and what to return instead; empty where to nothing that is known."""
-    shares, counts = solved.shares, solved.counts
     if all(abs(share - 1) <= _SAME for share in shares):
         return A_SUM, "return ga.Loss.sum(loss)"
     if abs(sum(shares) - 1) > _SAME:
@@ -214,7 +208,7 @@ def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, st
         for means in zip(*(one.means for one in counts), strict=False)
     )
     of_batch = _counts_of_batch(batch, sizes)
-    candidates = chain(of_loss, *((of_batch, of_graph) if solved.is_inside else (of_graph, of_batch)))
+    candidates = chain(of_loss, *((of_batch, of_graph) if counts[0].is_inside else (of_graph, of_batch)))
     return next(((words, instead) for words, instead, candidate in candidates if fits(candidate)), ("", ""))
 
 
