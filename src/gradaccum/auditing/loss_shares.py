@@ -69,6 +69,8 @@ _Solved = tuple[LossFinding, list[_Counts]]  # with shares and what they leave u
 
 def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
     """Returns what the loss is, with other suspects taken out; None where it cannot be seen."""
+    if runs.task.loss_fn is None:
+        return None
     try:
         solved = _solve_on_outputs(runs, sizes, substitutions)
     except Exception:  # noqa: BLE001  # a loss function that writes into outputs, or calls parts of the model as well

@@ -16,7 +16,7 @@ from gradaccum.auditing.audit_report import Report
 from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions, Task
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
-from gradaccum.auditing.suspects import buffer_culprits, find_culprits, first_line
+from gradaccum.auditing.suspects import attempted, buffer_culprits, find_culprits
 from gradaccum.checking.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
 from gradaccum.checking.pieces import equal_sizes, ragged_sizes
 from gradaccum.checking.random_ops import UNMATCHED
@@ -38,6 +38,7 @@ _MOST_ROUNDING = 1e-3
 _INEXACT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # How many times the whole batch's own rounding the accumulated gradient's may be, before adding up is to blame.
 _MORE_ROUNDING = 2.0
+_NOT_IN_DOUBLE = "float64, in which rounding would not hide small faults; the model cannot run in it"
 
 
 def audit(
@@ -88,7 +89,11 @@ def audit(
     task = make_task(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, combine=combine, weights=weights)
     sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
     not_checked = _hooked_parameters(task)
-    runs, whole = _first_run(task, not_checked)
+    runs = Runs(task, is_double=True)
+    whole = attempted(runs.whole, _NOT_IN_DOUBLE, not_checked)
+    if whole is None:  # a mistake of the user's own comes again in the model's own dtype
+        runs = Runs(task, is_double=False)
+        whole = runs.whole()
     _check_finite(whole)
     own_dtype = _own_dtype(task)
     accumulated = runs.accumulated(sizes)
@@ -159,19 +164,6 @@ def make_task(
     return Task(**{**inherited, "model": model}, combine=combine, weights=weights)
 
 
-def _first_run(task: Task, not_checked: list[str]) -> tuple[Runs, RunResult]:
-    """The whole batch's gradient in float64; where that cannot be, in the model's own dtype."""
-    runs = Runs(task, is_double=True)
-    try:
-        return runs, runs.whole()
-    except Exception as error:  # noqa: BLE001  # a mistake of the user's own comes again in the other dtype
-        reason = first_line(error)
-    runs = Runs(task, is_double=False)
-    whole = runs.whole()
-    not_checked.append(f"float64, in which rounding would not hide small faults; the model cannot run in it: {reason}")
-    return runs, whole
-
-
 def _check_finite(whole: RunResult) -> None:
     gradients = whole.gradients
     wrong = [name for name, one in gradients.items() if one is not None and not bool(flat(one).isfinite().all())]
@@ -202,12 +194,13 @@ def _own_errors(
         return None
     own = Runs(runs.task, is_double=False)
     own.refused = runs.refused
-    try:
+
+    def measured() -> tuple[float, float]:
         own_whole_error = relative_error(own.whole().gradients, whole.gradients)
         return relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients), own_whole_error
-    except Exception as error:  # noqa: BLE001  # float64 runs, and this does not: half precision without its kernels
-        not_checked.append(f"{_name(own_dtype)}, the model's own dtype: {first_line(error)}")
-        return None
+
+    # It may fail where float64 does not: half precision without its kernels.
+    return attempted(measured, f"{_name(own_dtype)}, the model's own dtype", not_checked)
 
 
 def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 
@@ -28,6 +29,7 @@ from gradaccum.checking.random_ops import ONCE, UNMATCHED
 _MOST_SINGLE = 8
 
 
+_Seen = TypeVar("_Seen")
 # The run in which a suspect alone is let in, and whom to name, given by how much it moves the gradient.
 _Suspect = tuple[Substitutions, Callable[[float], Sequence[Culprit]]]
 
@@ -40,21 +42,11 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     modules = runs.task.modules()
     not_replayed = dict(runs.draws.not_replayed)
     drawing = Substitutions(same_draws=bool(not_replayed))
-    layers: dict[str, bool] = {}
-    try:
-        found = coupling.coupled_modules(runs, drawing)
-        layers = {name: is_norm for name, is_norm in found.items() if name in modules}
-    except Exception as error:  # noqa: BLE001  # the user's code runs on samples that it was not made for
-        not_checked.append(
-            f"which layers couple samples: the forward fails when samples are replaced: {first_line(error)}"
-        )
+    fails = "which layers couple samples: the forward fails when samples are replaced"
+    coupled = attempted(lambda: coupling.coupled_modules(runs, drawing), fails, not_checked) or {}
+    layers = {name: is_norm for name, is_norm in coupled.items() if name in modules}
     clean = replace(drawing, isolated_layers=frozenset(layers), reset_buffers=True)
-    loss: LossFinding | None = None
-    if runs.task.loss_fn is not None:
-        try:
-            loss = find_loss_shares(runs, sizes, clean)
-        except Exception as error:  # noqa: BLE001  # the same, with layers that see one sample at a time
-            not_checked.append(f"what the loss is a mean over: {first_line(error)}")
+    loss = attempted(partial(find_loss_shares, runs, sizes, clean), "what the loss is a mean over", not_checked)
     if loss is not None and loss.is_coupled and loss.output_gradients is not None:
         clean = replace(clean, output_gradients=loss.output_gradients)
     elif loss is not None:
@@ -155,6 +147,10 @@ def _loss(loss: LossFinding, error: float) -> list[Culprit]:
     return [culprits.WRONG_SHARES.found(error, over=over, taken=loss.taken, instead=instead)]
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message."""
-    return (str(error) or repr(error)).splitlines()[0]
+def attempted(look: Callable[[], _Seen], what: str, not_checked: list[str]) -> _Seen | None:
+    """Returns what a look at the model finds; None, and a line in ``not_checked``, where the model cannot run so."""
+    try:
+        return look()
+    except Exception as error:  # noqa: BLE001  # the user's code runs in a way that it was not made for
+        not_checked.append(f"{what}: {(str(error) or repr(error)).splitlines()[0]}")
+        return None
