@@ -10,7 +10,7 @@ The error of a culprit is the one it makes alone, all others taken out. A suspec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -91,7 +91,7 @@ def buffer_culprits(
     *,
     moved: float,
     tolerance: float,
-    known: Mapping[str, bool] | None = None,
+    known: Container[str] = (),
 ) -> list[Culprit]:
     """Returns modules whose buffers end elsewhere than after the whole batch, other than those that are known already.
 
@@ -99,7 +99,7 @@ def buffer_culprits(
     """
     errors: dict[str, dict[str, float]] = {}
     for (where, name), error in different_buffers(accumulated.buffers, whole.buffers, tolerance).items():
-        if where not in (known or ()):
+        if where not in known:
             errors.setdefault(where, {})[name] = error
     found: list[Culprit] = []
     for where, of_module in errors.items():

@@ -5,9 +5,9 @@ samples is seen by comparing shapes: the one that differs between the whole batc
 does not depend on the rows at all (one mixup lambda, one permutation, one depth for all) is one for each forward:
 micro-batches draw their own, which is what happens in training.
 
-What depends on an element's own parameters (a probability, a mean) is made from plain uniform or normal numbers, so
-that a sample's draw depends on that sample alone. Operations without an entry (multinomial, gamma, beta, poisson) are
-run row by row, where rows come first.
+What depends on an element's own parameters (a probability, a mean) is made from plain uniform, normal or exponential
+numbers, so that a sample's draw depends on that sample alone. Operations without an entry (gamma, beta, poisson, the
+slopes of RReLU) are run row by row, where rows come first.
 """
 
 from __future__ import annotations
@@ -210,6 +210,16 @@ def _dropout(call: RandomCall) -> tuple[Tensor, Tensor]:
     return x * kept / chance, kept
 
 
+def _multinomial(call: RandomCall) -> Tensor:
+    """The first of exponential clocks with these rates: ``argmin(e / p)``; without replacement the first few."""
+    chances, count = call.given["self"], call.given["num_samples"]
+    if not call.given["replacement"]:
+        waits = call.numbers(chances.shape, chances.device, "exponential_")
+        return (chances / waits).topk(count, dim=-1).indices
+    shape = (*chances.shape[:-1], count, chances.shape[-1])
+    return (chances.unsqueeze(-2) / call.numbers(shape, chances.device, "exponential_")).argmax(-1)
+
+
 RANDOM_OPS: dict[str, Callable[[RandomCall], Any]] = {
     **dict.fromkeys(("uniform_", "normal_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"), _fill),
     **dict.fromkeys(("bernoulli", "bernoulli_"), _bernoulli),
@@ -219,4 +229,5 @@ RANDOM_OPS: dict[str, Callable[[RandomCall], Any]] = {
     "randperm": _permutation,
     "normal": _normal_around,
     "native_dropout": _dropout,
+    "multinomial": _multinomial,
 }
