@@ -8,13 +8,20 @@ import pytest
 
 import gradaccum as ga
 from gradaccum.auditing import audit_report, culprits
-from gradaccum.auditing.compare import ParameterVerdict
+from gradaccum.checking.compare import ParameterVerdict
 
 EXACT = ga.Report(
-    exact=True, relative_error=1e-16, tolerance=1e-10, culprits=(), samples=13, micro_batch_sizes=(5, 4, 4),
-    parameters=(ParameterVerdict(name="weight", verdict="rounding", error=1e-16),), equal_sizes_error=1e-16,
-    dtype="float64", own_dtype="float32",
-)  # fmt: skip
+    exact=True,
+    relative_error=1e-16,
+    tolerance=1e-10,
+    culprits=(),
+    samples=13,
+    micro_batch_sizes=(5, 4, 4),
+    parameters=(ParameterVerdict(name="weight", verdict="rounding", error=1e-16),),
+    equal_sizes_error=1e-16,
+    dtype="float64",
+    own_dtype="float32",
+)
 NORMS = tuple(culprits.BATCH_NORM.found(0.1 * (9 - i), f"layers.{i}.norm") for i in range(8))
 
 IMPRECISE = culprits.PRECISION.found(0.02, dtype="bfloat16", accumulated="2%", whole="0.3%")
@@ -53,10 +60,7 @@ SAID = {
         "the gradient is the whole batch's, but what the update leaves in the model is not",
     ),
     "precision": (
-        replace(
-            with_culprits(IMPRECISE, error=0.0),
-            own_dtype="bfloat16",
-        ),
+        replace(with_culprits(IMPRECISE, error=0.0), own_dtype="bfloat16"),
         "Exact in float64, and not in bfloat16",
     ),
 }

@@ -13,11 +13,9 @@ def test_shorter_floats_become_longer() -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     constant = torch.ones(3)
     with InDouble():
-        made = [
-            x.float(), x.to(torch.bfloat16), x.softmax(-1, dtype=torch.float32), x * constant, x @ torch.ones(3, 2),
-            torch.zeros(3, dtype=torch.float32), x.sum(dtype=torch.float32), torch.cat([x, constant[None]]),
-            F.cross_entropy(x, torch.tensor([0, 1, 2, 0]), weight=constant),
-        ]  # fmt: skip
+        made = [x.float(), x.to(torch.bfloat16), x.softmax(-1, dtype=torch.float32), x * constant]
+        made += [x @ torch.ones(3, 2), torch.zeros(3, dtype=torch.float32), x.sum(dtype=torch.float32)]
+        made += [torch.cat([x, constant[None]]), F.cross_entropy(x, torch.tensor([0, 1, 2, 0]), weight=constant)]
     assert {one.dtype for one in made} == {torch.float64}
     assert constant.dtype == torch.float32
 
@@ -27,9 +25,8 @@ def test_nothing_is_lost_on_the_way() -> None:
     with InDouble():
         (x.float().sum() * x.half().prod()).backward()
     a, b = x.tolist()
-    assert torch.allclose(
-        x.grad, torch.tensor([b * (2 * a + b), a * (a + 2 * b)], dtype=torch.float64), rtol=1e-15, atol=0
-    )  # type: ignore[arg-type]
+    expected = torch.tensor([b * (2 * a + b), a * (a + 2 * b)], dtype=torch.float64)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-15, atol=0)
 
 
 def test_integers_bits_and_what_is_written_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import zoo
 from gradaccum.auditing import loss_shares
 from gradaccum.auditing.audit_run import AS_IT_IS, Runs
-from gradaccum.auditing.loss_shares import find_loss_shares
+from gradaccum.auditing.loss_shares import LossFinding, find_loss_shares
 from gradaccum.auditing.make_audit import make_task
 
 SIZES = [5, 4, 4]
@@ -28,8 +29,10 @@ CASES = {
 }
 
 
-def runs_of(model: nn.Module, loss: zoo.LossFunction, batch: object) -> Runs:
-    return Runs(make_task(model, loss, batch), is_double=True)
+def shares_of(model: nn.Module, loss: zoo.LossFunction, batch: object, sizes: Sequence[int] = SIZES) -> LossFinding:
+    found = find_loss_shares(Runs(make_task(model, loss, batch), is_double=True), sizes, AS_IT_IS)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(params=["outputs", "parameters"])
@@ -42,24 +45,21 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(("model", "loss", "batch", "over"), CASES.values(), ids=CASES.keys())
 def test_what_a_loss_is_a_mean_over(model: Any, loss: zoo.LossFunction, batch: Any, over: str) -> None:
-    found = find_loss_shares(runs_of(model(), loss, batch()), SIZES, AS_IT_IS)
-    assert found is not None
+    found = shares_of(model(), loss, batch())
     assert (found.is_coupled, found.over) == (False, over)
     assert found.residual < 1e-12
 
 
 def test_the_shares_themselves() -> None:
     batch = zoo.sequences()
-    found = find_loss_shares(runs_of(zoo._TOKENS(), zoo.tokens, batch), SIZES, AS_IT_IS)
-    assert found is not None
+    found = shares_of(zoo._TOKENS(), zoo.tokens, batch)
     counts = torch.stack([(part != -100).sum() for part in batch[1].split(SIZES)]).double()
     assert found.shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", [zoo.dice, zoo.hardest, zoo.root], ids=["dice", "hardest", "root"])
 def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str) -> None:
-    found = find_loss_shares(runs_of(zoo.mlp(), loss, zoo.vectors()), [4, 3, 3, 3], AS_IT_IS)
-    assert found is not None
+    found = shares_of(zoo.mlp(), loss, zoo.vectors(), [4, 3, 3, 3])
     assert found.is_coupled
     assert (found.shares is not None) == (loss is zoo.root)  # of which only the size depends on the others
     assert (found.output_gradients is not None) == (where == "outputs")
@@ -68,5 +68,5 @@ def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str) -> None:
 def test_too_few_parameters_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
     model = nn.Linear(zoo.FEATURES, 1, bias=False)
-    runs = runs_of(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
-    assert find_loss_shares(runs, [3, 3, 3, 4], AS_IT_IS) is None
+    task = make_task(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
+    assert find_loss_shares(Runs(task, is_double=True), [3, 3, 3, 4], AS_IT_IS) is None

@@ -13,10 +13,8 @@ import gradaccum as ga
 transformers = pytest.importorskip("transformers")
 
 ROWS, WORDS, CLASSES = 10, 50, 3
-SMALL = {
-    "vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}  # fmt: skip
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {**TINY, "vocab_size": WORDS, "max_position_embeddings": 16}
 
 
 def own_loss(model: Any, batch: Any) -> Tensor:
@@ -72,10 +70,9 @@ def test_resnet_has_batch_norms_and_each_is_named() -> None:
 
 
 def clip() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
         text_config={**SMALL, "bos_token_id": 1, "eos_token_id": 3},
-        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        vision_config={**TINY, "image_size": 8, "patch_size": 4},
         projection_dim=8,
     )
     return transformers.CLIPModel(config).train()

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("window", frozenset({"window"})),
     ("whole batch", frozenset({"whole_batch"})),
     ("fit", frozenset({"fit"})),
+    ("checking", frozenset({"checking"})),
     ("ways to train", frozenset({"accumulator", "train_step"})),
     ("checkpoint", frozenset({"checkpoint"})),
     ("tools", frozenset({"auditing"})),

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradaccum.auditing.compare import BIASED, EQUAL, MISSING, ROUNDING, SCALED, ParameterVerdict
 from gradaccum.auditing.culprits import Culprit
+from gradaccum.checking.compare import BIASED, EQUAL, MISSING, ROUNDING, SCALED, ParameterVerdict
 from gradaccum.errors import InexactError
 
 _WIDTH = 80
@@ -64,16 +64,12 @@ class Report:
             raise InexactError(str(self))
 
     def __str__(self) -> str:
-        return text(self)
-
-
-def text(report: Report) -> str:
-    """Returns all of a report, for a terminal of 80 columns or more; only qualified names may be longer."""
-    parts = [_wrapped(answer(report)), _wrapped(setting(report))]
-    parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(report.culprits), 1)]
-    parts += [_table([HEADS, *parameter_cells(report)])]
-    parts += [_wrapped(line) for line in remarks(report)]
-    return "\n\n".join(parts)
+        # For a terminal of 80 columns or more; only qualified names may be longer.
+        parts = [_wrapped(answer(self)), _wrapped(setting(self))]
+        parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(self.culprits), 1)]
+        parts += [_table([HEADS, *parameter_cells(self)])]
+        parts += [_wrapped(line) for line in remarks(self)]
+        return "\n\n".join(parts)
 
 
 def answer(report: Report) -> str:
@@ -114,11 +110,12 @@ def _ratio(report: Report, group: Sequence[ParameterVerdict]) -> str:
     if high - low > 1e-3 * abs(high):
         return f"{low:.3g} to {high:.3g}"
     count, samples = len(report.micro_batch_sizes), report.samples
-    known = {
-        "the number of micro-batches": count, "1 / the number of micro-batches": 1 / count,
-        "the number of samples": samples, "1 / the number of samples": 1 / samples,
-    }  # fmt: skip
-    return ", ".join([f"{high:.3f}", *[words for words, one in known.items() if abs(high - one) <= 1e-6 * one][:1]])
+    for number_of, words in ((count, "the number of micro-batches"), (samples, "the number of samples")):
+        if abs(high - number_of) <= 1e-6 * number_of:
+            return f"{high:.3f}, {words}"
+        if abs(high * number_of - 1) <= 1e-6:
+            return f"{high:.3f}, 1 / {words}"
+    return f"{high:.3f}"
 
 
 def grouped(culprits: Sequence[Culprit]) -> list[list[Culprit]]:
@@ -170,25 +167,20 @@ def number(error: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines: list[str] = []
-    for row in rows:
-        first, *numbers, last = row
-        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
-    return "\n".join(lines)
+    first, *others, last = zip(*rows, strict=True)
+    columns = [[cell.ljust(max(map(len, first))) for cell in first]]
+    columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
+    return "\n".join("  ".join(row) for row in zip(*columns, last, strict=True))
 
 
 def _explained(position: int, group: Sequence[Culprit]) -> list[str]:
-    first = group[0]
-    where = "\n".join(f"   {'Where:' if i == 0 else '      '} {name}" for i, name in enumerate(places(group)))
-    return [f"{position}. {title(group)}", where, _set_in("Why:   ", first.what), _set_in("Type:  ", first.remedy),
-            _set_in("Price: ", first.price)]  # fmt: skip
-
-
-def _set_in(head: str, paragraph: str) -> str:
-    lines = textwrap.wrap(paragraph, _WIDTH - 10, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(f"   {head if i == 0 else ' ' * len(head)}{line}" for i, line in enumerate(lines))
+    wrapper = textwrap.TextWrapper(_WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
+    lines = [f"{position}. {title(group)}"]
+    lines += [f"   {'Where:' if i == 0 else '':6} {name}" for i, name in enumerate(places(group))]
+    for head, text in (("Why:", group[0].what), ("Type:", group[0].remedy), ("Price:", group[0].price)):
+        wrapper.initial_indent = f"   {head:6} "
+        lines.append(wrapper.fill(text))
+    return lines
 
 
 def _wrapped(paragraph: str) -> str:

@@ -7,49 +7,76 @@ substitutions, on both sides alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradaccum import tree
-from gradaccum.auditing.compare import Buffers, Gradients
-from gradaccum.auditing.in_double import in_double, no_modes
+from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.isolate_samples import isolate_samples
-from gradaccum.auditing.isolate_state import copy_buffers, isolated_state, put_back_buffers
-from gradaccum.auditing.pieces import FixedSplit, Piece, copied, pieces, whole
-from gradaccum.auditing.random_ops import Draws
-from gradaccum.auditing.random_replay import RandomReplay
-from gradaccum.auditing.task import Task
+from gradaccum.checking.compare import Buffers, Gradients
+from gradaccum.checking.isolate_state import copy_buffers, isolated_state, put_back_buffers
+from gradaccum.checking.pieces import FixedSplit, Piece, copied, pieces, whole
+from gradaccum.checking.random_ops import Draws
+from gradaccum.checking.random_replay import RandomReplay
 from gradaccum.errors import MeanError
+from gradaccum.fit.workload import Workload
 from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.terms import as_terms
 from gradaccum.train_step import TrainStep
+from gradaccum.whole_batch.runners import Combine
 from gradaccum.window.parameters import named_parameters
+from gradaccum.window.weights import WeightsFunction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(Workload):
+    """A workload, of two rows at least, that is audited."""
+
+    combine: Combine
+    weights: WeightsFunction | None
+
+    @property
+    def function(self) -> Callable[[Any, Any], Any]:
+        """What runs on each micro-batch."""
+        function = self.loss_fn or self.forward
+        assert function is not None
+        return function
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by its qualified name, a model itself by its class's."""
+        found: dict[str, nn.Module] = {}
+        for i, model in enumerate(self.models):
+            prefix = f"{i}." if len(self.models) > 1 else ""
+            for name, module in model.named_modules():
+                found[prefix + (name or type(module).__name__)] = module
+        return found
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter once, by its qualified name."""
+        return named_parameters(self.models)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Substitutions:
-    """What runs in place of something that may be at fault.
+    """What runs in place of something that may be at fault."""
 
-    Attributes:
-        isolated_layers: names of modules that see one sample at a time (BatchNorm: its running statistics).
-        same_draws: what is drawn once for each forward is the same in all of them.
-        reset_buffers: every forward starts with the buffers that the first one started with.
-        loss_shares: the micro-batches' shares in the whole loss, in place of those that the library gives them.
-        output_gradients: the whole batch's gradient on the model's outputs, in place of each micro-batch's own.
-        parameter_change: by what part each parameter is changed, up or down: to see how far rounding may go.
-    """
-
+    # Names of modules that see one sample at a time (BatchNorm: its running statistics).
     isolated_layers: frozenset[str] = frozenset()
+    # What is drawn once for each forward is the same in all of them.
     same_draws: bool = False
+    # Every forward starts with the buffers that the first one started with.
     reset_buffers: bool = False
+    # The micro-batches' shares in the whole loss, in place of those that the library gives them.
     loss_shares: tuple[float, ...] | None = None
+    # The whole batch's gradient on the model's outputs, in place of each micro-batch's own.
     output_gradients: tuple[Tensor, ...] | None = None
+    # By what part each parameter is changed, up or down: to see how far rounding may go.
     parameter_change: float = 0.0
 
 
@@ -58,38 +85,22 @@ AS_IT_IS = Substitutions()
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What one run left.
-
-    Attributes:
-        gradients: of the trained parameters.
-        buffers: as they were at the end.
-        is_loss_inside: whether a model returned a single number, as those that compute their loss do.
-        divisor: the number that the whole batch's loss was divided by last of all; None where it was not.
-    """
+    """What one run left: gradients of the trained parameters, and buffers."""
 
     gradients: Gradients
     buffers: Buffers
-    is_loss_inside: bool = False
-    divisor: float | None = None
+    divisor: float | None = None  # what the whole batch's loss was divided by last of all
 
 
 @dataclass(slots=True)
 class Run:
-    """One run while it runs.
-
-    Attributes:
-        task: what runs.
-        whole_batch: a copy of the batch, in the dtype of the run.
-        replay: answers for random numbers.
-        substitutions: what runs in place of suspects.
-        outputs: what the models returned in the present forward, in order.
-    """
+    """One run while it runs."""
 
     task: Task
-    whole_batch: Any
+    whole_batch: Any  # a copy of the batch, in the dtype of the run
     replay: RandomReplay
     substitutions: Substitutions
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)  # of the models in the present forward, in order
     _first_buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +119,11 @@ class Run:
         with self.replay.forward(piece):
             yield
 
+    def call(self, piece: Piece, batch: Any) -> Any:
+        """Returns what the user's function makes of a micro-batch, which is a piece of the batch."""
+        with self.forward(piece):
+            return self.task.function(self.task.model, batch)
+
     def batch_loss(self, outputs: Any) -> Tensor:
         """Returns the value of the loss over the whole batch's outputs."""
         assert self.task.batch_loss is not None
@@ -116,7 +132,7 @@ class Run:
 
     def gradients(self, value: Tensor) -> Gradients:
         """Returns the gradient of a value on the models' own parameters; nothing else gets one."""
-        named = named_parameters(self.task.models)
+        named = self.task.named_parameters()
         for _, parameter in named:
             parameter.grad = None
         own = GradientSum(named)
@@ -125,12 +141,12 @@ class Run:
 
     def accumulated_gradients(self) -> Gradients:
         """Returns what ``.grad`` of the models' parameters holds."""
-        named = named_parameters(self.task.models)
+        named = self.task.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.requires_grad}
 
     def keep_outputs(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook of the models."""
-        self.outputs += [tensor for tensor in tree.tensors(output) if tensor.is_floating_point()]
+        self.outputs += floats_in(output)
 
     def substituted(self, loss: Any, piece: Piece) -> Loss:
         """Returns the loss of a micro-batch with the share or the gradient on outputs that it is to have."""
@@ -148,54 +164,42 @@ class Run:
 
 
 class Runs:
-    """Runs of one task.
-
-    Args:
-        task: its model is borrowed for each run.
-        is_double: whether in float64, or in the model's own dtype.
-
-    Attributes:
-        draws: what the whole batch drew last.
-        refused: the error by which training refuses the loss, where it does; it is then taken as a mean over samples.
-    """
+    """Runs of one task, in float64 or in the model's own dtype; the model is borrowed for each run."""
 
     def __init__(self, task: Task, *, is_double: bool) -> None:
         self.task = task
         self.is_double = is_double
-        self.draws = Draws(task.rows)
+        self.draws = Draws(task.rows)  # what the whole batch drew last
+        # The error by which training refuses the loss, where it does; it is then taken as a mean over samples.
         self.refused: MeanError | None = None
 
     @contextmanager
     def running(self, substitutions: Substitutions = AS_IT_IS) -> Iterator[Run]:
         """Context manager for one run: copies of the model, random draws replayed, suspects taken out."""
-        task = self.task
-        modules = task.modules()
-        with isolated_state(task.models, is_double=self.is_double):
+        task, modules = self.task, self.task.modules()
+        cast = in_double if self.is_double else None
+        with isolated_state(task.models, cast=cast), InDouble() if self.is_double else nullcontext():
             if substitutions.parameter_change:
                 _change_parameters(task, substitutions.parameter_change)
             batch = tree.to_device(task.batch, task.device)
             batch = copied(tree.map_leaves(batch, in_double) if self.is_double else batch)
-            run = Run(task, batch, RandomReplay(self.draws, modules, is_alike=substitutions.same_draws), substitutions)
+            replay = RandomReplay(self.draws, modules, is_alike=substitutions.same_draws)
+            run = Run(task, batch, replay, substitutions)
             for model in task.models:  # the hooks go with all attributes of the modules
                 model.register_forward_hook(run.keep_outputs)
             isolate_samples(modules[name] for name in substitutions.isolated_layers)
-            with run.replay:
+            with replay:
                 yield run
 
     def whole(self, substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the whole batch's gradient."""
-        task = self.task
+        rows = self.task.rows
         with self.running(substitutions) as run:
-            batch = copied(run.whole_batch)
-            with run.forward(whole(task.rows)):
-                if task.loss_fn is not None:
-                    value = loss_value(task.loss_fn(task.model, batch), task.rows)
-                else:
-                    assert task.forward is not None
-                    value = run.batch_loss(task.forward(task.model, batch))
+            with run.forward(whole(rows)):
+                made = self.task.function(self.task.model, copied(run.whole_batch))
+                value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)
             divisor = _divisor(value)
-            is_inside = any(output.requires_grad and output.dim() == 0 for output in run.outputs)
-            return RunResult(run.gradients(value), copy_buffers(task.modules()), is_inside, divisor)
+            return RunResult(run.gradients(value), copy_buffers(self.task.modules()), divisor)
 
     def accumulated(self, sizes: Sequence[int], substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the gradient of the batch in micro-batches of these sizes."""
@@ -215,32 +219,25 @@ class Runs:
         """`TrainStep` on micro-batches that carry the numbers of their rows, by which their piece is known."""
         task, substitutions = self.task, run.substitutions
         known = {piece.start: piece for piece in pieces(sizes)}
-        named = named_parameters(task.models)
-        optimizer = torch.optim.SGD([parameter for _, parameter in named if parameter.requires_grad], lr=0.0)
-        split = FixedSplit(tuple(sizes))
-        is_own_loss = (
-            substitutions.loss_shares is None and substitutions.output_gradients is None and self.refused is None
-        )
-        function = task.loss_fn or task.forward
-        assert function is not None
+        replacing = (substitutions.loss_shares, substitutions.output_gradients, self.refused)
+        is_replaced = any(one is not None for one in replacing)
 
         def call(_: Any, numbered: Any) -> Any:
             micro_batch, numbers = numbered
             piece = known[int(numbers[0])]
-            with run.forward(piece):
-                made = function(task.model, micro_batch)
-            return made if task.loss_fn is None or is_own_loss else run.substituted(made, piece)
+            made = run.call(piece, micro_batch)
+            return run.substituted(made, piece) if is_replaced and task.loss_fn is not None else made
 
+        options: dict[str, Any] = {"loss_fn": call}
         if task.loss_fn is None:
-            return TrainStep(
-                task.models, optimizer, forward=call, batch_loss=lambda outputs, _: run.batch_loss(outputs),
-                combine=task.combine, micro_batch_size=max(sizes), split=split,
-            )  # fmt: skip
-        weights = task.weights if is_own_loss else None
-        return TrainStep(
-            task.model, optimizer, call, micro_batch_size=max(sizes), split=split,
-            weights=None if weights is None else lambda numbered: weights(numbered[0]),
-        )  # fmt: skip
+            options = {"forward": call, "batch_loss": lambda outputs, _: run.batch_loss(outputs)}
+            options["combine"] = task.combine
+        elif task.weights is not None and not is_replaced:
+            weights = task.weights
+            options["weights"] = lambda numbered: weights(numbered[0])
+        trained = [parameter for _, parameter in task.named_parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.0)
+        return TrainStep(task.models, optimizer, micro_batch_size=max(sizes), split=FixedSplit(tuple(sizes)), **options)
 
 
 def loss_value(loss: Any, rows: int) -> Tensor:
@@ -253,10 +250,15 @@ def loss_value(loss: Any, rows: int) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
+def floats_in(value: Any) -> list[Tensor]:
+    """Returns the tensors of floats in nested outputs."""
+    return [tensor for tensor in tree.tensors(value) if tensor.is_floating_point()]
+
+
 def _change_parameters(task: Task, part: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, parameter in named_parameters(task.models):
+        for _, parameter in task.named_parameters():
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
                 parameter.mul_(1 + part * signs)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradaccum import tree
-from gradaccum.auditing.audit_run import Run, Runs, Substitutions
-from gradaccum.auditing.pieces import Piece, copied, whole
+from gradaccum.auditing.audit_run import Run, Runs, Substitutions, floats_in
+from gradaccum.checking.pieces import Piece, copied, whole
 
 _ENLARGED = 3.0
 # What sums in another order may differ by, of the largest value: 64 roundings. In shorter dtypes one step would hide a
@@ -52,29 +53,19 @@ def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]
 
     The values tell whether it is the statistics of a batch normalisation in the module's own code.
     """
-    rows = runs.task.rows
+    rows, half = runs.task.rows, Piece(1, 0, runs.task.rows // 2)
     clean: dict[_Place, list[Tensor]] = {}
     fewer_rows: dict[_Place, list[Tensor]] = {}
-
-    def keep_in(kept: dict[_Place, list[Tensor]]) -> _Observer:
-        def keep(place: _Place, value: Any, _: str) -> None:
-            # Copies: an activation may be overwritten in place by what follows.
-            kept[place] = [tensor.detach().clone() for tensor in _floats(value)]
-
-        return keep
-
-    with runs.running(substitutions) as run, _BatchNorms(_observe(run, keep_in(clean))) as norms:
+    found: dict[str, None] = {}
+    with runs.running(substitutions) as run, _BatchNorms(_observe(run, partial(_keep, clean))) as norms:
         _forward(run, whole(rows), run.whole_batch)
     with runs.running(substitutions) as run:
-        _observe(run, keep_in(fewer_rows))
-        half = Piece(1, 0, rows // 2)
+        _observe(run, partial(_keep, fewer_rows))
         _forward(run, half, run.cut(half))
-    shapes = {place: [tuple(tensor.shape) for tensor in kept] for place, kept in fewer_rows.items()}
-    found: dict[str, None] = {}
     for replacing, factor in _replacements(rows):
         kept = (replacing == torch.arange(rows)).nonzero().flatten()
         with runs.running(substitutions) as run:
-            _observe(run, _Comparison(clean, shapes, kept, rows, found))
+            _observe(run, _Comparison(clean, fewer_rows, kept, rows, found))
             _forward(run, whole(rows), _replaced(run.whole_batch, replacing, factor))
     order = {place.name: i for i, place in enumerate(clean)}
     return {name: name in norms.names for name in sorted(found, key=lambda name: order.get(name, -1))}
@@ -102,19 +93,19 @@ def _replaced(batch: Any, replacing: Tensor, factor: float) -> Any:
 
 
 def _forward(run: Run, piece: Piece, batch: Any) -> None:
-    """The forward and the loss; without a graph, since only values are compared."""
-    task = run.task
-    function = task.loss_fn or task.forward
-    assert function is not None
-    with torch.no_grad(), run.forward(piece):
-        function(task.model, batch)
+    with torch.no_grad():  # only values are compared
+        run.call(piece, batch)
+
+
+def _keep(kept: dict[_Place, list[Tensor]], place: _Place, value: Any, _: str) -> None:
+    # Copies: an activation may be overwritten in place by what follows.
+    kept[place] = [tensor.detach().clone() for tensor in floats_in(value)]
 
 
 def _observe(run: Run, observer: _Observer) -> list[str]:
     """Shows the observer what goes into every module and what comes out of it, for the rest of a run.
 
-    Returns:
-        The modules that are running, the innermost last.
+    Returns the modules that are running at any time, the innermost last.
     """
     calls: dict[str, int] = {}
     running: list[str] = []
@@ -150,15 +141,11 @@ class _BatchNorms(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Looks at a function, and runs it."""
+        """Runs a function, and looks whether it is that one."""
         is_training = args[5] if len(args) > 5 else (kwargs or {}).get("training", False)
         if func in (F.batch_norm, torch.batch_norm) and is_training and self._running:
             self.names.add(self._running[-1])
         return func(*args, **(kwargs or {}))
-
-
-def _floats(value: Any) -> list[Tensor]:
-    return [tensor for tensor in tree.tensors(value) if tensor.is_floating_point()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,31 +153,20 @@ class _Comparison:
     """Observer that holds one forward with replaced samples against the clean one.
 
     It compares the rows that were not replaced, mends them where they differ, and notes whose code made them.
-
-    Attributes:
-        clean: what the clean one had, by place.
-        shapes: the same for fewer rows, which tells the dimension of the samples.
-        kept: rows that were not replaced.
-        rows: of the batch.
-        found: is filled with modules that couple samples.
     """
 
     clean: dict[_Place, list[Tensor]]
-    shapes: dict[_Place, list[tuple[int, ...]]]
-    kept: Tensor
+    fewer_rows: dict[_Place, list[Tensor]]  # whose shapes tell the dimension of the samples
+    kept: Tensor  # rows that were not replaced
     rows: int
-    found: dict[str, None]
+    found: dict[str, None]  # is filled with modules that couple samples
 
     def __call__(self, place: _Place, value: Any, made_by: str) -> Any:
-        made, expected, shapes = _floats(value), self.clean.get(place, []), self.shapes.get(place, [])
+        made, expected, smaller = floats_in(value), self.clean.get(place, []), self.fewer_rows.get(place, [])
         if [one.shape for one in expected] != [one.shape for one in made]:
             return None
-        mended: list[Tensor] = []
-        for i, (before, now) in enumerate(zip(expected, made, strict=True)):
-            fixed, is_coupled = self._mended(before, now, shapes[i] if len(shapes) == len(made) else None)
-            mended.append(fixed)
-            if is_coupled:
-                self.found[made_by] = None
+        small = [one.shape for one in smaller] if len(smaller) == len(made) else [None] * len(made)
+        mended = [self._mended(*each, made_by) for each in zip(expected, made, small, strict=True)]
         if all(fixed is now for fixed, now in zip(mended, made, strict=True)):
             return None
         remaining = iter(mended)
@@ -198,19 +174,21 @@ class _Comparison:
             value, lambda leaf: next(remaining) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
         )
 
-    def _mended(self, before: Tensor, now: Tensor, small: tuple[int, ...] | None) -> tuple[Tensor, bool]:
-        """The tensor with its kept rows as they were, and whether they were anything else, but for rounding."""
+    def _mended(self, before: Tensor, now: Tensor, small: torch.Size | None, made_by: str) -> Tensor:
+        """The tensor with its kept rows as they were; notes who made them, if they are off by more than rounding."""
         kept = self.kept.to(now.device)
         views = _views_by_row(before.shape, small, self.rows)
         differences = [_difference(view(before)[kept], view(now)[kept]) for view in views]
         if not views or min(differences) == 0:
-            return now, False
+            return now
         slack = _ROUNDING.get(before.dtype, 0.0) * before.abs().nan_to_num(0.0, posinf=0.0).max().item()
         is_rounding = [difference <= slack for difference in differences]
         view = views[is_rounding.index(True) if any(is_rounding) else 0]
         mended = now.clone()
         view(mended).index_copy_(0, kept, view(before)[kept])
-        return mended, not any(is_rounding)
+        if not any(is_rounding):
+            self.found[made_by] = None
+        return mended
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
@@ -220,7 +198,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return apart.max().item() if apart.numel() else 0.0
 
 
-def _views_by_row(shape: tuple[int, ...], small: tuple[int, ...] | None, rows: int) -> list[Callable[[Tensor], Tensor]]:
+def _views_by_row(shape: torch.Size, small: torch.Size | None, rows: int) -> list[Callable[[Tensor], Tensor]]:
     """Ways to see a tensor with the sample first; none where it has no rows, or a pair of them."""
     if small is not None and len(small) == len(shape):
         dimensions = [i for i, (size, less) in enumerate(zip(shape, small, strict=True)) if size != less]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_THE_LOSS = "the loss"
 _FREE = "nothing."
 _ONE_MORE_FORWARD = "one more forward of what does not fit in memory at once"
 
@@ -44,12 +43,10 @@ class Fault:
     remedy: str
     price: str
 
-    def found(self, error: float, where: str = _THE_LOSS, **values: str) -> Culprit:
+    def found(self, error: float, where: str = "the loss", **values: str) -> Culprit:
         """Returns the culprit at a place, with the words in braces filled in."""
-        return Culprit(
-            kind=self.kind, where=where, what=self.what.format(**values), error=error,
-            remedy=self.remedy.format(**values), price=self.price,
-        )  # fmt: skip
+        what, remedy = self.what.format(**values), self.remedy.format(**values)
+        return Culprit(kind=self.kind, where=where, what=what, error=error, remedy=remedy, price=self.price)
 
 
 BATCH_NORM = Fault(

@@ -36,29 +36,22 @@ class InDouble(TorchDispatchMode):
         aliases = {name for name, argument in declared.items() if argument.alias_info is not None}
         writes = {name for name in aliases if declared[name].alias_info.is_write}
         kept = aliases if aliases - writes else writes  # a view of another memory would be none
-        names = [argument.name for argument in schema.arguments]
-        args = tuple(_longer(value, keeps_tensors=name in kept) for name, value in zip(names, args, strict=False))
+        args = tuple(_longer(value, keeps_tensors=name in kept) for name, value in zip(declared, args, strict=False))
         kwargs = {name: _longer(value, keeps_tensors=name in kept) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
 def _longer(value: Any, *, keeps_tensors: bool) -> Any:
-    if isinstance(value, Tensor):
-        return value if keeps_tensors else _longer_tensor(value)
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value in SHORTER else value
-    if isinstance(value, (list, tuple)):
-        return tree_map(lambda leaf: _longer(leaf, keeps_tensors=keeps_tensors), value)
-    return value
+    def longer(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and not keeps_tensors and leaf.layout == torch.strided and leaf.dtype in SHORTER:
+            return leaf.to(torch.float64)
+        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in SHORTER else leaf
 
-
-def _longer_tensor(tensor: Tensor) -> Tensor:
-    is_plain = tensor.layout == torch.strided
-    return tensor.to(torch.float64) if tensor.dtype in SHORTER and is_plain else tensor
+    return tree_map(longer, value)
 
 
 def no_modes() -> Any:
-    """While held, operations run as they are: a Python number that a graph saved would reach a mode as no tensor."""
+    """Context manager in which operations run as they are: a number that a graph saved reaches a mode as no tensor."""
     return _disable_current_modes()  # nothing public does it
 
 

@@ -9,7 +9,8 @@ blame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def isolate_samples(modules: Iterable[nn.Module]) -> None:
     To be called inside of `isolated_state`, which puts back every attribute of a module.
     """
     for module in modules:
-        vars(module)["forward"] = _batch_norm(module) if is_batch_norm(module) else _row_by_row(module.forward)
+        is_norm = is_batch_norm(module)
+        vars(module)["forward"] = partial(_batch_norm, module) if is_norm else partial(_row_by_row, module.forward)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -35,41 +37,34 @@ def is_batch_norm(module: nn.Module) -> bool:
     )
 
 
-def _batch_norm(module: Any) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        if mean is None or variance is None:
-            mean, variance = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        return F.batch_norm(x, mean.detach(), variance.detach(), weight, bias, training=False, eps=module.eps)
-
-    return forward
+def _batch_norm(module: Any, x: Tensor) -> Tensor:
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if mean is None or variance is None:
+        mean, variance = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    return F.batch_norm(x, mean.detach(), variance.detach(), weight, bias, training=False, eps=module.eps)
 
 
-def _row_by_row(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _row_by_row(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs each row alone; where that is nothing (the deviation of one number), with multiples of itself."""
+    rows = next((tensor.shape[0] for tensor in tree.tensors((args, kwargs)) if tensor.dim()), 1)
 
-    def forward_by_row(*args: Any, **kwargs: Any) -> Any:
-        rows = next((tensor.shape[0] for tensor in tree.tensors((args, kwargs)) if tensor.dim()), 1)
+    def run(row: int, prepare: Callable[[Tensor], Tensor]) -> Any:
+        def take(leaf: Any) -> Any:
+            has_rows = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows
+            return prepare(leaf[row : row + 1]) if has_rows else leaf
 
-        def run(row: int, prepare: Callable[[Tensor], Tensor]) -> Any:
-            def take(leaf: Any) -> Any:
-                has_rows = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows
-                return prepare(leaf[row : row + 1]) if has_rows else leaf
+        row_args, row_kwargs = tree.map_leaves((args, kwargs), take)
+        return forward(*row_args, **row_kwargs)
 
-            row_args, row_kwargs = tree.map_leaves((args, kwargs), take)
-            return forward(*row_args, **row_kwargs)
-
-        for prepare in (lambda row: row, _with_multiples):
-            try:
-                outputs = _joined([run(row, prepare) for row in range(rows)])
-            except (RuntimeError, ValueError, IndexError):  # a layer that asks for more than one row
-                continue
-            if all(bool(one.isfinite().all()) for one in tree.tensors(outputs) if one.is_floating_point()):
-                return outputs
-        return forward(*args, **kwargs)
-
-    return forward_by_row
+    for prepare in (lambda row: row, _with_multiples):
+        try:
+            outputs = _joined([run(row, prepare) for row in range(rows)])
+        except (RuntimeError, ValueError, IndexError):  # a layer that asks for more than one row
+            continue
+        if all(bool(one.isfinite().all()) for one in tree.tensors(outputs) if one.is_floating_point()):
+            return outputs
+    return forward(*args, **kwargs)
 
 
 def _with_multiples(row: Tensor) -> Tensor:
@@ -80,10 +75,9 @@ def _with_multiples(row: Tensor) -> Tensor:
 
 def _joined(parts: list[Any]) -> Any:
     """The first row of each output, put together; numbers for the whole are averaged."""
-    joined = iter(
-        [
-            torch.cat([one[:1] for one in same]) if same[0].dim() else torch.stack(same).mean()
-            for same in zip(*(tree.tensors(part) for part in parts), strict=True)
-        ]
-    )
+
+    def join(same: Sequence[Tensor]) -> Tensor:
+        return torch.cat([one[:1] for one in same]) if same[0].dim() else torch.stack(list(same)).mean()
+
+    joined = map(join, zip(*map(tree.tensors, parts), strict=True))
     return tree.map_leaves(parts[0], lambda leaf: next(joined) if isinstance(leaf, Tensor) else leaf)

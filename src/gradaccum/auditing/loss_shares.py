@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from gradaccum import tree
 from gradaccum.auditing.audit_run import Run, Runs, Substitutions, loss_value
-from gradaccum.auditing.compare import Gradients, flat
 from gradaccum.auditing.in_double import no_modes
-from gradaccum.auditing.pieces import Piece, pieces, whole
+from gradaccum.checking.compare import Gradients, flat
+from gradaccum.checking.pieces import Piece, pieces, whole
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.meaning import means_in
 
@@ -42,58 +43,34 @@ A_SUM, SAMPLES = "a plain sum", "a mean over samples"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossFinding:
-    """What the loss is.
+    """What the loss is."""
 
-    Attributes:
-        is_coupled: whether samples meet in it; otherwise it is a mean or a sum over something.
-        shares: of each micro-batch in the whole; None where there are none.
-        over: what the shares are proportional to, in words; "" where to nothing that is known.
-        instead: what to return in place of the loss.
-        taken: how the library takes it, in words.
-        residual: what shares leave unexplained, of the gradient.
-        output_gradients: the whole batch's gradient on the outputs, where it was seen.
-    """
-
-    is_coupled: bool
-    shares: tuple[float, ...] | None = None
-    over: str = ""
-    instead: str = ""
-    taken: str = ""
-    residual: float = 0.0
-    output_gradients: tuple[Tensor, ...] | None = None
+    is_coupled: bool  # whether samples meet in it; otherwise it is a mean or a sum over something
+    shares: tuple[float, ...] | None = None  # of each micro-batch in the whole
+    over: str = ""  # what the shares are proportional to, in words; "" where to nothing that is known
+    instead: str = ""  # what to return in place of the loss
+    taken: str = ""  # how the library takes it, in words
+    residual: float = 0.0  # what shares leave unexplained, of the gradient
+    output_gradients: tuple[Tensor, ...] | None = None  # the whole batch's on the outputs, where it was seen
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """What one micro-batch's loss shows of itself.
+    """What one micro-batch's loss shows of itself."""
 
-    Attributes:
-        means: what its graph says that means were taken over: the count, the words, what to return instead.
-        declared: the count it was returned with; None where there was none.
-        taken: how the library takes it, in words.
-    """
-
-    means: tuple[tuple[float, str, str], ...]
-    declared: float | None
-    taken: str
+    means: list[tuple[float, str, str]]  # of its graph: what they were taken over, in words, and what to return instead
+    declared: float | None  # the count it was returned with
+    taken: str  # how the library takes it, in words
+    is_inside: bool  # whether the model computes it, where no criterion can be put in its place
 
 
-@dataclass(frozen=True, slots=True)
-class _Solved:
-    """Shares, what they leave unexplained, what each micro-batch shows, and the gradient on outputs if they were seen.
-
-    ``is_inside``: whether the model computes the loss, where no criterion can be put in its place.
-    """
-
-    shares: tuple[float, ...]
-    residual: float
-    counts: list[_Counts]
-    output_gradients: tuple[Tensor, ...] | None = None
-    is_inside: bool = False
+_Solved = tuple[LossFinding, list[_Counts]]  # with shares and what they leave unexplained, but no meaning yet
 
 
 def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
-    """Finds out what the loss is, with other suspects taken out; None where it cannot be seen."""
+    """Returns what the loss is, with other suspects taken out; None where it cannot be seen."""
+    if runs.task.loss_fn is None:
+        return None
     try:
         solved = _solve_on_outputs(runs, sizes, substitutions)
     except Exception:  # noqa: BLE001  # a loss function that writes into outputs, or calls parts of the model as well
@@ -101,27 +78,20 @@ def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substituti
     solved = solved or _solve_on_parameters(runs, sizes, substitutions)
     if solved is None:
         return None
-    on_outputs = solved.output_gradients
-    if solved.residual > _EXPLAINED:
-        return LossFinding(is_coupled=True, residual=solved.residual, output_gradients=on_outputs)
-    over, instead = _meaning(runs.task.batch, sizes, solved)
-    return LossFinding(
-        is_coupled=not over, shares=solved.shares, over=over, instead=instead, taken=solved.counts[0].taken,
-        residual=solved.residual, output_gradients=on_outputs,
-    )  # fmt: skip
+    found, counts = solved
+    if found.residual > _EXPLAINED:
+        return replace(found, shares=None)
+    assert found.shares is not None
+    over, instead = _meaning(runs.task.batch, sizes, found.shares, counts)
+    return replace(found, is_coupled=not over, over=over, instead=instead, taken=counts[0].taken)
 
 
 class _CutOutputs:
-    """Forward hook that cuts the graph behind the models' outputs.
-
-    Attributes:
-        leaves: stand for the outputs of the last forward, those that had a graph.
-        served: where it is set, rows of the whole batch's outputs, to stand in place of a piece's own.
-    """
+    """Forward hook that cuts the graph behind the models' outputs."""
 
     def __init__(self) -> None:
-        self.leaves: list[Tensor] = []
-        self.served: Iterator[Tensor] | None = None
+        self.leaves: list[Tensor] = []  # stand for the outputs of the last forward, those that had a graph
+        self.served: Iterator[Tensor] | None = None  # rows of the whole batch's outputs, in place of a piece's own
 
     def __call__(self, module: Any, args: Any, output: Any) -> Any:
         return tree.map_leaves(output, self._cut)
@@ -160,17 +130,16 @@ def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitut
             square = (own @ own).item()
             shares.append((own @ expected).item() / square if square > 0 else 0.0)
             unexplained += (expected - shares[-1] * own).square().sum().item()
-            counts.append(_counts(loss, value))
-        size = sum(flat(one).square().sum().item() for one in of_whole)
-        copies = tuple(one.clone() for one in of_whole)
-        return _Solved(tuple(shares), math.sqrt(unexplained / size), counts, copies)
+            counts.append(_counts(run, loss, value))
+        residual = math.sqrt(unexplained / sum(flat(one).square().sum().item() for one in of_whole))
+        on_outputs = tuple(one.clone() for one in of_whole)
+        found = LossFinding(is_coupled=True, shares=tuple(shares), residual=residual, output_gradients=on_outputs)
+        return found, counts
 
 
 def _forward(run: Run, piece: Piece) -> tuple[Any, Tensor]:
     """What the loss function returns for a piece, and the number that it stands for."""
-    assert run.task.loss_fn is not None
-    with run.forward(piece):
-        loss = run.task.loss_fn(run.task.model, run.cut(piece))
+    loss = run.call(piece, run.cut(piece))
     return loss, loss_value(loss, piece.rows)
 
 
@@ -181,15 +150,15 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
     """Least squares over the parameters' gradients, at as many coordinates as are cheap to keep."""
-    whole_batch = runs.whole(substitutions)
-    names = [name for name, gradient in whole_batch.gradients.items() if gradient is not None]
-    expected = _sampled(whole_batch.gradients, names)
+    gradients = runs.whole(substitutions).gradients
+    names = [name for name, gradient in gradients.items() if gradient is not None]
+    expected = _sampled(gradients, names)
     each: list[Tensor] = []
     counts: list[_Counts] = []
     with runs.running(substitutions) as run:
         for piece in pieces(sizes):
             loss, value = _forward(run, piece)
-            counts.append(_counts(loss, value))
+            counts.append(_counts(run, loss, value))
             each.append(_sampled(run.gradients(value), names).nan_to_num(0.0, 0.0, 0.0))
     if len(expected) < 2 * len(each) or not expected.norm() > 0:
         return None
@@ -197,7 +166,7 @@ def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substi
     scale = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     shares = torch.linalg.lstsq(columns / scale, expected, driver="gelsd").solution / scale
     residual = ((expected - columns @ shares).norm() / expected.norm()).item()
-    return _Solved(tuple(shares.tolist()), residual, counts, is_inside=whole_batch.is_loss_inside)
+    return LossFinding(is_coupled=True, shares=tuple(shares.tolist()), residual=residual), counts
 
 
 def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
@@ -206,7 +175,7 @@ def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(flat(one)[::step].cpu() for one in present)])
 
 
-def _counts(loss: Any, value: Tensor) -> _Counts:
+def _counts(run: Run, loss: Any, value: Tensor) -> _Counts:
     declared, taken = None, SAMPLES
     if isinstance(loss, Loss):
         declared = None if loss.weight is None else float(loss.weight)
@@ -215,12 +184,12 @@ def _counts(loss: Any, value: Tensor) -> _Counts:
         taken = "terms with the counts they were returned with"
     with no_modes():
         found = [(float(mean.count), mean.what, mean.instead) for mean in means_in(value)]
-    return _Counts(tuple(found), declared, taken)
+    is_inside = any(output.requires_grad and output.dim() == 0 for output in run.outputs)
+    return _Counts(found, declared, taken, is_inside)
 
 
-def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, str]:
+def _meaning(batch: Any, sizes: Sequence[int], shares: Sequence[float], counts: list[_Counts]) -> tuple[str, str]:
     """What shares are proportional to, and what to return instead; empty where to nothing that is known."""
-    shares, counts = solved.shares, solved.counts
     if all(abs(share - 1) <= _SAME for share in shares):
         return A_SUM, "return ga.Loss.sum(loss)"
     if abs(sum(shares) - 1) > _SAME:
@@ -231,19 +200,17 @@ def _meaning(batch: Any, sizes: Sequence[int], solved: _Solved) -> tuple[str, st
         pairs = zip(shares, candidate, strict=True)
         return total > 0 and all(abs(share - count / total) <= _SAME for share, count in pairs)
 
-    if all(one.declared is not None for one in counts) and fits([one.declared or 0.0 for one in counts]):
-        return "what it says", ""
-    if fits(sizes):
-        return "samples", "return the loss as a plain tensor, which is taken as a mean over samples"
-    of_graph = [
+    told = [one.declared or 0.0 for one in counts]
+    of_loss = [
+        ("what it says", "", told),
+        ("samples", "return the loss as a plain tensor, which is taken as a mean over samples", sizes),
+    ]
+    of_graph = (
         (means[0][1], f"return {_assigned(means[0][2])}", [count for count, _, _ in means])
         for means in zip(*(one.means for one in counts), strict=False)
-    ]
-    of_batch = [
-        (words, f"return ga.Loss.mean(loss, over={code})", of_pieces)
-        for words, code, of_pieces in _counts_of_batch(batch, sizes)
-    ]
-    candidates = [*of_batch, *of_graph] if solved.is_inside else [*of_graph, *of_batch]
+    )
+    of_batch = _counts_of_batch(batch, sizes)
+    candidates = chain(of_loss, *((of_batch, of_graph) if counts[0].is_inside else (of_graph, of_batch)))
     return next(((words, instead) for words, instead, candidate in candidates if fits(candidate)), ("", ""))
 
 
@@ -263,11 +230,15 @@ def _counts_of_batch(batch: Any, sizes: Sequence[int]) -> Iterator[tuple[str, st
         for path, parts in columns:
             if parts[0].is_floating_point() or parts[0].dtype == torch.bool:
                 continue
-            said = f"entries of {path} that are not {ignored}"
-            yield said, f"({path} != {ignored}).sum()", [float((part != ignored).sum()) for part in parts]
+            counts = [float((part != ignored).sum()) for part in parts]
+            yield f"entries of {path} that are not {ignored}", _over(f"({path} != {ignored})"), counts
             if parts[0].dim() > 1:  # the model predicts the next token, and the first one is predicted from nothing
                 counts = [float((part[:, 1:] != ignored).sum()) for part in parts]
-                said = f"entries of {path}, after the first of each sample, that are not {ignored}"
-                yield said, f"({path}[:, 1:] != {ignored}).sum()", counts
+                words = f"entries of {path}, after the first of each sample, that are not {ignored}"
+                yield words, _over(f"({path}[:, 1:] != {ignored})"), counts
     for path, parts in columns:
-        yield f"the sum of {path}", f"{path}.sum()", [float(part.sum()) for part in parts]
+        yield f"the sum of {path}", _over(path), [float(part.sum()) for part in parts]
+
+
+def _over(summed: str) -> str:
+    return f"return ga.Loss.mean(loss, over={summed}.sum())"

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from gradaccum import tree
 from gradaccum.auditing import culprits
 from gradaccum.auditing.audit_report import Report
-from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions
-from gradaccum.auditing.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
+from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions, Task
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
-from gradaccum.auditing.pieces import equal_sizes, ragged_sizes
-from gradaccum.auditing.random_ops import UNMATCHED
-from gradaccum.auditing.suspects import buffer_culprits, find_culprits, first_line
-from gradaccum.auditing.task import Task
-from gradaccum.errors import BatchError, LossError, ParameterError, WindowError
+from gradaccum.auditing.suspects import attempted, buffer_culprits, find_culprits
+from gradaccum.checking.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
+from gradaccum.checking.pieces import equal_sizes, ragged_sizes
+from gradaccum.checking.random_ops import UNMATCHED
+from gradaccum.errors import BatchError, LossError, WindowError
+from gradaccum.fit.workload import Workload
 from gradaccum.whole_batch.runners import Combine
-from gradaccum.window.parameters import as_sequence, named_parameters, refuse_data_parallel
+from gradaccum.window.parameters import as_sequence
 from gradaccum.window.weights import WeightsFunction
 
 # Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
@@ -38,6 +38,7 @@ _MOST_ROUNDING = 1e-3
 _INEXACT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # How many times the whole batch's own rounding the accumulated gradient's may be, before adding up is to blame.
 _MORE_ROUNDING = 2.0
+_NOT_IN_DOUBLE = "float64, in which rounding would not hide small faults; the model cannot run in it"
 
 
 def audit(
@@ -88,7 +89,11 @@ def audit(
     task = make_task(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, combine=combine, weights=weights)
     sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
     not_checked = _hooked_parameters(task)
-    runs, whole = _first_run(task, not_checked)
+    runs = Runs(task, is_double=True)
+    whole = attempted(runs.whole, _NOT_IN_DOUBLE, not_checked)
+    if whole is None:  # a mistake of the user's own comes again in the model's own dtype
+        runs = Runs(task, is_double=False)
+        whole = runs.whole()
     _check_finite(whole)
     own_dtype = _own_dtype(task)
     accumulated = runs.accumulated(sizes)
@@ -136,55 +141,27 @@ def _check_micro_batch_size(micro_batch_size: Any) -> None:
 
 
 def make_task(
-    model: Any, loss_fn: Any, batch: Any, *, forward: Any = None, batch_loss: Any = None, combine: Combine = "concat",
+    model: Any,
+    loss_fn: Any,
+    batch: Any,
+    *,
+    forward: Any = None,
+    batch_loss: Any = None,
+    combine: Combine = "concat",
     weights: WeightsFunction | None = None,
-) -> Task:  # fmt: skip
+) -> Task:
     """Checks what `audit` was called with; see there for the arguments and errors."""
-    if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
-        raise WindowError(
-            f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
-            f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
-            "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
-        )
-    if loss_fn is not None and (forward is not None or batch_loss is not None):
-        raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
     models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
     if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # with parameters of its own
         models.append(batch_loss)
-    refuse_data_parallel(models)
-    named = named_parameters(models)
-    if any(is_lazy(parameter) for _, parameter in named):
-        raise ParameterError(
-            "Some parameters have no shape yet, so there is nothing to copy. Run one forward of the lazy modules first."
-        )
-    if not any(parameter.requires_grad for _, parameter in named):
-        raise ParameterError(
-            f"There is nothing to train: none of the {len(named)} parameters requires a gradient, so there are no two "
-            "gradients to compare. Call parameter.requires_grad_() on those to train."
-        )
-    rows = tree.rows(batch)
-    if rows < 2:
+    workload = Workload.checked(models, loss_fn, batch, forward=forward, batch_loss=batch_loss)
+    if workload.rows < 2:
         raise BatchError(
-            f"The batch has {rows} row{'s' if rows != 1 else ''}, which cannot be cut in two. Pass a batch of a few "
-            "micro-batches: 3 * micro_batch_size samples show as much as more would."
+            "The batch has 1 row, which cannot be cut in two. Pass a batch of a few micro-batches: 3 * "
+            "micro_batch_size samples show as much as more would."
         )
-    return Task(
-        models=models, model=model, loss_fn=loss_fn, forward=forward, batch_loss=batch_loss, combine=combine,
-        weights=weights, batch=batch, rows=rows, device=named[0][1].device,
-    )  # fmt: skip
-
-
-def _first_run(task: Task, not_checked: list[str]) -> tuple[Runs, RunResult]:
-    """The whole batch's gradient in float64; where that cannot be, in the model's own dtype."""
-    runs = Runs(task, is_double=True)
-    try:
-        return runs, runs.whole()
-    except Exception as error:  # noqa: BLE001  # a mistake of the user's own comes again in the other dtype
-        reason = first_line(error)
-    runs = Runs(task, is_double=False)
-    whole = runs.whole()
-    not_checked.append(f"float64, in which rounding would not hide small faults; the model cannot run in it: {reason}")
-    return runs, whole
+    inherited = {field.name: getattr(workload, field.name) for field in fields(Workload)}
+    return Task(**{**inherited, "model": model}, combine=combine, weights=weights)
 
 
 def _check_finite(whole: RunResult) -> None:
@@ -217,17 +194,17 @@ def _own_errors(
         return None
     own = Runs(runs.task, is_double=False)
     own.refused = runs.refused
-    try:
+
+    def measured() -> tuple[float, float]:
         own_whole_error = relative_error(own.whole().gradients, whole.gradients)
         return relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients), own_whole_error
-    except Exception as error:  # noqa: BLE001  # float64 runs, and this does not: half precision without its kernels
-        not_checked.append(f"{_name(own_dtype)}, the model's own dtype: {first_line(error)}")
-        return None
+
+    # It may fail where float64 does not: half precision without its kernels.
+    return attempted(measured, f"{_name(own_dtype)}, the model's own dtype", not_checked)
 
 
 def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
-    parameters = [parameter for _, parameter in named_parameters(task.models)]
-    is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+    is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for _, parameter in task.named_parameters())
     return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
 
 
@@ -238,25 +215,26 @@ def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
 
 def _own_dtype(task: Task) -> torch.dtype:
     """The dtype that most of the trained numbers have."""
-    counts: dict[torch.dtype, int] = {}
-    for _, parameter in named_parameters(task.models):
-        if parameter.requires_grad:
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=counts.__getitem__)
+    counts: Counter[torch.dtype] = Counter()
+    for _, parameter in task.named_parameters():
+        counts[parameter.dtype] += parameter.numel() * parameter.requires_grad
+    return counts.most_common(1)[0][0]
 
 
 def _hooked_parameters(task: Task) -> list[str]:
     """Hooks on parameters, which these runs do not show."""
     hooked = [
         name
-        for name, parameter in named_parameters(task.models)
+        for name, parameter in task.named_parameters()
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     ]
-    shown = f"{hooked[0]} and {len(hooked) - 1} more" if len(hooked) > 1 else "".join(hooked)
+    if not hooked:
+        return []
+    more = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
     return [
-        f"hooks on parameters ({shown}), which run once for each micro-batch: clipping or noise in them is not that of "
-        "the batch's gradient."
-    ][: len(hooked)]
+        f"hooks on parameters ({hooked[0]}{more}), which run once for each micro-batch: clipping or noise in them is "
+        "not that of the batch's gradient."
+    ]
 
 
 def _notes(task: Task, runs: Runs, whole: RunResult, found: Sequence[Culprit], micro_batch_size: int) -> list[str]:

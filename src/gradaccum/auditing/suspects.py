@@ -10,30 +10,28 @@ The error of a culprit is the one it makes alone, all others taken out. A suspec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 
 from gradaccum.auditing import coupling, culprits
 from gradaccum.auditing.audit_run import AS_IT_IS, RunResult, Runs, Substitutions
-from gradaccum.auditing.compare import different_buffers, relative_error
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import A_SUM, LossFinding, find_loss_shares
-from gradaccum.auditing.random_ops import ONCE, UNMATCHED
+from gradaccum.checking.compare import different_buffers, relative_error
+from gradaccum.checking.random_ops import ONCE, UNMATCHED
 
 # Layers judged one by one; more are judged together, a whole batch and its micro-batches being run for each.
 _MOST_SINGLE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspect:
-    """A suspect: the run in which it alone is let in, and whom to name, given by how much it moves the gradient."""
-
-    let_in: Substitutions
-    accuse: Callable[[float], Sequence[Culprit]]
+_Seen = TypeVar("_Seen")
+# The run in which a suspect alone is let in, and whom to name, given by how much it moves the gradient.
+_Suspect = tuple[Substitutions, Callable[[float], Sequence[Culprit]]]
 
 
 def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_checked: list[str]) -> list[Culprit]:
@@ -44,21 +42,11 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     modules = runs.task.modules()
     not_replayed = dict(runs.draws.not_replayed)
     drawing = Substitutions(same_draws=bool(not_replayed))
-    layers: dict[str, bool] = {}
-    try:
-        found = coupling.coupled_modules(runs, drawing)
-        layers = {name: is_norm for name, is_norm in found.items() if name in modules}
-    except Exception as error:  # noqa: BLE001  # the user's code runs on samples that it was not made for
-        not_checked.append(
-            f"which layers couple samples: the forward fails when samples are replaced: {first_line(error)}"
-        )
+    fails = "which layers couple samples: the forward fails when samples are replaced"
+    coupled = attempted(lambda: coupling.coupled_modules(runs, drawing), fails, not_checked) or {}
+    layers = {name: is_norm for name, is_norm in coupled.items() if name in modules}
     clean = replace(drawing, isolated_layers=frozenset(layers), reset_buffers=True)
-    loss: LossFinding | None = None
-    if runs.task.loss_fn is not None:
-        try:
-            loss = find_loss_shares(runs, sizes, clean)
-        except Exception as error:  # noqa: BLE001  # the same, with layers that see one sample at a time
-            not_checked.append(f"what the loss is a mean over: {first_line(error)}")
+    loss = attempted(partial(find_loss_shares, runs, sizes, clean), "what the loss is a mean over", not_checked)
     if loss is not None and loss.is_coupled and loss.output_gradients is not None:
         clean = replace(clean, output_gradients=loss.output_gradients)
     elif loss is not None:
@@ -72,15 +60,20 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     is_unexplained = rest > tolerance
     background = rest if is_unexplained else 0.0
 
-    suspects = [*_layers(layers, modules, clean), *_draws(not_replayed, clean)]
+    suspects: list[_Suspect] = []
+    for names in [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]:
+        let_in = replace(clean, isolated_layers=clean.isolated_layers - set(names))
+        suspects.append((let_in, partial(_layers, {name: (modules[name], layers[name]) for name in names})))
+    if not_replayed:
+        suspects.append((replace(clean, same_draws=False), partial(_draws, not_replayed)))
     own_loss = replace(clean, loss_shares=None, output_gradients=None)
     if loss is not None and own_loss != clean:
-        suspects.append(_Suspect(own_loss, partial(_loss, loss)))
+        suspects.append((own_loss, partial(_loss, loss)))
     accused: list[Culprit] = []
-    for suspect in suspects:
-        error = run_both(suspect.let_in)[-1] - background
+    for let_in, accuse in suspects:
+        error = run_both(let_in)[-1] - background
         if error > tolerance:
-            accused += suspect.accuse(error)
+            accused += accuse(error)
     whole, accumulated, error = run_both(replace(clean, reset_buffers=False))
     moved = error - background if error - background > tolerance else 0.0
     accused += buffer_culprits(modules, whole, accumulated, moved=moved, tolerance=tolerance, known=layers)
@@ -98,7 +91,7 @@ def buffer_culprits(
     *,
     moved: float,
     tolerance: float,
-    known: Mapping[str, bool] | None = None,
+    known: Container[str] = (),
 ) -> list[Culprit]:
     """Returns modules whose buffers end elsewhere than after the whole batch, other than those that are known already.
 
@@ -106,7 +99,7 @@ def buffer_culprits(
     """
     errors: dict[str, dict[str, float]] = {}
     for (where, name), error in different_buffers(accumulated.buffers, whole.buffers, tolerance).items():
-        if where not in (known or ()):
+        if where not in known:
             errors.setdefault(where, {})[name] = error
     found: list[Culprit] = []
     for where, of_module in errors.items():
@@ -124,34 +117,24 @@ def buffer_culprits(
     return found
 
 
-def _layers(layers: Mapping[str, bool], modules: Mapping[str, nn.Module], clean: Substitutions) -> list[_Suspect]:
-    def accuse(names: Sequence[str], error: float) -> list[Culprit]:
-        return [
-            culprits.BATCH_NORM.found(error, name)
-            if layers[name] or is_batch_norm(modules[name])
-            else culprits.COUPLING_LAYER.found(error, name, layer=type(modules[name]).__name__)
-            for name in names
-        ]
-
-    groups = [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]
+def _layers(layers: Mapping[str, tuple[nn.Module, bool]], error: float) -> list[Culprit]:
     return [
-        _Suspect(replace(clean, isolated_layers=clean.isolated_layers - set(names)), partial(accuse, names))
-        for names in groups
+        culprits.BATCH_NORM.found(error, name)
+        if is_norm or is_batch_norm(module)
+        else culprits.COUPLING_LAYER.found(error, name, layer=type(module).__name__)
+        for name, (module, is_norm) in layers.items()
     ]
 
 
-def _draws(not_replayed: Mapping[tuple[str, str], str], clean: Substitutions) -> list[_Suspect]:
-    def accuse(error: float) -> list[Culprit]:
-        found: list[Culprit] = []
-        for place in dict.fromkeys(where for where, _ in not_replayed):
-            parts: list[str] = []
-            for why in (ONCE, UNMATCHED):
-                draws = [what for (where, what), reason in not_replayed.items() if (where, reason) == (place, why)]
-                parts += [f"{why}: {' and '.join(draws)}."] if draws else []
-            found.append(culprits.RANDOM.found(error, place, draws=" ".join(parts)))
-        return found
-
-    return [_Suspect(replace(clean, same_draws=False), accuse)] if not_replayed else []
+def _draws(not_replayed: Mapping[tuple[str, str], str], error: float) -> list[Culprit]:
+    found: list[Culprit] = []
+    for place in dict.fromkeys(where for where, _ in not_replayed):
+        parts: list[str] = []
+        for why in (ONCE, UNMATCHED):
+            draws = [what for (where, what), reason in not_replayed.items() if (where, reason) == (place, why)]
+            parts += [f"{why}: {' and '.join(draws)}."] if draws else []
+        found.append(culprits.RANDOM.found(error, place, draws=" ".join(parts)))
+    return found
 
 
 def _loss(loss: LossFinding, error: float) -> list[Culprit]:
@@ -164,6 +147,10 @@ def _loss(loss: LossFinding, error: float) -> list[Culprit]:
     return [culprits.WRONG_SHARES.found(error, over=over, taken=loss.taken, instead=instead)]
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message."""
-    return (str(error) or repr(error)).splitlines()[0]
+def attempted(look: Callable[[], _Seen], what: str, not_checked: list[str]) -> _Seen | None:
+    """Returns what a look at the model finds; None, and a line in ``not_checked``, where the model cannot run so."""
+    try:
+        return look()
+    except Exception as error:  # noqa: BLE001  # the user's code runs in a way that it was not made for
+        not_checked.append(f"{what}: {(str(error) or repr(error)).splitlines()[0]}")
+        return None

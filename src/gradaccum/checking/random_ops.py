@@ -6,8 +6,8 @@ does not depend on the rows at all (one mixup lambda, one permutation, one depth
 micro-batches draw their own, which is what happens in training.
 
 What depends on an element's own parameters (a probability, a mean) is made from plain uniform, normal or exponential
-numbers, so that a sample's draw depends on that sample alone. Distributions that are sampled by rejection (gamma, beta,
-poisson) are drawn row by row, where rows come first.
+numbers, so that a sample's draw depends on that sample alone. Operations without an entry (gamma, beta, poisson, the
+slopes of RReLU) are run row by row, where rows come first.
 """
 
 from __future__ import annotations
@@ -21,66 +21,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradaccum.auditing.pieces import Piece
+from gradaccum.checking.pieces import Piece
 
 _SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring numbers, unlike seeds
-
-
 ONCE = "Drawn once for each forward, so anew for each micro-batch"
 UNMATCHED = "Not replayed, since its samples could not be told from its shape"
 
 
 @dataclass(slots=True)
 class Draws:
-    """What the whole batch drew, and what in it belongs to no sample.
-
-    Attributes:
-        rows: of the whole batch.
-        of_batch: by the draw's number within a forward: the operation, the shape, and its other arguments.
-        sizes: by number and index of the piece: how many entries each piece drew along the samples' dimension.
-        not_replayed: where something was drawn anew by each micro-batch, with what drew it: `ONCE` or `UNMATCHED`.
-    """
+    """What a whole batch of so many rows drew, and what in it belongs to no sample."""
 
     rows: int
+    # By the draw's number within a forward: the operation, the shape, and its other arguments.
     of_batch: dict[int, tuple[str, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=dict)
+    # By number and index of the piece: how many entries it drew along the dimension of the samples.
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
+    # The module and the operation of what each micro-batch drew anew, and why: `ONCE` or `UNMATCHED`.
     not_replayed: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomCall:
-    """One call of an operation that draws.
-
-    Attributes:
-        name: of the operation.
-        func: the operation, with ``args`` and ``kwargs`` as they were passed.
-        given: all arguments by name, with defaults filled in.
-        number: of the draw within its forward.
-        piece: what the forward runs on.
-        is_alike: whether what is drawn once for each forward is the same in all, to see what difference it makes.
-        draws: filled by a forward of the whole batch, and read by those of its pieces.
-        caller: returns the name of the module that draws.
-    """
+    """One call of an operation that draws, in the forward of a piece."""
 
     name: str
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    given: dict[str, Any]
-    number: int
+    given: dict[str, Any]  # all arguments by name, with defaults filled in
+    number: int  # of the draw within its forward
     piece: Piece
-    is_alike: bool
+    is_alike: bool  # whether what is drawn once for each forward is the same in all
     draws: Draws
-    caller: Callable[[], str]
+    find_module: Callable[[], str]
 
     def numbers(self, shape: Sequence[int], device: torch.device, method: str, *args: Any) -> Tensor:
         """Returns numbers in float64: rows of what the whole batch drew, or the piece's own where there are no rows.
 
-        Args:
-            shape: of the piece's numbers.
-            device: of the numbers.
-            method: of a tensor, which fills it: "uniform_".
-            args: of the method.
+        They are made by a method of tensors, such as "uniform_", with these arguments.
         """
         shape = tuple(int(size) for size in shape)
         rows = self.match_rows(shape, args)
@@ -134,15 +113,13 @@ class RandomCall:
 
     def run_unknown(self) -> Any:
         """Runs an operation that the table does not hold: row by row where rows come first, else from the seed."""
-        first = next((arg for arg in self.args if isinstance(arg, Tensor)), None)
-        if first is not None:
-            shape = tuple(first.shape)
-        else:
-            shape = tuple(self.args[0]) if self.args and isinstance(self.args[0], (list, tuple)) else ()
+        first: Any = next((arg for arg in self.args if isinstance(arg, Tensor)), None)
+        sizes = first.shape if first is not None else next(iter(self.args), ())
+        shape = tuple(sizes) if isinstance(sizes, (list, tuple)) else ()
         rows = self.match_rows(shape, ())
-        samples = self.draws.rows if self.piece.index == 0 else self.piece.rows
-        if first is not None and shape and shape[0] and shape[0] % samples == 0 and rows is not None and rows[0] == 0:
-            return self._run_row_by_row(shape[0], self.piece.start * (shape[0] // samples))
+        has_rows = first is not None and rows is not None and rows[0] == 0
+        if has_rows and shape and shape[0] and shape[0] % self.piece.rows == 0:
+            return self._run_row_by_row(shape[0], self.piece.start * (shape[0] // self.piece.rows))
         if rows is not None and self.piece.index:
             self._note(UNMATCHED)
         return self.run(self.seed(is_shared=False))
@@ -161,7 +138,7 @@ class RandomCall:
     def _note(self, why: str) -> None:
         plain = self.name.rstrip("_").removeprefix("_")
         known = {"bernoulli": "dropout or torch.bernoulli", "sample_dirichlet": "a Beta or Dirichlet"}
-        self.draws.not_replayed[self.caller(), known.get(plain, f"torch.{plain}")] = why
+        self.draws.not_replayed[self.find_module(), known.get(plain, f"torch.{plain}")] = why
 
 
 @contextmanager
@@ -233,14 +210,6 @@ def _dropout(call: RandomCall) -> tuple[Tensor, Tensor]:
     return x * kept / chance, kept
 
 
-def _rrelu(call: RandomCall) -> Tensor:
-    x: Tensor = call.given["self"]
-    slopes = call.numbers(x.shape, x.device, "uniform_", call.given["lower"], call.given["upper"]).to(x.dtype)
-    slopes = torch.where(x <= 0, slopes, torch.ones_like(x))
-    call.given["noise"].copy_(slopes)
-    return x.mul_(slopes) if call.name.endswith("_") else x * slopes
-
-
 def _multinomial(call: RandomCall) -> Tensor:
     """The first of exponential clocks with these rates: ``argmin(e / p)``; without replacement the first few."""
     chances, count = call.given["self"], call.given["num_samples"]
@@ -260,6 +229,5 @@ RANDOM_OPS: dict[str, Callable[[RandomCall], Any]] = {
     "randperm": _permutation,
     "normal": _normal_around,
     "native_dropout": _dropout,
-    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_"), _rrelu),
     "multinomial": _multinomial,
 }

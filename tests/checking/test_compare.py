@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradaccum.auditing.compare import compare, different_buffers, relative_error
+from gradaccum.checking.compare import compare, different_buffers, relative_error
 
 TOLERANCE = 1e-10
 ONE = torch.tensor([3.0, 4.0], dtype=torch.float64)

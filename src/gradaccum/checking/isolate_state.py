@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradaccum.auditing.compare import Buffers
-from gradaccum.auditing.in_double import InDouble, in_double
+from gradaccum.checking.compare import Buffers
 from gradaccum.fit.borrowed_model import on_copies
 
 
 @contextmanager
-def isolated_state(models: Sequence[nn.Module], *, is_double: bool) -> Iterator[None]:
-    """Context manager in which models run on copies of their tensors, in float64 or in their own dtype."""
+def isolated_state(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """Context manager in which models run on copies of their tensors, as they are or ``cast`` to another dtype."""
     logger = logging.getLogger("gradaccum")
     with ExitStack() as stack:
-        stack.enter_context(on_copies(models, cast=in_double if is_double else None))
+        stack.enter_context(on_copies(models, cast=cast))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.callback(setattr, logger, "disabled", logger.disabled)
@@ -35,8 +34,6 @@ def isolated_state(models: Sequence[nn.Module], *, is_double: bool) -> Iterator[
         if any(type(module).__name__ == "OptimizedModule" for model in models for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if is_double:
-            stack.enter_context(InDouble())
         yield
 
 

@@ -25,18 +25,14 @@ _NOTHING = 1e-9
 class ParameterVerdict:
     """How one parameter's accumulated gradient compares with the whole batch's.
 
-    Attributes:
-        name: its qualified name.
-        verdict: "equal" bit by bit; "rounding"; "scaled": the right direction at `ratio` times the size; "biased":
-            another direction; "missing": one side has no gradient.
-        error: norm of the difference over the norm of the whole batch's gradient.
-        ratio: how many times as large, along the whole batch's gradient.
+    The verdict is "equal" bit by bit; "rounding"; "scaled": the right direction at ``ratio`` times the size; "biased":
+    another direction; "missing": one side has no gradient.
     """
 
     name: str
     verdict: str
-    error: float
-    ratio: float = 1.0
+    error: float  # norm of the difference over the norm of the whole batch's gradient
+    ratio: float = 1.0  # how many times as large, along the whole batch's gradient
 
 
 def compare(made: Gradients, expected: Gradients, *, tolerance: float) -> tuple[ParameterVerdict, ...]:
@@ -53,8 +49,7 @@ def _verdict(
     name: str, made: Tensor | None, expected: Tensor | None, *, tolerance: float, usual: float
 ) -> ParameterVerdict:
     if made is None or expected is None:
-        present = expected if made is None else made
-        if present is None or _norm(present) == 0:  # None and zeros make the same update
+        if _norm(made) == _norm(expected) == 0:  # None and zeros make the same update
             return ParameterVerdict(name=name, verdict=EQUAL, error=0.0)
         return ParameterVerdict(name=name, verdict=MISSING, error=1.0, ratio=0.0)
     made, expected = flat(made), flat(expected)
@@ -79,11 +74,11 @@ def relative_error(made: Gradients, expected: Gradients) -> float:
     size = difference = 0.0
     for name, tensor in expected.items():
         other = made.get(name)
-        size += 0.0 if tensor is None else _norm(tensor) ** 2
-        if tensor is not None and other is not None:
-            difference += _norm(flat(other) - flat(tensor)) ** 2
+        size += _norm(tensor) ** 2
+        if tensor is None or other is None:
+            difference += _norm(tensor) ** 2 + _norm(other) ** 2
         else:
-            difference += sum(_norm(one) ** 2 for one in (tensor, other) if one is not None)
+            difference += _norm(flat(other) - flat(tensor)) ** 2
     if difference == 0:
         return 0.0
     return math.sqrt(difference / size) if size > 0 and math.isfinite(difference) else math.inf
@@ -106,5 +101,5 @@ def flat(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).double().reshape(-1)
 
 
-def _norm(tensor: Tensor) -> float:
-    return flat(tensor).norm().item()
+def _norm(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else flat(tensor).norm().item()

@@ -63,8 +63,8 @@ def test_all_is_left_as_it_was(raises: bool) -> None:
         bits = [tensor.detach().clone() for tensor in tensors if tensor is not None]
         generators = [torch.get_rng_state(), model.generator.get_state()]
         other = [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_default_dtype(), warnings.filters]
-        return [ids, hooks, list(model.calls), [sorted(vars(module)) for module in model.modules()], other,
-                logging.getLogger("gradaccum").disabled, [*bits, *generators]]  # fmt: skip
+        other += [logging.getLogger("gradaccum").disabled, *(sorted(vars(module)) for module in model.modules())]
+        return [ids, hooks, list(model.calls), other, [*bits, *generators]]
 
     before = state()
     if raises:

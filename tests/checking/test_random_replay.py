@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradaccum.auditing.pieces import pieces, whole
-from gradaccum.auditing.random_ops import ONCE, Draws
-from gradaccum.auditing.random_replay import RandomReplay
+from gradaccum.checking.pieces import pieces, whole
+from gradaccum.checking.random_ops import ONCE, Draws
+from gradaccum.checking.random_replay import RandomReplay
 
 ROWS, SIZES = 7, (3, 2, 2)
 

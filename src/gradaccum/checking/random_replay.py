@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum.auditing.pieces import Piece
-from gradaccum.auditing.random_ops import ONCE, RANDOM_OPS, Draws, RandomCall
+from gradaccum.checking.pieces import Piece, whole
+from gradaccum.checking.random_ops import ONCE, RANDOM_OPS, Draws, RandomCall
 
 # Seeds that are ours: a mark in the bits from 44 on, the index of a piece in those from 20 on, the number of the draw.
 _MARK = 0x6ACC << 44
@@ -35,10 +35,8 @@ _THE_LOSS = "the loss"
 class RandomReplay(TorchDispatchMode):
     """Dispatch mode that answers every operation that draws.
 
-    Args:
-        draws: filled by a run of the whole batch, and read by those of its pieces.
-        modules: by name, to tell which one draws.
-        is_alike: whether what is drawn once for each forward is the same in all, to see what difference it makes.
+    A run of the whole batch fills ``draws``, and runs of its pieces read them. With ``is_alike``, what is drawn once
+    for each forward is the same in all of them, to see what difference it makes.
     """
 
     supports_higher_order_operators = True
@@ -48,7 +46,7 @@ class RandomReplay(TorchDispatchMode):
         self._draws = draws
         self._is_alike = is_alike
         self._names = {id(module): name for name, module in modules.items()}
-        self._piece = Piece(0, 0, 0)
+        self._piece = whole(draws.rows)
         self._pieces: dict[int, Piece] = {}
 
     @contextmanager
@@ -89,9 +87,17 @@ class RandomReplay(TorchDispatchMode):
         name = schema.name.removeprefix("aten::")
         number, piece = self._next()
         call = RandomCall(
-            name=name, func=func, args=args, kwargs=kwargs, given=given, number=number, piece=piece,
-            is_alike=self._is_alike, draws=self._draws, caller=self._running_module,
-        )  # fmt: skip
+            name=name,
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            given=given,
+            number=number,
+            piece=piece,
+            is_alike=self._is_alike,
+            draws=self._draws,
+            find_module=self._running_module,
+        )
         return RANDOM_OPS.get(name, RandomCall.run_unknown)(call)
 
     def _next(self) -> tuple[int, Piece]:

@@ -5,23 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.auditing.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
+from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
 
 
 @given(rows=st.integers(2, 300), size=st.integers(1, 64))
-def test_every_row_once_and_two_pieces_or_more(rows: int, size: int) -> None:
-    for cut in (equal_sizes, ragged_sizes):
-        sizes = cut(rows, size)
+def test_every_row_once_in_ragged_pieces_unless_they_are_too_small_for_it(rows: int, size: int) -> None:
+    ragged = ragged_sizes(rows, size)
+    for sizes in (equal_sizes(rows, size), ragged):
         assert sum(sizes) == rows
         assert len(sizes) > 1
-        assert min(sizes) >= 1
-        assert max(sizes) <= size
-
-
-@given(rows=st.integers(2, 300), size=st.integers(1, 64))
-def test_pieces_are_ragged_unless_they_are_too_small_for_it(rows: int, size: int) -> None:
-    sizes = ragged_sizes(rows, size)
-    assert len(set(sizes)) > 1 or max(sizes) <= 2
+        assert 1 <= min(sizes) <= max(sizes) <= size
+    assert len(set(ragged)) > 1 or max(ragged) <= 2
 
 
 @pytest.mark.parametrize(

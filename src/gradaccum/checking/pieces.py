@@ -15,15 +15,9 @@ from gradaccum.types import Rows
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive rows of the batch, and which of its micro-batches they are.
+    """Consecutive rows of the batch, from ``start`` up to ``stop``."""
 
-    Attributes:
-        index: 1 for the first micro-batch; 0 for the whole batch.
-        start: first row.
-        stop: the row after the last.
-    """
-
-    index: int
+    index: int  # 1 for the first micro-batch; 0 for the whole batch
     start: int
     stop: int
 
