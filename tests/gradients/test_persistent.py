@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 import gradaccum as ga
 from gradaccum.errors import MisuseError, ParameterError, UnsupportedError
-from gradaccum.gradients.persistent import check_persistent
+from gradaccum.gradients.gradient_buffers import check_persistent
 from oracle import (
     EXACT,
     RAGGED,

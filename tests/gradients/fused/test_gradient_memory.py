@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradaccum as ga
-from gradaccum.gradients.fused.gradient_memory import GradientMemory
+from gradaccum.gradients.fused.product import GradientMemory
 
 
 def kept() -> tuple[GradientMemory, nn.Parameter, int]:
@@ -78,7 +78,7 @@ def test_new_memory_has_the_parameters_strides() -> None:
 
 def test_nothing_is_kept_when_it_is_freed() -> None:
     memory, _, _ = kept()
-    memory.free()
+    memory.keep(())
     assert not memory._kept
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradaccum.gradients.fused.gradient_memory import GradientMemory
-from gradaccum.gradients.fused.product import add_product, adder_of
+from gradaccum.gradients.fused.product import GradientMemory, add_product
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -22,7 +21,7 @@ def test_in_one_dtype(is_first: bool, alpha: float, batch: tuple[int, ...]) -> N
     parameter = nn.Parameter(torch.zeros(*batch, 3, 4, dtype=torch.float64))
     before = torch.zeros_like(parameter) if is_first else torch.randn_like(parameter)
     parameter.grad = None if is_first else before.detach().clone()
-    adder_of(parameter, left.dtype, GradientMemory())(left, right, alpha=alpha)
+    add_product(parameter, left, right, alpha=alpha, memory=GradientMemory())
     torch.testing.assert_close(parameter.grad, (before + alpha * left @ right).detach())
 
 
