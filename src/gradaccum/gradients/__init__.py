@@ -5,5 +5,5 @@
 | `gradient_sum.py` | gradients add up in ``.grad``: nothing was there before, and nobody changes it in between |
 | `graph.py` | which operations use a parameter, read off the graph before the backward |
 | `fused/` | weight gradients are added in place |
-| `gradient_buffers.py` | what they add up in: fp32 for low precision; the same memory in every window, for CUDA graphs |
+| `gradient_buffers.py` | fp32 sums for low precision; the same memory in every window, for CUDA graphs |
 """

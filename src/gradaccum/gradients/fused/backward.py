@@ -5,9 +5,9 @@ read first (`graph`). A parameter all of whose uses are understood is left out o
 the gradient is not made; a hook on each of these uses' nodes gets the same incoming gradient the node gets, and adds
 the product to ``.grad`` in place. The engine does everything else, and all parameters that are not understood.
 
-So the model is not touched: no module is swapped and no function patched, and what a graph cannot show to be right,
-is torch's own: parametrised parameters are no leaves, compiled or custom functions no known operations, double backwards
-no backwards of this library.
+So the model is not touched: no module is swapped and no function patched. What a graph cannot show to be right is left
+to torch: what a parametrisation computes is no leaf, a compiled or custom function is no known operation, and a double
+backward is no backward of this library.
 
 The engine's promises that would be lost by leaving a leaf out are kept: after the backward each of these leaves gets
 "no gradient" through the engine, with which post-accumulate hooks and hooks on the leaf's node fire as always, once,

@@ -1,8 +1,8 @@
 """The gradient of each kind of use of a parameter, computed from what the use's node has saved.
 
-**Products**: ``F.linear``, ``x @ W``, ``addmm`` (HF's ``Conv1D``), batches of them (experts). For  y = x W  the gradient
-is  x^T dy,  and for  y = W x  it is  dy x^T.  Read transposed (``nn.Linear`` multiplies with ``weight.t()``), it is the
-transpose of that.
+**Products**: ``F.linear``, ``x @ W``, ``addmm`` (HF's ``Conv1D``), batches of them (experts). For  y = x W  the
+gradient is  x^T dy,  and for  y = W x  it is  dy x^T.  Read transposed (``nn.Linear`` multiplies with ``weight.t()``),
+it is the transpose of that.
 
 **Tables of embeddings**: only the rows that were looked up are touched. Torch's own backward makes a gradient of the
 whole table, which is zero almost everywhere, and adds it: 16 bytes for each element of the table, 620 MB for GPT-2
