@@ -94,7 +94,10 @@ class _TermSum:
     def mean(self, weight: Number | None) -> Tensor:
         """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
         total = torch.zeros(()) if self._total is None else self._total
-        return (total if weight is None else total / weight).to(self._dtype)
+        if weight is not None:
+            is_nothing = not isinstance(weight, Tensor) and weight == 0  # no mean, whatever the sum is
+            total = total / (math.nan if is_nothing else weight)
+        return total.to(self._dtype)
 
 
 class Normaliser:
