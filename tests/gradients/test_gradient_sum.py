@@ -28,6 +28,12 @@ def grads(model: nn.Module) -> list[Tensor | None]:
     return [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
 
 
+def grads_by_torch(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor | None]:
+    model.zero_grad()
+    loss().backward()
+    return grads(model)
+
+
 def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
     assert [gradient is None for gradient in found] == [gradient is None for gradient in expected]
     for one, other in zip(found, expected, strict=True):
@@ -43,10 +49,7 @@ def test_it_is_torchs_own_backward() -> None:
     add(gradients, model(x).pow(2).mean(), 0.25)
     add(gradients, model(x).mean(), 0.5)
     found = grads(model)
-
-    model.zero_grad()
-    (0.25 * model(x).pow(2).mean() + 0.5 * model(x).mean()).backward()
-    assert_same(found, grads(model))
+    assert_same(found, grads_by_torch(model, lambda: 0.25 * model(x).pow(2).mean() + 0.5 * model(x).mean()))
 
 
 def test_several_roots_of_one_graph() -> None:
@@ -54,11 +57,7 @@ def test_several_roots_of_one_graph() -> None:
     gradients, out = summing(model), model(x)
     gradients.add((out.pow(2).mean(), out.sum()), (torch.tensor(2.0), torch.tensor(-1.0)))
     found = grads(model)
-
-    model.zero_grad()
-    out = model(x)
-    (2 * out.pow(2).mean() - out.sum()).backward()
-    assert_same(found, grads(model))
+    assert_same(found, grads_by_torch(model, lambda: 2 * model(x).pow(2).mean() - model(x).sum()))
 
 
 def test_frozen_and_unused_parameters_get_none() -> None:
@@ -212,22 +211,15 @@ def test_parameters_that_get_their_gradient_later() -> None:
 def test_parameters_of_other_models_are_left_alone() -> None:
     generator, judge = model_of(2, 3), model_of(3, 1)
     gradients = summing(generator)
-    loss = judge(generator(torch.ones(4, 2))).mean()
-    add(gradients, loss)
+    add(gradients, judge(generator(torch.ones(4, 2))).mean())
     assert grads(judge) == [None, None]
     found = grads(generator)
-
-    generator.zero_grad()
-    judge(generator(torch.ones(4, 2))).mean().backward()
-    assert_same(found, grads(generator))
+    assert_same(found, grads_by_torch(generator, lambda: judge(generator(torch.ones(4, 2))).mean()))
 
 
 def test_inputs_whose_gradient_is_wanted_get_it() -> None:
-    model = model_of(2, 3, 1)
-    gradients = summing(model)
-    x = torch.ones(1, 2, requires_grad=True)
-    loss = model(x).sum()
-    add(gradients, loss)
+    model, x = model_of(2, 3, 1), torch.ones(1, 2, requires_grad=True)
+    add(summing(model), model(x).sum())
     assert x.grad is not None
 
 
@@ -235,16 +227,13 @@ def test_the_look_can_be_repeated() -> None:
     own, other = model_of(2, 2), model_of(2, 2)
     gradients, x = summing(own), torch.ones(1, 2)
     for through_other in (True, False, True):
-        loss = (other(own(x)) if through_other else own(x)).sum()
-        add(gradients, loss)
+        add(gradients, (other(own(x)) if through_other else own(x)).sum())
         assert grads(other) == [None, None]
 
 
 def test_nothing_to_train_here_writes_nowhere() -> None:
     own, other = model_of(2, 2).requires_grad_(False), model_of(2, 2)
-    gradients = summing(own)
-    loss = other(own(torch.ones(1, 2))).sum()
-    add(gradients, loss)
+    add(summing(own), other(own(torch.ones(1, 2))).sum())
     assert grads(other) == grads(own) == [None, None]
 
 
@@ -264,9 +253,7 @@ def test_a_checkpoint_of_ones_own_before_another_model(use_reentrant: bool) -> N
 
 def test_a_reentrant_checkpoint_in_a_model_of_ones_own() -> None:
     own = model_of(2, 2, 2)
-    gradients = summing(own)
-    loss = checkpoint(own[1], own[0](torch.ones(1, 2)), use_reentrant=True).sum()
-    add(gradients, loss)
+    add(summing(own), checkpoint(own[1], own[0](torch.ones(1, 2)), use_reentrant=True).sum())
     assert None not in grads(own)
 
 
@@ -317,10 +304,7 @@ def test_put_back_adds_up() -> None:
     add(gradients, model(x).pow(2).mean())
     gradients.put_back(aside)
     found = grads(model)
-
-    model.zero_grad()
-    (model(x).sum() + model(x).pow(2).mean()).backward()
-    assert_same(found, grads(model))
+    assert_same(found, grads_by_torch(model, lambda: model(x).sum() + model(x).pow(2).mean()))
 
 
 def test_put_back_is_the_users_own_tensor() -> None:

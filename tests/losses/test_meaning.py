@@ -84,6 +84,15 @@ OVER_ELEMENTS: dict[str, Expression] = {
 }
 
 
+ALL = {**OVER_TARGETS, **OVER_ELEMENTS}
+assert len(ALL) == len(OVER_TARGETS) + len(OVER_ELEMENTS)
+
+
+def batchmean(case: Case) -> Tensor:
+    log_shares = case.flat.log_softmax(-1).reshape(case.samples, -1)
+    return F.kl_div(log_shares, case.target.flatten(1), reduction="batchmean")
+
+
 def counts(loss: Tensor) -> list[float]:
     return [float(mean.count) for mean in means_in(loss)]
 
@@ -127,10 +136,9 @@ def test_label_smoothing_and_both_terms_of_a_sum() -> None:
         pytest.param(lambda c: (c.each.reshape(c.samples, -1).sum(1)).mean(), id="sums of samples"),
         pytest.param(lambda c: c.each.reshape(c.samples, -1).mean(1).mean(), id="means of samples"),
         pytest.param(lambda c: c.each.sum() / c.samples, id="divided by the samples"),
-        pytest.param(lambda c: F.kl_div(c.flat.log_softmax(-1).reshape(c.samples, -1), c.target.flatten(1),
-                                        reduction="batchmean"), id="batchmean"),
+        pytest.param(lambda c: batchmean(c), id="batchmean"),
     ],
-)  # fmt: skip
+)
 def test_a_mean_over_samples_is_recognised(expression: Expression) -> None:
     assert counts(expression(Case(4, 6))) == [4]
 
@@ -152,7 +160,7 @@ def test_nothing_is_made_up(loss: Tensor) -> None:
 
 
 def test_the_graph_can_still_run_backward() -> None:
-    for expression in (*OVER_TARGETS.values(), *OVER_ELEMENTS.values()):
+    for expression in ALL.values():
         case = Case(4, 6, ignored=5)
         loss = expression(case)
         means_in(loss)
@@ -190,15 +198,13 @@ def test_ignored_targets_are_an_error(expression: Expression) -> None:
         check(expression, [Case(4, 6), Case(4, 6, ignored=5)])
 
 
-@pytest.mark.parametrize("expression", [*OVER_TARGETS.values(), *OVER_ELEMENTS.values()],
-                         ids=[*OVER_TARGETS.keys(), *OVER_ELEMENTS.keys()])  # fmt: skip
+@pytest.mark.parametrize("expression", ALL.values(), ids=ALL.keys())
 def test_padding_to_another_length_is_an_error(expression: Expression) -> None:
     with pytest.raises(ga.MeanError, match=r"averaged over .* in micro-batches of 4, 4 samples"):
         check(expression, [Case(4, 6), Case(4, 8)])
 
 
-@pytest.mark.parametrize("expression", [*OVER_TARGETS.values(), *OVER_ELEMENTS.values()],
-                         ids=[*OVER_TARGETS.keys(), *OVER_ELEMENTS.keys()])  # fmt: skip
+@pytest.mark.parametrize("expression", ALL.values(), ids=ALL.keys())
 def test_samples_of_equal_length_pass(expression: Expression) -> None:
     check(expression, [Case(4, 6), Case(4, 6), Case(3, 6), Case(1, 6)])
 

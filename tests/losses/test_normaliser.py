@@ -79,9 +79,14 @@ def loss_of(parameter: Tensor, slope: float, weight: Any, *, is_mean: bool) -> g
     data=st.data(),
 )
 def test_the_gradient_and_the_loss_are_the_whole_batchs(
-    weights: list[float], kind: str, is_mean: bool, first_share: tuple[int, int], at_least: float, known: bool,
+    weights: list[float],
+    kind: str,
+    is_mean: bool,
+    first_share: tuple[int, int],
+    at_least: float,
+    known: bool,
     data: st.DataObject,
-) -> None:  # fmt: skip
+) -> None:
     slopes = data.draw(st.lists(st.floats(-9, 9), min_size=len(weights), max_size=len(weights)))
     given_as = [as_given[kind](weight) for weight in weights]
     exact = [float(weight) for weight in given_as]  # a tensor rounds to fp32
@@ -283,8 +288,8 @@ def test_each_term_is_divided_by_its_own_total(weights: Sequence[tuple[int, int]
     totals = {"lm": sum(a for a, _ in weights), "aux": sum(b for _, b in weights)}
     normaliser = Normaliser(totals=totals)
     for lm, aux in weights:
-        add(normaliser, {"lm": loss_of(parameter, 3.0, lm, is_mean=True),
-                         "aux": loss_of(parameter, 0.5, aux, is_mean=False)})  # fmt: skip
+        terms = {"lm": loss_of(parameter, 3.0, lm, is_mean=True), "aux": loss_of(parameter, 0.5, aux, is_mean=False)}
+        add(normaliser, terms)
     normaliser.check_totals()
     assert corrected(parameter, normaliser) == pytest.approx(3.5, rel=FP64)
     assert normaliser.weight == totals
@@ -303,28 +308,20 @@ def test_terms_of_one_weight_need_no_totals() -> None:
     assert normaliser.weight == 13
 
 
-def test_terms_of_different_weights_need_totals() -> None:
-    parameter, normaliser = leaf(), Normaliser()
-    with pytest.raises(
-        ga.LossError,
-        match=r"different things \('lm' over 7, 'aux' over 2\).*weights=lambda batch: {\"lm\": ..., \"aux\": ...}",
-    ):
-        normaliser.seeds({"lm": ga.Loss.mean(parameter * 1, over=7), "aux": ga.Loss.mean(parameter * 1, over=2)})
-
-
-def test_a_sum_beside_a_mean_needs_totals() -> None:
-    parameter, normaliser = leaf(), Normaliser()
-    with pytest.raises(ga.LossError, match=r"\('lm' over 7, 'penalty' over nothing\)"):
-        normaliser.seeds({"lm": ga.Loss.mean(parameter * 1, over=7), "penalty": ga.Loss.sum(parameter * 1)})
-
-
-def test_a_term_without_a_total() -> None:
-    normaliser = Normaliser(totals={"lm": 7})
-    with pytest.raises(
-        ga.LossError,
-        match=r"gave the total of 'lm', and the loss returned 'lm', 'aux'.*the term 'aux' cannot be divided",
-    ):
-        normaliser.seeds({"lm": ga.Loss.mean(leaf() * 1, over=7), "aux": ga.Loss.mean(leaf() * 1, over=2)})
+@pytest.mark.parametrize(
+    ("totals", "aux", "message"),
+    [
+        (None, 2, r"different things \('lm' over 7, 'aux' over 2\).*weights=lambda batch: {\"lm\": ..., \"aux\": ...}"),
+        (None, None, r"\('lm' over 7, 'aux' over nothing\)"),
+        ({"lm": 7}, 2, r"gave the total of 'lm', and the loss returned 'lm', 'aux'.*the term 'aux' cannot be divided"),
+    ],
+    ids=["different weights", "a sum beside a mean", "a term without a total"],
+)
+def test_terms_that_need_totals(totals: dict[str, int] | None, aux: int | None, message: str) -> None:
+    with pytest.raises(ga.LossError, match=message):
+        Normaliser(totals=totals).seeds(
+            {"lm": ga.Loss.mean(leaf() * 1, over=7), "aux": ga.Loss.sum(leaf() * 1, over=aux)}
+        )
 
 
 def test_terms_that_change_within_a_window() -> None:

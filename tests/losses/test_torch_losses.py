@@ -67,6 +67,12 @@ def whole_batch(name: str, form: str, loss: Any, inputs: Inputs) -> Tensor:
     return result.loss if isinstance(loss.loss, nn.AdaptiveLogSoftmaxWithLoss) else result
 
 
+def assert_accumulated(loss: Any, parts: list[Inputs], leaves: list[Tensor], expected: Tensor) -> None:
+    value, gradients = accumulated(loss, parts, leaves)
+    torch.testing.assert_close(value, expected.detach(), **EXACT)
+    torch.testing.assert_close(gradients, gradient(expected, leaves), **EXACT)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @EVERY_FORM
 def test_micro_batches_add_up_to_the_whole_batch(name: str, form: str, split: str) -> None:
@@ -75,37 +81,27 @@ def test_micro_batches_add_up_to_the_whole_batch(name: str, form: str, split: st
     leaves = gradient_leaves(inputs, loss)
     expected = whole_batch(name, form, loss, inputs)
 
-    value, gradients = accumulated(loss, cut(inputs, SPLITS[split], case.rows_at), leaves)
-
-    torch.testing.assert_close(value, expected.detach(), **EXACT)
-    torch.testing.assert_close(gradients, gradient(expected, leaves), **EXACT)
+    assert_accumulated(loss, cut(inputs, SPLITS[split], case.rows_at), leaves, expected)
     torch.testing.assert_close(loss(*inputs).value, expected, **EXACT)
 
 
-@EVERY_CASE
-def test_a_micro_batch_without_rows_adds_exactly_nothing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_ignored"),
+    [(name, False) for name in CASES] + [(name, True) for name, case in CASES.items() if case.depends_on_data],
+)
+def test_a_micro_batch_without_rows_or_of_ignored_targets_adds_exactly_nothing(name: str, is_ignored: bool) -> None:
     loss = criterion(CASES[name].module())
-    inputs = CASES[name].inputs(0)
+    inputs = CASES[name].inputs(3 if is_ignored else 0)
+    if is_ignored:
+        ignored = -100 if loss.loss.ignore_index is None else loss.loss.ignore_index
+        inputs = (inputs[0], torch.full_like(inputs[1], ignored))
     leaves = gradient_leaves(inputs, loss)
     micro = loss(*inputs)
     assert micro.weight == 0
     assert micro.total == 0
-    for leaf, slope in zip(leaves, torch.autograd.grad(micro.total, leaves, allow_unused=True), strict=True):
+    for leaf, slope in zip(leaves, torch.autograd.grad(micro.total, leaves, allow_unused=not is_ignored), strict=True):
         assert slope is None or torch.equal(slope, torch.zeros_like(leaf))
     assert micro.total.requires_grad
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.depends_on_data])
-def test_a_micro_batch_of_ignored_targets_adds_exactly_nothing(name: str) -> None:
-    loss = criterion(CASES[name].module())
-    x, target = CASES[name].inputs(3)
-    ignored = -100 if loss.loss.ignore_index is None else loss.loss.ignore_index
-    leaves = gradient_leaves((x,), loss)
-    micro = loss(x, torch.full_like(target, ignored))
-    assert micro.weight == 0
-    assert micro.total == 0
-    for leaf, slope in zip(leaves, torch.autograd.grad(micro.total, leaves), strict=True):
-        assert torch.equal(slope, torch.zeros_like(leaf))
 
 
 @EVERY_FORM
@@ -239,9 +235,7 @@ def test_cross_entropy_with_any_options_adds_up(drawn: tuple[dict[str, Any], Ten
         assert whole.total == 0
         return
     expected = F.cross_entropy(logits, target, **options)
-    value, gradients = accumulated(loss, cut((logits, target), tuple(sizes), (0, 0)), [logits])
-    torch.testing.assert_close(value, expected.detach(), **EXACT)
-    torch.testing.assert_close(gradients, gradient(expected, [logits]), **EXACT)
+    assert_accumulated(loss, cut((logits, target), tuple(sizes), (0, 0)), [logits], expected)
 
 
 def test_a_smoothed_target_of_a_class_without_weight_has_a_loss_and_no_weight() -> None:
@@ -308,12 +302,9 @@ def test_linear_cross_entropy_as_a_function(chunk: int | None) -> None:
     options = None if chunk is None else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     x, target, matrix = output(ROWS, 6), labels(ROWS), output(CLASSES, 6)
     call = functools.partial(F.linear_cross_entropy, weight=CLASS_WEIGHTS, options=options)
+    parts = cut((x, target), SPLITS["ragged"], (0, 0))
     expected = call(x, matrix, target)
-    value, gradients = accumulated(
-        lambda x, target: criterion(call)(x, matrix, target), cut((x, target), SPLITS["ragged"], (0, 0)), [x, matrix]
-    )
-    torch.testing.assert_close(value, expected.detach(), **EXACT)
-    torch.testing.assert_close(gradients, gradient(expected, [x, matrix]), **EXACT)
+    assert_accumulated(lambda x, target: criterion(call)(x, matrix, target), parts, [x, matrix], expected)
 
 
 # Weights of elements, which only the functional forms of three losses take.
@@ -325,12 +316,8 @@ def test_linear_cross_entropy_as_a_function(chunk: int | None) -> None:
 def test_weights_of_elements(function: Callable[..., Tensor], depends_on_data: bool) -> None:
     x, y, weight = output(ROWS, 3), torch.randn(ROWS, 3, dtype=DOUBLE), share(ROWS, 3)
     loss = criterion(function)
-    expected = function(x, y, weight=weight)
-    value, gradients = accumulated(
-        lambda x, y, weight: loss(x, y, weight=weight), cut((x, y, weight), (5, 0, 8), (0, 0, 0)), [x]
-    )
-    torch.testing.assert_close(value, expected.detach(), **EXACT)
-    torch.testing.assert_close(gradients, gradient(expected, [x]), **EXACT)
+    parts = cut((x, y, weight), (5, 0, 8), (0, 0, 0))
+    assert_accumulated(lambda x, y, w: loss(x, y, weight=w), parts, [x], function(x, y, weight=weight))
     assert isinstance(loss(x, y, weight=weight).weight, Tensor if depends_on_data else int)
 
 

@@ -82,9 +82,11 @@ def three(last: Callable[..., Tensor] = output, *sizes: int) -> Callable[[int], 
     return lambda rows: (output(rows, *sizes), output(rows, *sizes), last(rows))
 
 
-def cross_entropy(inputs: Callable[[int], Inputs], **options: Any) -> Case:
-    depends_on_data = not inputs(1)[1].is_floating_point()
-    return replace(simple(nn.CrossEntropyLoss, F.cross_entropy, inputs, **options), depends_on_data=depends_on_data)
+def of_classes(module: Any, function: Any, inputs: Callable[[int], Inputs], **options: Any) -> Case:
+    return replace(simple(module, function, inputs, **options), depends_on_data=not inputs(1)[1].is_floating_point())
+
+
+cross_entropy = functools.partial(of_classes, nn.CrossEntropyLoss, F.cross_entropy)
 
 
 def linear_cross_entropy(inputs: Callable[[int], Inputs], **options: Any) -> Case:
@@ -108,6 +110,14 @@ def sequences(rows: int) -> Inputs:
     return output(9, rows, CLASSES), torch.randint(1, CLASSES, (rows, 4)), torch.randint(3, 10, (rows,)), lengths
 
 
+def kl_div(target: Callable[..., Tensor], **options: Any) -> Case:
+    return simple(nn.KLDivLoss, F.kl_div, pair(target, inputs=log_shares), **options)
+
+
+def gaussian(inputs: Callable[[int], Inputs], **options: Any) -> Case:
+    return replace(simple(nn.GaussianNLLLoss, F.gaussian_nll_loss, inputs, **options), reads_data=True)
+
+
 def ctc(inputs: Callable[[int], Inputs], **options: Any) -> Case:
     case = simple(nn.CTCLoss, F.ctc_loss, inputs, zero_infinity=True, **options)
     return replace(case, rows_at=(1, 0, 0, 0), reads_data=True)
@@ -115,6 +125,14 @@ def ctc(inputs: Callable[[int], Inputs], **options: Any) -> Case:
 
 def hidden(*sizes: int) -> Callable[[int], Inputs]:
     return lambda rows: (output(rows, 6), labels(rows, *sizes))
+
+
+def one_label(rows: int) -> Inputs:
+    return output(rows, CLASSES), torch.randint(0, CLASSES, (rows,))
+
+
+def many_labels(rows: int) -> Inputs:
+    return output(rows, CLASSES), torch.randint(-1, CLASSES, (rows, CLASSES))
 
 
 three_rows = three(lambda rows: output(rows, 3), 3)
@@ -132,13 +150,8 @@ CASES = {
     "PoissonNLL broadcast": simple(
         nn.PoissonNLLLoss, F.poisson_nll_loss, lambda rows: (output(rows, 1), positive(rows, 3))
     ),
-    "GaussianNLL": replace(
-        simple(nn.GaussianNLLLoss, F.gaussian_nll_loss, three(lambda rows: positive(rows, 3), 3), full=True),
-        reads_data=True,
-    ),
-    "GaussianNLL one variance": replace(
-        simple(nn.GaussianNLLLoss, F.gaussian_nll_loss, three(positive, 3)), reads_data=True
-    ),
+    "GaussianNLL": gaussian(three(lambda rows: positive(rows, 3), 3), full=True),
+    "GaussianNLL one variance": gaussian(three(positive, 3)),
     "BCE": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share)),
     "BCE weight": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share), weight=ROW_WEIGHTS),
     "BCEWithLogits": simple(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, pair(share)),
@@ -149,29 +162,16 @@ CASES = {
         weight=ROW_WEIGHTS,
         pos_weight=ROW_WEIGHTS.flip(0),
     ),
-    "KLDiv": simple(nn.KLDivLoss, F.kl_div, pair(share, inputs=log_shares)),
-    "KLDiv batchmean": simple(nn.KLDivLoss, F.kl_div, pair(share, inputs=log_shares), reduction="batchmean"),
-    "KLDiv log": simple(nn.KLDivLoss, F.kl_div, pair(log_shares, inputs=log_shares), log_target=True),
-    "KLDiv batchmean log": simple(
-        nn.KLDivLoss, F.kl_div, pair(log_shares, inputs=log_shares), log_target=True, reduction="batchmean"
-    ),
+    "KLDiv": kl_div(share),
+    "KLDiv batchmean": kl_div(share, reduction="batchmean"),
+    "KLDiv log": kl_div(log_shares, log_target=True),
+    "KLDiv batchmean log": kl_div(log_shares, log_target=True, reduction="batchmean"),
     "HingeEmbedding": simple(nn.HingeEmbeddingLoss, F.hinge_embedding_loss, pair(sign), margin=0.8),
     "MarginRanking": simple(nn.MarginRankingLoss, F.margin_ranking_loss, three(sign), margin=0.3),
     "CosineEmbedding": simple(nn.CosineEmbeddingLoss, F.cosine_embedding_loss, three(sign, 3), margin=0.1),
     "SoftMargin": simple(nn.SoftMarginLoss, F.soft_margin_loss, pair(sign)),
-    "MultiMargin": simple(
-        nn.MultiMarginLoss,
-        F.multi_margin_loss,
-        lambda rows: (output(rows, CLASSES), torch.randint(0, CLASSES, (rows,))),
-        p=2,
-        margin=0.9,
-        weight=CLASS_WEIGHTS,
-    ),
-    "MultiLabelMargin": simple(
-        nn.MultiLabelMarginLoss,
-        F.multilabel_margin_loss,
-        lambda rows: (output(rows, CLASSES), torch.randint(-1, CLASSES, (rows, CLASSES))),
-    ),
+    "MultiMargin": simple(nn.MultiMarginLoss, F.multi_margin_loss, one_label, p=2, margin=0.9, weight=CLASS_WEIGHTS),
+    "MultiLabelMargin": simple(nn.MultiLabelMarginLoss, F.multilabel_margin_loss, many_labels),
     "MultiLabelSoftMargin": simple(
         nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss, pair(share), weight=ROW_WEIGHTS
     ),
@@ -193,11 +193,8 @@ CASES = {
         inputs=lambda rows: (output(rows, 8), torch.randint(0, 20, (rows,))),
         reads_data=True,
     ),
-    "NLL": replace(
-        simple(nn.NLLLoss, F.nll_loss, classified(ignored=2), weight=CLASS_WEIGHTS, ignore_index=2),
-        depends_on_data=True,
-    ),
-    "NLL 2d": replace(simple(nn.NLLLoss, F.nll_loss, classified(3, 2)), depends_on_data=True),
+    "NLL": of_classes(nn.NLLLoss, F.nll_loss, classified(ignored=2), weight=CLASS_WEIGHTS, ignore_index=2),
+    "NLL 2d": of_classes(nn.NLLLoss, F.nll_loss, classified(3, 2)),
     "CrossEntropy": cross_entropy(classified()),
     "CrossEntropy ignored class": cross_entropy(classified(ignored=1), ignore_index=1),
     "CrossEntropy weight": cross_entropy(classified(), weight=CLASS_WEIGHTS),

@@ -36,10 +36,7 @@ def divisions(rows: list[int]) -> Iterator[list[list[int]]]:
 
 
 @given(
-    st.lists(costs, min_size=1, max_size=6),
-    st.integers(1, 100),
-    st.sampled_from([0.0, 1.0, 3.5, 40.0]),
-    st.integers(1, 6),
+    st.lists(costs, min_size=1, max_size=6), st.integers(1, 100), st.sampled_from([0, 1, 3.5, 40]), st.integers(1, 6)
 )
 def test_no_division_is_better(costs: list[float], size: int, piece_cost: float, max_rows: int) -> None:
     packed = pack(costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
@@ -52,12 +49,7 @@ def test_no_division_is_better(costs: list[float], size: int, piece_cost: float,
     assert total(packed, costs, piece_cost) == pytest.approx(best, rel=1e-12, abs=1e-12)
 
 
-@given(
-    st.lists(costs, min_size=1, max_size=120),
-    st.integers(1, 500),
-    st.sampled_from([0.0, 2.0, 90.0]),
-    st.integers(1, 50),
-)
+@given(st.lists(costs, min_size=1, max_size=120), st.integers(1, 500), st.sampled_from([0, 2, 90]), st.integers(1, 50))
 def test_every_row_once_within_the_budget(costs: list[float], size: int, piece_cost: float, max_rows: int) -> None:
     packed = pack(costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
 

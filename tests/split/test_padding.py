@@ -81,26 +81,17 @@ def test_one_field_alone(name: str, left: bool) -> None:
     assert WIDTH not in piece.shape
 
 
-def sequence_to_sequence() -> tuple[dict[str, Tensor], list[float]]:
-    source, target = [6, 3, 4, 2, 5, 3], [2, 4, 9, 3, 6, 5]
-    tokens = torch.randint(5, 99, (6, 10)) * real(target, width=10)
-    batch = {
-        "source": torch.randint(5, 99, (6, 7)) * real(source, width=7),
-        "target in": tokens[:, :-1],
-        "target out": tokens[:, 1:],
-    }
-    return batch, [a + b - 1 for a, b in zip(source, target, strict=True)]
-
-
 @pytest.mark.parametrize("counted", ["both", "source"])
 def test_source_and_target(counted: str) -> None:
     """Costs that are the sum of both trim both; those of the source tell nothing of the target."""
-    batch, costs = sequence_to_sequence()
-    piece = cut(batch, costs if counted == "both" else [6, 3, 4, 2, 5, 3], PIECE)
-    target = 4 if counted == "both" else 9
-    assert {name: field.shape[1] for name, field in piece.items()} == {
-        "source": 3, "target in": target, "target out": target
-    }  # fmt: skip
+    source, target = [6, 3, 4, 2, 5, 3], [2, 4, 9, 3, 6, 5]
+    tokens = torch.randint(5, 99, (6, 10)) * real(target, width=10)
+    ids = torch.randint(5, 99, (6, 7)) * real(source, width=7)
+    batch = {"source": ids, "target in": tokens[:, :-1], "target out": tokens[:, 1:]}
+    both = [a + b - 1 for a, b in zip(source, target, strict=True)]
+    piece = cut(batch, both if counted == "both" else source, PIECE)
+    width = 4 if counted == "both" else 9
+    assert [piece[name].shape[1] for name in batch] == [3, width, width]
 
 
 @pytest.mark.parametrize("of", ["inputs", "targets"])
@@ -157,15 +148,10 @@ def test_an_empty_sample(left: bool) -> None:
     assert cut(batch, list(lengths), [1, 3])["ids"].shape == (2, 1), "one column stays"
 
 
-def test_a_piece_of_the_longest_keeps_what_it_needs() -> None:
+def test_a_piece_of_the_longest_and_rows_as_a_slice() -> None:
     batch = everything()
     assert cut(batch, list(LENGTHS), [2, 5])["ids"].shape == (2, 7)
-
-
-def test_rows_as_a_slice() -> None:
-    batch = everything()
-    padding = find_padding(batch, list(LENGTHS))
-    piece = trimmed(batch, slice(3, 6), padding)
+    piece = trimmed(batch, slice(3, 6), find_padding(batch, list(LENGTHS)))
     assert torch.equal(piece["ids"], batch["ids"][3:6, :5])
     assert piece["ids"].is_contiguous()
 
@@ -250,8 +236,10 @@ UNCERTAIN: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
         [WIDTH] * 6,
     ),
     "a start token without loss or cost in all": lambda: (
-        {"ids": torch.cat([repeated(1, 1).long(), tokens(6, WIDTH - 1)], 1),
-         "loss_mask": torch.cat([repeated(1, 0), repeated(WIDTH - 1, 1)], 1)},
+        {
+            "ids": torch.cat([repeated(1, 1).long(), tokens(6, WIDTH - 1)], 1),
+            "loss_mask": torch.cat([repeated(1, 0), repeated(WIDTH - 1, 1)], 1),
+        },
         [WIDTH - 1] * 6,
     ),
     "prompts without labels; the costs are the labels": lambda: (prompts(real(LENGTHS, left=True)), LENGTHS),
@@ -264,30 +252,37 @@ UNCERTAIN: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
     "a full sample that is cheaper than others": lambda: (everything([5, 2, WIDTH, 3]), [5, 2, 4, 3]),
     "a sample that is all padding but not free": lambda: (only("ids", lengths=[5, 0, 7, 3]), [5, 4, 7, 3]),
     "one sample, in which every field is the same for all of them": lambda: (
-        {"attention_mask": real([3]).long(), "ids": torch.arange(WIDTH)[None]}, [3]
+        {"attention_mask": real([3]).long(), "ids": torch.arange(WIDTH)[None]},
+        [3],
     ),
     "squares without a mask": lambda: (only("ids"), [float(length**2) for length in LENGTHS]),
     "an end token that is counted and looks like padding": lambda: (only("ids"), ONE_LONGER),
     "an end token that is counted, looks like padding and has no loss": lambda: (
-        {"ids": tokens(*WITH_LOSS.shape) * WITH_LOSS, "loss_mask": WITH_LOSS}, LENGTHS
+        {"ids": tokens(*WITH_LOSS.shape) * WITH_LOSS, "loss_mask": WITH_LOSS},
+        LENGTHS,
     ),
     "one length, without a mask of that name": lambda: (
-        {name: field for name, field in everything([3] * 6).items() if "mask" not in name}, [3] * 6
+        {name: field for name, field in everything([3] * 6).items() if "mask" not in name},
+        [3] * 6,
     ),
     "lengths from the right and from the left": lambda: (
-        {"features": seen_from_both_sides([9 + length for length in LENGTHS])}, [9.0 + length for length in LENGTHS]
+        {"features": seen_from_both_sides([9 + length for length in LENGTHS])},
+        [9.0 + length for length in LENGTHS],
     ),
     "padded with NaN, which equals nothing": lambda: (
-        {"features": torch.randn(6, WIDTH).masked_fill(~real(LENGTHS), torch.nan)}, LENGTHS
+        {"features": torch.randn(6, WIDTH).masked_fill(~real(LENGTHS), torch.nan)},
+        LENGTHS,
     ),
     "strings": lambda: ({**only("ids"), "words": np.array([["word"] * WIDTH] * 6)}, LENGTHS),
     "images with a border": lambda: (
-        {"x": F.pad(torch.rand(6, 1, WIDTH - 4, WIDTH - 4), (2, 2, 2, 2)), "y": torch.arange(6)}, OTHER_COSTS
+        {"x": F.pad(torch.rand(6, 1, WIDTH - 4, WIDTH - 4), (2, 2, 2, 2)), "y": torch.arange(6)},
+        OTHER_COSTS,
     ),
     "unpadded; the cheapest has runs of two and of one": lambda: (
-        {"x": repeating_once(torch.randn(6, WIDTH))}, [WIDTH - 1, *[WIDTH] * 5]
+        {"x": repeating_once(torch.randn(6, WIDTH))},
+        [WIDTH - 1, *[WIDTH] * 5],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNCERTAIN)

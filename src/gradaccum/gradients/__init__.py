@@ -5,7 +5,5 @@
 | `gradient_sum.py` | gradients add up in ``.grad``: nothing was there before, and nobody changes it in between |
 | `graph.py` | which operations use a parameter, read off the graph before the backward |
 | `fused/` | weight gradients are added in place |
-| `wide.py` | gradients of low precision are added up in fp32 |
-| `persistent.py` | the sum lies in the same memory in every window, for CUDA graphs |
-| `casts.py` | parameters are cast under autocast once a window |
+| `gradient_buffers.py` | fp32 sums for low precision; the same memory in every window, for CUDA graphs |
 """

@@ -5,8 +5,8 @@ before the window began, and did anything change it between two micro-batches? T
 version counter, which every in-place operation moves: clipping by hand, zeroing and unscaling touch all gradients, so
 one of them is enough to look at.
 
-Options change how gradients add up, not what: weight gradients in place (`fused`), low precision in fp32 (`wide`), in
-memory that stays (`persistent`).
+Options change how gradients add up, not what: in place (`fused`), in fp32 or in memory that stays
+(`gradient_buffers`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
+from gradaccum.gradients.gradient_buffers import PersistentGradients, WideGradients
 from gradaccum.gradients.graph import Graph, read_graph
-from gradaccum.gradients.persistent import PersistentGradients
-from gradaccum.gradients.wide import WideSums
 
 _MAX_SHOWN = 3
 
@@ -32,7 +30,7 @@ class GradientSum:
 
     Args:
         named_parameters: every parameter of the models, frozen ones too: they may be unfrozen while training.
-        fused: for which weights gradients are added in place; False for none, as torch does it.
+        fused: for which parameters gradients are added in place; False for none, as torch does it.
         accumulate_dtype: the dtype in which gradients of low precision add up; None for their own.
         persistent: whether gradients lie in the same memory in every window.
         has_shards: whether parameters are shards of FSDP2, which are leaves of no graph: FSDP2 brings their gradients
@@ -53,7 +51,7 @@ class GradientSum:
         choice = choice_of(fused)
         in_place = None if choice is None else FusedBackward(self.parameters, choice)
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
-        self._wide = None if accumulate_dtype is None else WideSums(self.parameters, accumulate_dtype)
+        self._wide = None if accumulate_dtype is None else WideGradients(self.parameters, accumulate_dtype)
         self._persistent = PersistentGradients(self.parameters) if persistent else None
         self._has_shards = has_shards
         self._own = frozenset(id(parameter) for parameter in self.parameters)
@@ -78,7 +76,7 @@ class GradientSum:
             self._watch()  # cleared before the first backward, they would not be there for it
 
     def check_empty(self) -> None:
-        """That no gradient is left over from something else; gradients of zero are removed.
+        """Checks that no gradient is left over from something else; gradients of zero are removed.
 
         Raises:
             MisuseError: a gradient is there already, which the window would be added to.
@@ -86,7 +84,7 @@ class GradientSum:
         left = [(name, parameter) for name, parameter in self._named if parameter.grad is not None]
         if not left:
             return
-        nonzero = [name for name, parameter in left if _count_nonzero(parameter.grad)]
+        nonzero = [name for name, parameter in left if _has_nonzero(parameter.grad)]
         if nonzero:
             shown = ", ".join(nonzero[:_MAX_SHOWN]) + (", ..." if len(nonzero) > _MAX_SHOWN else "")
             raise MisuseError(
@@ -125,12 +123,8 @@ class GradientSum:
             if self._fused is not None and self._fused.run(roots, seeds, among, graph):
                 self._watch()
                 return
-        if inputs is None or inputs:  # the engine would read no inputs as "all leaves"
-            # What torch.autograd.backward ends in. Its checks of the seeds, which are right by construction here, take
-            # as long as the backward of a small model: 26 of 54 us were seen for three nodes.
-            Variable._execution_engine.run_backward(
-                roots, seeds, False, False, tuple(inputs or ()), allow_unreachable=True, accumulate_grad=True
-            )
+        if inputs is None or inputs:
+            torch.autograd.backward(roots, seeds, inputs=inputs)
         self._watch()
 
     def _restricted_inputs(self, graph: Graph, also: Sequence[Tensor]) -> list[Tensor] | None:
@@ -184,12 +178,10 @@ class GradientSum:
     def clear(self, *, keeps_memory: bool = False) -> None:
         """Ends the window: no parameter keeps a gradient.
 
-        Args:
-            keeps_memory: whether the next window may write its gradients where these were.
+        With ``keeps_memory`` the next window may write its gradients where these were.
         """
         if self._fused is not None:
-            has_own_memory = self._wide is None and self._persistent is None
-            self._fused.keep_memory() if keeps_memory and has_own_memory else self._fused.free_memory()
+            self._fused.end(keeps_memory=keeps_memory and self._wide is None and self._persistent is None)
         for parameter in self.parameters:
             parameter.grad = None
         if self._wide is not None:
@@ -246,7 +238,7 @@ class GradientSum:
         )
 
 
-def _count_nonzero(gradient: Tensor | None) -> bool:
+def _has_nonzero(gradient: Tensor | None) -> bool:
     if gradient is None:
         return False
     values = gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -57,11 +57,7 @@ def criterion(loss: TorchLoss) -> Criterion:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Criterion:
-    """A loss of torch that returns a `Loss`; made by `criterion`.
-
-    Attributes:
-        loss: the loss as it was given.
-    """
+    """A loss of torch, as it was given, that returns a `Loss`; made by `criterion`."""
 
     loss: TorchLoss
 
@@ -70,11 +66,7 @@ class Criterion:
         _reduction(rule, options)
 
     def __call__(self, *inputs: Any, **options: Any) -> Loss:
-        """Computes the loss of one micro-batch.
-
-        Args:
-            *inputs: the inputs of the loss: for most, output and target.
-            **options: inputs by name, and the options of a functional form.
+        """Computes the loss of one micro-batch; options are inputs by name, and what a functional form has besides.
 
         Raises:
             UnknownLossError: the reduction is "none", or not one that this loss has.
@@ -96,7 +88,7 @@ class Criterion:
 
 
 def _bound(loss: TorchLoss, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    """Returns a loss's rule, and all that its functional form is called with, by name."""
+    """A loss's rule, and all that its functional form is called with, by name."""
     rule, given = _rule_and_options(loss)
     if isinstance(loss, nn.Module):
         inputs = rule.forward.bind(loss, *inputs, **options).args[1:]
@@ -108,7 +100,7 @@ def _bound(loss: TorchLoss, inputs: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def _rule_and_options(loss: TorchLoss) -> tuple[Rule, dict[str, Any]]:
-    """Returns a loss's rule, and the options by name that are known before it is called."""
+    """A loss's rule, and the options by name that are known before it is called."""
     if isinstance(loss, nn.Module):
         rule = rule_of(loss)
         options = {} if rule is None else rule.options(loss)
@@ -121,7 +113,7 @@ def _rule_and_options(loss: TorchLoss) -> tuple[Rule, dict[str, Any]]:
 
 
 def _reduction(rule: Rule, arguments: Mapping[str, Any]) -> str:
-    """Returns the reduction; from the arguments that are deprecated in its favour as torch itself translates them."""
+    """The reduction; from the arguments that are deprecated in its favour as torch itself translates them."""
     reduction = arguments.get("reduction", "mean")
     legacy = {name: arguments[name] for name in _LEGACY if arguments.get(name) is not None}
     if legacy and reduction == "batchmean":
@@ -133,21 +125,17 @@ def _reduction(rule: Rule, arguments: Mapping[str, Any]) -> str:
     if legacy:
         reduction = nn.L1Loss(**legacy).reduction
     if reduction != "sum" and reduction not in rule.over:
-        raise _unknown_reduction(rule, reduction)
+        known = " or ".join(repr(name) for name in (*rule.over, "sum"))
+        if reduction == "none":
+            happened = "leaves one loss for each item, of which there is no gradient until they are put together"
+        else:
+            happened = "is not known to ga.criterion, so neither is what the gradient would have to be divided by"
+        raise UnknownLossError(
+            f"{rule.function.__name__} with reduction={reduction!r} {happened}. Use reduction={known}, or put your "
+            "losses together yourself: return ga.Loss.sum(losses.sum(), over=losses.numel()), with the sum of their "
+            "weights in the place of numel() where you weight them."
+        )
     return reduction
-
-
-def _unknown_reduction(rule: Rule, reduction: str) -> UnknownLossError:
-    known = " or ".join(repr(name) for name in (*rule.over, "sum"))
-    if reduction == "none":
-        happened = "leaves one loss for each item, of which there is no gradient until they are put together"
-    else:
-        happened = "is not known to ga.criterion, so neither is what the gradient would have to be divided by"
-    return UnknownLossError(
-        f"{rule.function.__name__} with reduction={reduction!r} {happened}. Use reduction={known}, or put your losses "
-        "together yourself: return ga.Loss.sum(losses.sum(), over=losses.numel()), with the sum of their weights in "
-        "the place of numel() where you weight them."
-    )
 
 
 def _unknown_loss(loss: Any) -> UnknownLossError:

@@ -27,8 +27,7 @@ Weight = float | int | Tensor
 class Loss:
     """A 0-d loss and what it was averaged over; made by `Loss.mean` or `Loss.sum`.
 
-    Keeping the tensor as the user's code made it (``root``) instead of converting means to sums costs no graph
-    node: the backward is seeded with the weight.
+    It keeps the tensor as the user's code made it, which costs no graph node: the backward is seeded with the weight.
 
     Attributes:
         root: 0-d tensor that carries the graph: the mean if ``is_mean``, else the sum.
@@ -115,7 +114,7 @@ def _checked_root(value: Any, *, name: str) -> Tensor:
 
 
 def checked_weight(over: Any, *, name: str) -> Weight:
-    """What a mean is taken over, as given by a user.
+    """A user's count, which a mean is taken over; a tensor is detached.
 
     Raises:
         LossError: it is not one finite number that is at least 0. Counts on a device are not looked at.

@@ -14,6 +14,7 @@ mechanics").
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,29 +35,19 @@ Count = int | Tensor
 
 @dataclass(frozen=True, slots=True)
 class TakenOver:
-    """One mean found in the graph of a loss.
+    """One mean found in the graph of a loss."""
 
-    Attributes:
-        count: what it was divided by: an int, or a 0-d tensor where it depends on the data.
-        what: the same in words.
-        instead: what to type instead of the plain mean.
-        may_be_constant: whether it may have nothing to do with samples, such as a penalty on the weights.
-    """
-
-    count: Count
-    what: str
-    instead: str
-    may_be_constant: bool = False
+    count: Count  # what it was divided by: an int, or a 0-d tensor where it depends on the data
+    what: str  # the same in words
+    instead: str  # what to type instead of the plain mean
+    may_be_constant: bool = False  # whether it may have nothing to do with samples: a penalty on the parameters, say
 
 
 class SampleMeans:
     """Compares what plain means were taken over with the samples of their micro-batches, over one window.
 
     Every micro-batch of the first window is looked at; later only counts that depend on the data, and these only where
-    they lie on the host: on a device each would be a wait.
-
-    Attributes:
-        is_looking: whether `check` is still to be called.
+    they lie on the host: on a device each would be a wait. ``is_looking`` says whether `check` is still to be called.
     """
 
     def __init__(self) -> None:
@@ -65,19 +56,13 @@ class SampleMeans:
         self.is_looking = True
 
     def check_all(self, loss: Any, samples: int, weights: Mapping[str, Any]) -> None:
-        """That every plain tensor of a loss is what it is taken for, a mean over samples.
-
-        Args:
-            loss: as the user returned it.
-            samples: rows of the micro-batch.
-            weights: by term, what the user says means are taken over.
-        """
+        """Checks every plain tensor of a loss, as the user returned it, but those that have a weight by name."""
         for name, plain in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
             if isinstance(plain, Tensor) and name not in weights:
                 self.check(name, plain, samples)
 
     def check(self, name: str, loss: Tensor, samples: int) -> None:
-        """Looks at one micro-batch's plain mean.
+        """Checks one micro-batch's plain mean.
 
         Raises:
             MeanError: it was taken over something that is not proportional to the samples.
@@ -87,16 +72,9 @@ class SampleMeans:
         means = means_in(loss)
         if not self._is_first_window:
             means = [mean for mean in means if isinstance(mean.count, Tensor)]
-            if any(isinstance(mean.count, Tensor) and mean.count.device.type != "cpu" for mean in means):
+            if any(mean.count.device.type != "cpu" for mean in means if isinstance(mean.count, Tensor)):
                 return
-        counts = [
-            (
-                mean.count.item() if isinstance(mean.count, Tensor) else float(mean.count),
-                isinstance(mean.count, int),
-                mean,
-            )
-            for mean in means
-        ]
+        counts = [(float(mean.count), isinstance(mean.count, int), mean) for mean in means]
         seen = self._seen.setdefault(name, [])
         seen.append((samples, counts))
         if len(seen) > 1 and len(counts) == len(seen[0][1]):
@@ -106,7 +84,7 @@ class SampleMeans:
                     raise MeanError(_message(name, mean, [(c[i][0], n) for n, c in seen if len(c) > i]))
 
     def window_closed(self) -> None:
-        """The next micro-batch belongs to another window."""
+        """Forgets the window's counts, and decides whether later windows are looked at."""
         if not self._seen:
             return
         if any(len(seen) > 1 for seen in self._seen.values()):
@@ -117,7 +95,7 @@ class SampleMeans:
         self._seen.clear()
 
     def window_discarded(self) -> None:
-        """What has been seen of the open window counts for nothing."""
+        """Forgets what has been seen of the open window."""
         self._seen.clear()
 
 
@@ -131,7 +109,7 @@ def _means_below(node: Any, depth: int, nodes_left: list[int]) -> list[TakenOver
         return []
     nodes_left[0] -= 1
     name = node.name()
-    if name in _TRANSPARENT or _averages_terms(node):
+    if _TRANSPARENT.fullmatch(name) or _averages_terms(node):
         below = [mean for parent, _ in node.next_functions for mean in _means_below(parent, depth - 1, nodes_left)]
         if below:  # what they are divided by on their way is a factor, not what they are means over
             return below
@@ -155,7 +133,7 @@ def _is_proportional(first: float, first_samples: int, count: float, samples: in
     if abs(count * first_samples - first * samples) <= _ROUNDING * abs(first * samples):
         return True
     # The same count for other numbers of samples is a term that has nothing to do with samples, such as a penalty on
-    # the weights, and exact as it is: unless a fixed batch size was divided by.
+    # the parameters, and exact as it is: unless a fixed batch size was divided by.
     return mean.may_be_constant and count == first and count not in (samples, first_samples)
 
 
@@ -227,24 +205,6 @@ _READERS: dict[str, Callable[[Any], TakenOver | None]] = {
 }
 
 # What a mean may still pass through on its way to the loss: sums of terms, factors, casts.
-_TRANSPARENT = frozenset(
-    {
-        "AddBackward0",
-        "AliasBackward0",
-        "CloneBackward0",
-        "DivBackward0",
-        "DivBackward1",
-        "MulBackward0",
-        "MulBackward1",
-        "NegBackward0",
-        "RsubBackward0",
-        "RsubBackward1",
-        "SelectBackward0",
-        "SqueezeBackward0",
-        "StackBackward0",
-        "SubBackward0",
-        "SumBackward0",
-        "ToCopyBackward0",
-        "ViewBackward0",
-    }
+_TRANSPARENT = re.compile(
+    r"(Add|Alias|Clone|Div|Mul|Neg|Rsub|Select|Squeeze|Stack|Sub|Sum|ToCopy|View)Backward0|(Div|Mul|Rsub)Backward1"
 )

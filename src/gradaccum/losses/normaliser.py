@@ -23,19 +23,20 @@ Counts on the host are Python numbers here. Counts on a device stay there: there
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from gradaccum.errors import LossError
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.term_sum import Number, TermSum
 from gradaccum.types import HALF_DTYPES
+
+Number = float | Tensor
+"""A Python number, or a 0-d tensor on a device that is not to be waited for."""
 
 SINGLE = ""
 """The name under which a loss that is not a dict of terms is kept."""
-
 
 _ROUNDING = 1e-6  # of sums of fp32 class weights, taken in two orders
 
@@ -47,18 +48,56 @@ def host_number(weight: Weight) -> Number:
     return weight
 
 
+def _wide(number: Tensor) -> Tensor:
+    """In fp64 where the device has it: torch divides whole numbers in fp32, where 1,000 added losses would show too."""
+    return number.to(torch.float32 if number.device.type == "mps" else torch.float64)
+
+
 def _exact(weight: Weight) -> Number:
-    """The same, in fp64 where it stays on a device: torch divides whole numbers in fp32."""
     number = host_number(weight)
-    if isinstance(number, Tensor):
-        return number.to(torch.float32 if number.device.type == "mps" else torch.float64)
-    return number
+    return _wide(number) if isinstance(number, Tensor) else number
 
 
 def weighs_nothing(totals: Mapping[str, Weight] | None) -> bool:
     """Whether the host knows, before a window begins, that each of its terms has a total of 0."""
-    numbers = None if totals is None else [host_number(total) for total in totals.values()]
-    return numbers is not None and all(not isinstance(number, Tensor) and number == 0 for number in numbers)
+    return totals is not None and _are_zero(host_number(total) for total in totals.values())
+
+
+def _are_zero(weights: Iterable[Number | None]) -> bool:
+    """Whether all are 0, as far as the host knows."""
+    return all(not isinstance(weight, Tensor) and weight == 0 for weight in weights)
+
+
+class _TermSum:
+    """The roots of one term, each times its share, for the loss that is reported; and the term's weight so far.
+
+    Roots on a device stay there: reading one would wait for all work before it. None keeps a graph.
+    """
+
+    def __init__(self, weight: Number | None) -> None:
+        self.weight = weight  # None for a plain sum, which is divided by nothing
+        self._total: Tensor | None = None
+        self._dtype = torch.float32
+
+    def add(self, root: Tensor, share: Number) -> None:
+        """Adds a root, 0-d, ``share`` times; not at all where that is 0, since a mean over nothing is NaN."""
+        self._dtype = torch.promote_types(self._dtype, root.dtype)
+        root = _wide(root.detach())
+        if isinstance(share, Tensor):
+            part = torch.where(share == 0, torch.zeros_like(root), root * share)
+        elif share:
+            part = root * share
+        else:
+            return
+        self._total = part if self._total is None else self._total + part.to(self._total)
+
+    def mean(self, weight: Number | None) -> Tensor:
+        """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
+        total = torch.zeros(()) if self._total is None else self._total
+        if weight is not None:
+            is_nothing = not isinstance(weight, Tensor) and weight == 0  # no mean, whatever the sum is
+            total = total / (math.nan if is_nothing else weight)
+        return total.to(self._dtype)
 
 
 class Normaliser:
@@ -87,26 +126,21 @@ class Normaliser:
         self._expected: Number | None = expected
         self._is_fixed = expected is not None
         self._rescale: float | None = None
-        self._terms: dict[str, TermSum] = {}
+        self._terms: dict[str, _TermSum] = {}
 
     def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
-        """Adds a micro-batch's losses to the window's sums.
+        """Adds a micro-batch's losses to the window's sums, and returns where its backward starts, and with what.
 
-        Args:
-            losses: by name; a single loss under `SINGLE`.
-
-        Returns:
-            Of each loss the root to run backward from and the 0-d gradient that its backward starts with. A loss that
-            weighs nothing is left out.
+        That is, of each loss, the root and its 0-d gradient. A loss that weighs nothing is left out.
 
         Raises:
             LossError: the terms are not those of the micro-batches before, or their totals had to be known ahead.
         """
         self._check_names(losses)
         if len(losses) > 1 and self._totals is None:
-            _require_one_weight(losses)
-        found = [self._seed(name, loss) for name, loss in losses.items()]
-        return [one for one in found if one is not None]
+            _check_one_weight(losses)
+        seeds = [self._seed(name, loss) for name, loss in losses.items()]
+        return [seed for seed in seeds if seed is not None]
 
     def _seed(self, name: str, loss: Loss) -> tuple[Tensor, Tensor] | None:
         root, is_mean = loss.root, loss.is_mean
@@ -114,7 +148,10 @@ class Normaliser:
         self._add(name, root, weight, is_mean=is_mean)
         share: Number = 1.0
         if weight is not None:
-            if (is_mean and _is_nothing(weight)) or not root.requires_grad:
+            # A mean over nothing is 0 / 0: its backward makes NaN however it is seeded, so it must not run. For a count
+            # on a device this is the one wait for the device. A sum over nothing does run: it is 0, or belongs to the
+            # whole all the same (smoothed labels whose own classes have no weight).
+            if (is_mean and not weight) or not root.requires_grad:
                 return None
             share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in HALF_DTYPES)
         if isinstance(share, Tensor):
@@ -129,9 +166,7 @@ class Normaliser:
     ) -> None:
         """Takes the totals from all losses of the window, which are at hand before the first backward.
 
-        Args:
-            micro_losses: of this process.
-            added_up: from its totals to those of all processes, where there are several.
+        Where there are several processes, ``added_up`` makes the totals of all of them from those of this one.
         """
         totals: dict[str, Number] = {}
         for losses in micro_losses:
@@ -144,10 +179,8 @@ class Normaliser:
     def correction(self) -> Number | None:
         """What the gradient has yet to be multiplied by; None where the expectation was right."""
         expected = self._expected
-        if expected is None or not self._terms:
-            return None
-        total = next(iter(self._terms.values())).weight
-        if total is None:  # a sum without a divisor is seeded with 1, and expects nothing
+        total = next((term.weight for term in self._terms.values()), None)
+        if expected is None or total is None:  # a sum without a divisor is seeded with 1, and expects nothing
             return None
         if isinstance(total, Tensor) or isinstance(expected, Tensor):
             return expected / total
@@ -156,21 +189,17 @@ class Normaliser:
     @property
     def weight(self) -> Number | dict[str, Number] | None:
         """The window's total weight; by name where the terms have totals of their own; None for plain sums."""
-        terms = self._terms
-        if len(terms) == 1:
-            return next(iter(terms.values())).weight
-        weights = {name: term.weight for name, term in terms.items() if term.weight is not None}
-        if not weights:
-            return None
-        return weights if self._totals is not None else next(iter(weights.values()))
+        weights = {name: term.weight for name, term in self._terms.items() if term.weight is not None}
+        has_own_totals = self._totals is not None and len(self._terms) > 1
+        return (weights or None) if has_own_totals else next(iter(weights.values()), None)
 
     @property
     def is_empty(self) -> bool:
         """Whether it is known on the host that the window weighs nothing at all."""
-        return all(not isinstance(term.weight, Tensor) and term.weight == 0 for term in self._terms.values())
+        return _are_zero(term.weight for term in self._terms.values())
 
     def check_totals(self) -> None:
-        """That the weights seen add up to the totals given ahead.
+        """Checks that the weights seen add up to the totals given ahead.
 
         Raises:
             LossError: they do not, so the gradient has been divided by the wrong number.
@@ -185,8 +214,8 @@ class Normaliser:
                 factor = f", so its gradient would be {seen / total:.4g} times what it should be" if total else ""
                 raise LossError(
                     f"The total weight of {_term(name)} was given as {total:g}, and its micro-batches add up to "
-                    f"{seen:g}"
-                    f"{factor}. weights= must count over the whole batch what the loss counts over each micro-batch."
+                    f"{seen:g}{factor}. weights= must count over the whole batch what the loss counts over each "
+                    "micro-batch."
                 )
 
     def share(self) -> dict[str, tuple[Tensor, Number | None]]:
@@ -196,8 +225,9 @@ class Normaliser:
     def settle(self, whole: Mapping[str, tuple[Tensor, Number | None]]) -> None:
         """Replaces the sums and weights of this process by those of all processes together."""
         whole = whole or {SINGLE: (torch.zeros(()), 0)}  # nobody had anything
-        self._terms = {name: TermSum(weight) for name, (_, weight) in whole.items()}
-        for name, (total, _) in whole.items():
+        self._terms = {}
+        for name, (total, weight) in whole.items():
+            self._terms[name] = _TermSum(weight)
             self._terms[name].add(total, 1.0)
 
     def means(self) -> dict[str, Tensor]:
@@ -221,7 +251,7 @@ class Normaliser:
     def _add(self, name: str, root: Tensor, weight: Number | None, *, is_mean: bool) -> None:
         term = self._terms.get(name)
         if term is None:
-            term = self._terms[name] = TermSum(weight)
+            term = self._terms[name] = _TermSum(weight)
         elif term.weight is None or weight is None:
             if term.weight is not weight:
                 raise LossError(
@@ -278,36 +308,17 @@ class Normaliser:
         return rescale
 
 
-def _require_one_weight(losses: Mapping[str, Loss]) -> None:
+def _check_one_weight(losses: Mapping[str, Loss]) -> None:
     """Terms with totals of their own need these before the first backward; terms of one common weight do not."""
     weights = {name: None if loss.weight is None else host_number(loss.weight) for name, loss in losses.items()}
-    values = list(weights.values())
-    same = all(_is_same(value, values[0]) for value in values)
-    if not same:
+    # A tensor's hash is its identity: counts on a device are not compared, since that would wait for the device.
+    if len(set(weights.values())) > 1:
         seen = ", ".join(f"{name!r} over {_shown(weight)}" for name, weight in weights.items())
         raise LossError(
             f"The terms of the loss are means over different things ({seen}), and one backward adds all of them to the "
             "same gradient, so each must be divided by its own total before that total has been seen. Give the totals "
             "ahead: weights=lambda batch: {" + ", ".join(f'"{name}": ...' for name in losses) + "}."
         )
-
-
-def _is_same(one: Number | None, other: Number | None) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return False  # equal or not: comparing would wait for the device
-    return one == other
-
-
-def _is_nothing(weight: Number) -> bool:
-    """Whether a mean is over nothing, and so adds nothing to its term.
-
-    It is 0 / 0, and a backward of it makes NaN however it is seeded, so it must not be run. For a count on a device
-    this is the one wait for the device. A sum over nothing is run: it is 0 by itself, or belongs to the whole all the
-    same (smoothed labels whose own classes have no weight).
-    """
-    return not weight
 
 
 def _names(terms: Mapping[str, object]) -> str:

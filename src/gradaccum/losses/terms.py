@@ -15,10 +15,7 @@ from gradaccum.losses.normaliser import SINGLE, host_number
 def as_terms(loss: Any, samples: int | None, weights: Mapping[str, Weight] | None = None) -> dict[str, Loss]:
     """What a user's loss function returned, as losses by name; a single one under `SINGLE`.
 
-    Args:
-        loss: `Loss`, 0-d tensor, or a dict of these by name.
-        samples: rows of the micro-batch, which a plain tensor is the mean over; None where unknown.
-        weights: what plain tensors are means over where the user has said so, by name.
+    A plain tensor is a mean over what ``weights`` has under its name, and otherwise over the micro-batch's samples.
 
     Raises:
         LossError: not a scalar, no graph, or a plain tensor whose number of samples is unknown.

@@ -50,51 +50,30 @@ HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How one loss of torch is taken apart into a sum and a weight.
-
-    Attributes:
-        function: the functional form.
-        signature: the parameters of ``function``.
-        over: what the mean is taken over, by reduction. "sum" is not among them, since nothing divides it.
-        losses: computes the losses, where ``function`` with ``reduction="none"`` is not the way.
-        module: the loss class.
-        forward: the parameters of the class's ``forward``, ``self`` included.
-        inputs: the names that ``function`` has for what ``forward`` takes, in the same order.
-        options: returns the other arguments that a module of the class passes to ``function``.
-    """
+    """How one loss of torch is taken apart into a sum and a weight."""
 
     function: Callable[..., Tensor]
-    signature: inspect.Signature
-    over: Mapping[str, Over]
-    losses: Callable[[Arguments], Tensor] | None
+    signature: inspect.Signature  # of ``function``
+    over: Mapping[str, Over]  # what the mean is taken over, by reduction; not "sum", which nothing divides
+    losses: Callable[[Arguments], Tensor] | None  # computes them where ``reduction="none"`` is not the way
     module: type[nn.Module]
-    forward: inspect.Signature
-    inputs: tuple[str, ...]
-    options: Callable[[Any], dict[str, Any]]
+    forward: inspect.Signature  # of the class, ``self`` included
+    inputs: tuple[str, ...]  # the names that ``function`` has for what ``forward`` takes, in the same order
+    options: Callable[[Any], dict[str, Any]]  # the other arguments that a module passes to ``function``
 
     def unreduced(self, arguments: Arguments) -> Tensor:
         """Computes the losses that the reduction adds up."""
-        if self.losses is not None:
-            return self.losses(arguments)
-        return self.function(**_reduced(arguments, "none"))
+        return self.function(**_reduced(arguments, "none")) if self.losses is None else self.losses(arguments)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """Returns the rule of a torch loss, or of a subclass that inherits its ``forward``; None for every other module.
-
-    A subclass with a ``forward`` of its own may compute anything, so it is not known, and neither is a module whose
-    ``forward`` was replaced.
-    """
+    """The rule of a torch loss, or of a subclass that inherits its ``forward``; None for any other ``forward``."""
     return None if "forward" in vars(module) else _BY_FORWARD.get(type(module).forward)
 
 
 def torch_class_of(module: nn.Module) -> type[nn.Module] | None:
-    """Returns the loss class of torch that the module's class is derived from; None where there is none."""
+    """The loss class of torch that the module's class is derived from; None where there is none."""
     return next((cls for cls in type(module).__mro__ if cls.__dict__.get("forward") in _BY_FORWARD), None)
-
-
-def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
-    return {**arguments, "reduction": reduction}
 
 
 def add_up(items: Tensor, *, divides: bool = False) -> Tensor:
@@ -106,6 +85,10 @@ def add_up(items: Tensor, *, divides: bool = False) -> Tensor:
     """
     is_short = items.dtype == torch.float16 or (divides and items.dtype == torch.bfloat16)
     return items.sum(dtype=torch.float32) if is_short else items.sum()
+
+
+def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
+    return {**arguments, "reduction": reduction}
 
 
 # What means are taken over.
@@ -200,9 +183,6 @@ def _linear_cross_entropy_options(module: nn.LinearCrossEntropyLoss) -> dict[str
     }
 
 
-# The table.
-
-
 _OWNED = ("linear_weight", "module")  # what two functional forms require, and the module itself brings along
 
 
@@ -218,7 +198,7 @@ def _rule(
     losses: Callable[[Arguments], Tensor] | None = None,
     **over: Over,
 ) -> Rule:
-    """Makes the rule of a loss whose class has options under the names, ``attributes``, that the function has too."""
+    """The rule of a loss whose class has options under the names, ``attributes``, that the function has too."""
     signature = inspect.signature(function)
     # By position and not by name: PoissonNLLLoss calls its input log_input, which in the functional form is an option.
     required = [parameter.name for parameter in signature.parameters.values() if parameter.default is parameter.empty]

@@ -44,18 +44,16 @@ def split_by_cost(
     The one with most to run comes first, so that one which does not fit fails before others have run.
 
     Columns that are padding in every sample of a piece are trimmed in every field and every dimension of that width,
-    on the right, the left or both: ids, labels, masks (square ones too), positions, features. Which columns are padding
-    is read from the batch, and believed where the costs agree: they count the real columns, but for a constant, or are
-    the sum of two such counts (source and target), or rank the samples as a mask in the batch does (squares, seconds).
-    A mask under the key ``"attention_mask"`` needs no such proof. A dimension that is not certainly padded stays as it
-    is; if that is all of them, the logger says once why. Where padding is an end-of-text token, and neither mask nor
-    labels tell the two apart, the costs must count it: real columns that look like padding are kept only if they do.
+    on either side. Which columns are padding is read from the batch, and believed where the costs agree: they count the
+    real columns, but for a constant, or two such counts (source and target), or rank the samples as a mask does
+    (squares, seconds). A mask under the key ``"attention_mask"`` needs no such proof. What is not certainly padded
+    stays; if that is all, the logger says once why. Where padding is an end-of-text token, and neither mask nor labels
+    tell the two apart, the costs must count it: real columns that look like padding are kept only if they do.
 
     The gradient is exact under two conditions, which are not checked. The model's outputs at real columns do not depend
     on how many padded ones there are: attention is masked, recurrence is causal or packed; positions on the left-padded
-    side come from the batch or the mask, not from a count of columns; there is no convolution, pooling or normalisation
-    over padding. And the loss is a mean over tokens, a `Loss` that knows their number: a mean over all columns, padding
-    included, changes with the padding.
+    side come from the batch or the mask; no convolution, pooling or normalisation runs over padding. And the loss is a
+    mean over tokens, a `Loss` that knows their number: a mean over all columns changes with the padding.
 
     Args:
         cost: ``cost(batch)`` is called with the whole batch and returns ``[rows]``, what each sample costs, not
@@ -100,8 +98,8 @@ class _ByCost:
     max_cost: int
     piece_cost: float | None
     trim: bool
-    # Where the batch is padded, and the tensors that this was read from: every piece needs it, and reading it takes a
-    # pass over the whole batch.
+    # Every piece needs the batch's padding, and reading it takes a pass over the whole batch: so it is kept, with the
+    # tensors that it was read from.
     _padding: Padding | None = None
     _read_from: list[weakref.ref[Tensor]] = field(default_factory=list)
     _has_logged: bool = False
@@ -145,13 +143,12 @@ class _ByCost:
         return self._padding
 
     def _costs(self, batch: Any) -> list[float]:
-        """Returns what each row costs. Synchronises with the device of the costs."""
+        """What each row costs; this synchronises with the device of the costs."""
         rows = rows_to_split(batch)
         costs = self.cost(batch)
-        if not isinstance(costs, Tensor) or costs.shape != (rows,) or costs.is_complex():
-            kind = type(costs).__name__
-            if isinstance(costs, Tensor):
-                kind = f"tensor of shape {tuple(costs.shape)} and {costs.dtype}"
+        is_tensor = isinstance(costs, Tensor)
+        if not is_tensor or costs.shape != (rows,) or costs.is_complex():
+            kind = f"tensor of shape {tuple(costs.shape)} and {costs.dtype}" if is_tensor else type(costs).__name__
             raise BatchError(
                 f"cost(batch) returned a {kind} for a batch of {rows} rows. Return a 1-d tensor with one real number "
                 "for each row, such as batch['attention_mask'].sum(1)."

@@ -33,13 +33,13 @@ class _BySamples:
 
     def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
         rows = rows_to_split(batch)
-        micro_batch_size = size if max_rows is None else min(size, max_rows)
-        if micro_batch_size < 1:
+        size = size if max_rows is None else min(size, max_rows)
+        if size < 1:
             raise WindowError(
-                f"micro_batch_size={micro_batch_size}: a micro-batch has at least one sample. "
+                f"micro_batch_size={size}: a micro-batch has at least one sample. "
                 "Pass the largest number of samples that fits in memory."
             )
-        return _equal_pieces(range(rows + 1), micro_batch_size)
+        return _equal_pieces(range(rows + 1), size)
 
     def cut(self, batch: Any, rows: Rows) -> Any:
         return tree.take(batch, rows)
@@ -57,7 +57,7 @@ def split_by_groups(groups: GhostBatch) -> Split:
 
 
 @dataclass(frozen=True, slots=True)
-class _ByGroups:
+class _ByGroups(_BySamples):
     groups: GhostBatch
 
     def largest(self, batch: Any) -> int:
@@ -75,9 +75,6 @@ class _ByGroups:
         sizes = self.groups.group_sizes(rows_to_split(batch))
         return _equal_pieces(list(accumulate(sizes, initial=0)), size)
 
-    def cut(self, batch: Any, rows: Rows) -> Any:
-        return tree.take(batch, rows)
-
 
 def _equal_pieces(bounds: Sequence[int], size: int) -> list[slice]:
     """Cuts at some of ``bounds``, with at most ``size`` of the units between them in a piece."""
@@ -89,7 +86,7 @@ def _equal_pieces(bounds: Sequence[int], size: int) -> list[slice]:
 
 
 def rows_to_split(batch: Any) -> int:
-    """Returns the number of rows of a batch, which is at least one.
+    """The number of rows of a batch, which is at least one.
 
     Raises:
         BatchError: there is no tensor with rows, two disagree, or there are 0.

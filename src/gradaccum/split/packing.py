@@ -34,11 +34,7 @@ from gradaccum.types import Rows
 def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: int) -> list[list[int]]:
     """Divides the samples into pieces: the piece with most to run comes first, the rows of a piece ascend.
 
-    Args:
-        costs: the cost of each sample, not negative.
-        size: the largest rows times costliest of a piece; a sample that costs more than that is a piece of its own.
-        piece_cost: what a piece costs besides, in the unit of the costs.
-        max_rows: the largest number of rows of a piece.
+    A sample that costs more than ``size`` is a piece of its own.
 
     Example:
         >>> from gradaccum.split.packing import pack
@@ -64,7 +60,7 @@ def pack(costs: Sequence[float], *, size: float, piece_cost: float, max_rows: in
 
 
 def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost: float) -> list[int]:
-    """Returns for each stop where the piece that ends there starts, in the best division of the samples before it."""
+    """For each stop, where the piece that ends there starts in the best division of the samples before it."""
     rows = len(ascending)
     total = [0.0] * (rows + 1)
     starts = [0] * (rows + 1)
@@ -93,11 +89,7 @@ def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost
 
 
 def restore_order(pieces: Sequence[Rows], outputs: Sequence[Tensor]) -> Tensor:
-    """Joins the outputs of a batch's pieces in the batch's own order, with gradient.
-
-    Args:
-        pieces: the rows of each piece; together they are every row of the batch once.
-        outputs: the output of each piece, ``[rows of the piece, ...]``.
+    """Joins the outputs of a batch's pieces, ``[rows of the piece, ...]``, in the batch's own order, with gradient.
 
     Raises:
         BatchError: the outputs differ in more than their rows.

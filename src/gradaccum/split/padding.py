@@ -5,8 +5,7 @@ value may be padded there, or its samples may all end alike (in an end-of-text t
 columns from the gradient without a word. So three things have to come together:
 
 1. **A claim.** Along a dimension of some width, each sample of a field ends (or, on the left, begins) in a run of one
-   value: the one that the cheapest sample ends in, since it is padded most. The sample's length is what is not in the
-   run.
+   value: the one that the cheapest sample ends in, since it is padded most. The sample's length is what is left.
 2. **A reason to believe it.** In every sample the length is the cost plus a constant that is not negative (a token more
    than there are targets, say), and the lengths differ. Or that holds for what is left of the costs after another
    width's lengths (source and target). Or the field is a mask of 0 and 1 that ranks the samples as the costs do
@@ -15,9 +14,9 @@ columns from the gradient without a word. So three things have to come together:
    the same for all samples (positions, a causal mask). A field that is neither holds something real there.
 
 A width that fails is left as it is on that side; so is one that only the costs call padded on both sides. Where costs
-count real columns, a believed length is never below its cost, so nothing real is cut off on the padded side, whatever
-the values are. On the other side that would take samples that begin, or end, in runs of one value exactly as long as
-the costs suggest. Whether the model looks at padding is not known here; see `split_by_cost`.
+count real columns, a believed length is never below its cost, so nothing real is cut off on the padded side. On the
+other side that would take samples that begin, or end, in runs of one value exactly as long as the costs suggest.
+Whether the model looks at padding is not known here; see `split_by_cost`.
 """
 
 from __future__ import annotations
@@ -74,46 +73,39 @@ class _Claim:
 
 
 def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
-    """Reads where the batch is padded, for every width it has.
+    """Reads where a batch of at least one row is padded, for every width it has, given the cost of each row.
 
     On a device this synchronises a few times for each field.
-
-    Args:
-        batch: at least one row.
-        costs: the cost of each row.
     """
     fields = _fields(batch)
     if fields is None:
         return Padding(real={}, doubt="the batch holds tensors that are not strided")
     claims = list(_claims(batch, fields, costs))
+    believed: dict[tuple[int, _Side], list[_Claim]] = {}
+    for claim in claims:
+        others = [other for other in claims if other.width != claim.width]
+        believed.setdefault((claim.width, claim.side), []).extend([claim] if _is_believed(claim, costs, others) else [])
     lengths: dict[tuple[int, _Side], list[int]] = {}
-    named: set[tuple[int, _Side]] = set()
     doubt = ""
-    for width, side in dict.fromkeys((claim.width, claim.side) for claim in claims):
-        here = [claim for claim in claims if (claim.width, claim.side) == (width, side)]
-        elsewhere = [claim for claim in claims if claim.width != width]
-        believed = [claim for claim in here if _is_believed(claim, costs, elsewhere)]
-        if not believed:
+    for (width, side), here in believed.items():
+        if not here:
             doubt = doubt or f"the costs do not go with the lengths that are seen along a dimension of {width}"
             continue
-        longest = [max(of_row) for of_row in zip(*(claim.lengths for claim in believed), strict=True)]
-        others = [(field, dim) for field, dim in _dims(fields) if field.shape[dim] == width
-                  and not any(field is claim.field and dim == claim.dim for claim in believed)]  # fmt: skip
-        veto = next((field for field, dim in others if not _is_padded(field, dim, side, longest)), None)
-        if veto is not None:
+        longest = [max(of_row) for of_row in zip(*(claim.lengths for claim in here), strict=True)]
+        veto = _veto(fields, width, side, longest, here)
+        if veto is None:
+            lengths[width, side] = longest
+        else:
             doubt = f"a field of shape {tuple(veto.shape)} is not constant where others are padded"
-            continue
-        lengths[width, side] = longest
-        if any(claim.is_named for claim in believed):
-            named.add((width, side))
     real: dict[int, tuple[Tensor, Tensor]] = {}
     for width in dict.fromkeys(width for width, _ in lengths):
-        left, right = (width, _Side.LEFT), (width, _Side.RIGHT)
-        if {left, right} <= lengths.keys() and not {left, right} <= named:
+        sides = [(width, side) for side in _Side]
+        is_named = all(any(claim.is_named for claim in believed[side]) for side in sides if side in lengths)
+        if all(side in lengths for side in sides) and not is_named:
             doubt = f"the costs go with lengths along a dimension of {width} from the left and from the right"
             continue
-        full = [width] * len(costs)
-        real[width] = width - torch.tensor(lengths.get(left, full)), torch.tensor(lengths.get(right, full))
+        left, right = (torch.tensor(lengths.get(side, [width] * len(costs))) for side in sides)
+        real[width] = width - left, right
     return Padding(real=real, doubt=doubt)
 
 
@@ -123,8 +115,6 @@ def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
     for width, (starts, stops) in padding.real.items():
         start = min(int(starts[rows].min()), width - 1)
         spans[width] = slice(start, max(int(stops[rows].max()), start + 1))
-    if not spans:
-        return tree.take(batch, rows)
 
     def narrow(leaf: Any) -> Any:
         shape = getattr(leaf, "shape", ())
@@ -136,7 +126,7 @@ def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
 
 
 def _fields(batch: Any) -> list[Tensor] | None:
-    """Returns every tensor and array with columns; None where one cannot be compared column by column."""
+    """Every tensor and array with columns; None where one cannot be compared column by column."""
     fields = [leaf for _, leaf in tree.named_leaves(batch, "batch") if len(getattr(leaf, "shape", ())) > 1]
     try:
         tensors = [field if isinstance(field, Tensor) else torch.tensor(field) for field in fields]
@@ -146,12 +136,10 @@ def _fields(batch: Any) -> list[Tensor] | None:
 
 
 def _dims(fields: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Yields every field with every dimension of it that could be trimmed."""
     for field in fields:
         yield from ((field, dim) for dim in range(1, field.dim()) if field.numel() and field.shape[dim] > 1)
 
 
-# -------------------------------------------------------------------------------------------------------- 1. the claims
 def _claims(batch: Any, fields: Sequence[Tensor], costs: Sequence[float]) -> Iterator[_Claim]:
     cheapest = costs.index(min(costs))
     named = [batch[name] for name in MASKS if name in batch] if isinstance(batch, Mapping) else []
@@ -159,26 +147,22 @@ def _claims(batch: Any, fields: Sequence[Tensor], costs: Sequence[float]) -> Ite
         is_named = any(field is mask for mask in named) and _is_mask(field)
         for side in _Side:
             width = field.shape[dim]
+            row = field[cheapest : cheapest + 1]
             if is_named:
-                pad = torch.zeros((1, 1, 1), dtype=field.dtype, device=field.device)
+                pad = field.new_zeros((1, 1, 1))
+            elif int(_lengths(row, dim, side)) > width - MIN_PADDED:
+                continue  # for most fields that are not padded, one row is enough to know
             else:
-                row = field[cheapest : cheapest + 1]
-                if int(_lengths(row, dim, side)) > width - MIN_PADDED:
-                    continue  # for most fields that are not padded, one row is enough to know
-                pad = _by_column(row, dim)[:, -1 if side is _Side.RIGHT else 0, None]
+                pad = _outermost(_by_column(row, dim), side)
             lengths = _lengths(field, dim, side, pad).tolist()
             if min(lengths) < width:
                 yield _Claim(field=field, dim=dim, side=side, lengths=lengths, is_named=is_named)
 
 
 def _lengths(field: Tensor, dim: int, side: _Side, pad: Tensor | None = None) -> Tensor:
-    """Counts the columns of each row that remain without the run of one column at its side.
+    """Counts the columns of each row, along ``dim``, that remain without the run of one column at its side.
 
-    Args:
-        field: ``[rows, ...]``.
-        dim: the dimension along which the columns lie.
-        side: where the run is.
-        pad: the column that the run repeats, ``[1, 1, elements of a column]``; None for each row's own outermost one.
+    ``pad`` is the column that the run repeats, ``[1, 1, elements of a column]``; None for each row's own outermost one.
     """
     width = field.shape[dim]
     count = torch.arange(1, width + 1, dtype=torch.int32, device=field.device)
@@ -187,7 +171,7 @@ def _lengths(field: Tensor, dim: int, side: _Side, pad: Tensor | None = None) ->
     lengths: list[Tensor] = []
     for part in field.split(max(1, CHUNK * field.shape[0] // field.numel())):
         columns = _by_column(part, dim)
-        differs = columns != (columns[:, -1 if side is _Side.RIGHT else 0, None] if pad is None else pad)
+        differs = columns != (_outermost(columns, side) if pad is None else pad)
         differs = differs.view(torch.uint8).amax(2)  # a tenth of the time of any(2)
         lengths.append((differs * count).amax(1))
     return torch.cat(lengths)
@@ -198,21 +182,19 @@ def _by_column(field: Tensor, dim: int) -> Tensor:
     return field.movedim(dim, 1).reshape(field.shape[0], field.shape[dim], -1)
 
 
+def _outermost(columns: Tensor, side: _Side) -> Tensor:
+    return columns[:, -1 if side is _Side.RIGHT else 0, None]
+
+
 def _is_mask(field: Tensor) -> bool:
     return field.dim() == 2 and (field.dtype == torch.bool or bool(((field == 0) | (field == 1)).all()))
 
 
-# ---------------------------------------------------------------------------------------------------- 2. what bears out
 def _is_believed(claim: _Claim, costs: Sequence[float], elsewhere: Sequence[_Claim]) -> bool:
-    costs_without_others = (
-        [cost - length for cost, length in zip(costs, other.lengths, strict=True)] for other in elsewhere
-    )
-    return (
-        claim.is_named
-        or _is_explained(claim, costs)
-        or any(_is_explained(claim, rest) for rest in costs_without_others)
-        or _is_ranked(claim, costs)
-    )
+    if claim.is_named or _is_explained(claim, costs) or _is_ranked(claim, costs):
+        return True
+    without = ([cost - length for cost, length in zip(costs, other.lengths, strict=True)] for other in elsewhere)
+    return any(_is_explained(claim, rest) for rest in without)
 
 
 def _is_explained(claim: _Claim, costs: Sequence[float]) -> bool:
@@ -241,9 +223,15 @@ def _is_ranked(claim: _Claim, costs: Sequence[float]) -> bool:
     return ranked == sorted(ranked)
 
 
-# ---------------------------------------------------------------------------------------------------------- 3. the veto
-def _is_padded(field: Tensor, dim: int, side: _Side, lengths: Sequence[int]) -> bool:
-    own = _lengths(field, dim, side)
-    if bool((own <= torch.tensor(lengths, device=own.device)).all()):
-        return True
-    return len(set(lengths)) > 1 and bool((field == field[:1]).all())
+def _veto(
+    fields: Sequence[Tensor], width: int, side: _Side, lengths: Sequence[int], believed: Sequence[_Claim]
+) -> Tensor | None:
+    """The first field of this width that is neither constant past the lengths nor the same for all samples."""
+    for field, dim in _dims(fields):
+        if field.shape[dim] != width or any(field is claim.field and dim == claim.dim for claim in believed):
+            continue
+        own = _lengths(field, dim, side)
+        is_padded = bool((own <= torch.tensor(lengths, device=own.device)).all())
+        if not is_padded and (len(set(lengths)) == 1 or not bool((field == field[:1]).all())):
+            return field
+    return None

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import ParameterError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
-from gradaccum.gradients.persistent import check_persistent
-from gradaccum.gradients.wide import checked_accumulate_dtype
+from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
 from gradaccum.sync.detect import Sync
 
 

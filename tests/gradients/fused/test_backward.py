@@ -363,21 +363,20 @@ def test_the_gradient_is_torchs(name: str) -> None:
         assert torch.equal(value, state[key])
 
 
+def fused_backward(model: nn.Module) -> FusedBackward:
+    choice = choice_of(True)
+    assert choice is not None
+    return FusedBackward(model.parameters(), choice)
+
+
 def in_place(model: nn.Module, loss: Tensor) -> frozenset[str]:
-    plan = FusedBackward(model.parameters(), everywhere()).plan((loss,), None, read_graph((loss,)))
+    plan = fused_backward(model).plan((loss,), None, read_graph((loss,)))
     chosen = {} if plan is None else plan.in_place
     return frozenset(name for name, parameter in model.named_parameters() if parameter in chosen)
 
 
-def everywhere() -> Any:
-    choice = choice_of(True)
-    assert choice is not None
-    return choice
-
-
 def run(model: nn.Module, loss: Tensor) -> None:
-    fused = FusedBackward(model.parameters(), everywhere())
-    assert fused.run((loss,), (torch.ones_like(loss),), None, read_graph((loss,)))
+    assert fused_backward(model).run((loss,), (torch.ones_like(loss),), None, read_graph((loss,)))
 
 
 # --------------------------------------------------------------------------------------------------- what must still be
@@ -388,7 +387,7 @@ def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     seen: list[Tensor] = []
     node_fired: list[bool] = []
     weight = model.table.weight
-    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(_copied(parameter.grad)))
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
     node: Any = weight.expand_as(weight).grad_fn
     node = node.next_functions[0][0]  # where DistributedDataParallel listens
     node.register_hook(lambda *_: node_fired.append(True))
@@ -403,23 +402,22 @@ def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     assert len(node_fired) == 2
 
 
-def _copied(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return gradient.clone()
+class With(torch.autograd.Function):
+    """A copy with another backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backward: Callable[[], Any]) -> Tensor:
+        ctx.run = backward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ctx.run(), None
 
 
 def test_a_weight_without_any_gradient_from_a_use() -> None:
-    class Nothing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return None
-
     model = layers()
-    loss = model[2](torch.ones(1, 6)).sum() + Nothing.apply(model[0](torch.ones(1, WIDTH))).sum()
+    loss = model[2](torch.ones(1, 6)).sum() + With.apply(model[0](torch.ones(1, WIDTH)), lambda: None).sum()
     run(model, loss)
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
@@ -447,7 +445,7 @@ def test_several_roots_one_of_them_a_parameter() -> None:
     model.register_parameter("scale", scale)
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
     out = model["layer"](x)
-    fused = FusedBackward(model.parameters(), everywhere())
+    fused = fused_backward(model)
     seed = torch.ones((), dtype=torch.float64)
     roots = (out.pow(2).sum(), out.sum(), scale)
     assert fused.run(roots, (seed, -seed, 3 * seed), None, read_graph(roots))
@@ -460,19 +458,13 @@ def test_several_roots_one_of_them_a_parameter() -> None:
 
 
 def test_a_backward_that_fails_leaves_no_hook_behind() -> None:
-    class Breaks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise MisuseError("broken")
+    def breaks() -> None:
+        raise MisuseError("broken")
 
     model = layers().double()
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
     hidden = model[0](x)
-    broken = model[2](Breaks.apply(hidden)).sum()
+    broken = model[2](With.apply(hidden, breaks)).sum()
     with pytest.raises(MisuseError, match="broken"):
         run(model, broken)
     model.zero_grad()
@@ -506,9 +498,7 @@ def test_under_autocast_the_products_are_torchs_before_rounding(inside: bool) ->
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(x).float().pow(2).sum()
-            if inside:
-                run(model, loss) if with_library else loss.backward()
-        if not inside:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             run(model, loss) if with_library else loss.backward()
         return gradients_of(model)
 

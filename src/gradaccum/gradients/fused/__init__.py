@@ -2,13 +2,11 @@
 
 | file | idea |
 | --- | --- |
-| `backward.py` | a backward that leaves such weights out, and adds their gradients by hooks on the nodes |
-| `linear.py`, `embedding.py` | the gradient of each kind of use |
-| `product.py` | the addition, in every mixture of dtypes |
-| `saved.py` | what a node has saved, read without taking it away |
-| `gradient_memory.py` | one window's gradients written where the last window's were |
-| `choice.py` | the option: for which weights it pays |
+| `backward.py` | a backward that leaves such parameters out, and adds their gradients by hooks on the nodes |
+| `parameter_uses.py` | the gradient of each kind of use, from what its node has saved |
+| `product.py` | the addition, in every mixture of dtypes, and the memory that the first one writes to |
+| `choice.py` | the option: for which parameters it pays |
 
-Convolutions are left to torch: their kernels for weight gradients cannot add to what is there, and their weights are
+Convolutions are left to torch: their kernels for weight gradients cannot add to what is there, and their parameters are
 small beside what they are applied to. So are norms and biases: vectors, whose sums cost nothing.
 """

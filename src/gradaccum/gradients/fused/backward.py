@@ -1,18 +1,18 @@
 """A backward that adds weight gradients up in place.
 
-Torch's backward makes each weight's gradient in a tensor of its own and then adds it to ``.grad``. Here the graph is
-read first (`graph`). A weight all of whose uses are understood is left out of what the engine is asked for, so that
+Torch's backward makes each parameter's gradient in a tensor of its own and then adds it to ``.grad``. Here the graph is
+read first (`graph`). A parameter all of whose uses are understood is left out of what the engine is asked for, so that
 the gradient is not made; a hook on each of these uses' nodes gets the same incoming gradient the node gets, and adds
-the product to ``.grad`` in place. The engine does everything else, and all weights that are not understood.
+the product to ``.grad`` in place. The engine does everything else, and all parameters that are not understood.
 
-So the model is not touched: no module is swapped and no function patched, and what a graph cannot show to be right,
-is torch's own: parametrised weights are no leaves, compiled or custom functions no known operations, double backwards
-no backwards of this library.
+So the model is not touched: no module is swapped and no function patched. What a graph cannot show to be right is left
+to torch: what a parametrisation computes is no leaf, a compiled or custom function is no known operation, and a double
+backward is no backward of this library.
 
 The engine's promises that would be lost by leaving a leaf out are kept: after the backward each of these leaves gets
 "no gradient" through the engine, with which post-accumulate hooks and hooks on the leaf's node fire as always, once,
-when the gradient is complete. A hook on the weight itself would have to see the gradient, so such weights are left
-to torch. What is not seen: a hook on a transposed or cast weight (``w = weight.t(); w.register_hook(...)``).
+when the gradient is complete. A hook on the parameter itself would have to see the gradient, so such parameters are
+left to torch. What is not seen: a hook on a transposed or cast parameter (``w = weight.t(); w.register_hook(...)``).
 
 Sources: apex's ``fused_weight_gradient_mlp_cuda`` and Megatron-LM's use of it for the idea; torch's
 ``csrc/autograd/engine.cpp`` (``init_to_execute``) for what inputs do to a backward.
@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, Variable
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge
 
-from gradaccum.gradients.fused import embedding, linear
 from gradaccum.gradients.fused.choice import Choice
-from gradaccum.gradients.fused.gradient_memory import GradientMemory
-from gradaccum.gradients.fused.product import Add, Gradients, accumulate_dtype_of
+from gradaccum.gradients.fused.parameter_uses import gradient_of
+from gradaccum.gradients.fused.product import Add, GradientMemory, Gradients, accumulate_dtype_of
 from gradaccum.gradients.graph import Graph, Use
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -44,7 +43,7 @@ class Plan:
     """What is done with the leaves of one backward.
 
     Attributes:
-        in_place: for each weight whose gradient is added up in place, its uses, and what adds the gradient of each.
+        in_place: for each parameter whose gradient is added up in place, its uses, and what adds the gradient of each.
         rest: the leaves whose gradients the engine makes.
     """
 
@@ -53,17 +52,11 @@ class Plan:
 
 
 class FusedBackward:
-    """Runs backwards for one set of parameters.
-
-    Args:
-        parameters: those whose gradients may be added up in place.
-        choice: for which of them that pays.
-    """
+    """Runs backwards for one set of parameters, of which ``choice`` says where adding in place pays."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], choice: Choice) -> None:
         self._choice = choice
         self._candidates = {id(parameter) for parameter in parameters if choice.may_pay(parameter)}
-
         self._memory = GradientMemory()
         # What was added up in place in this window: the sums, which need not be looked at again.
         self._written: dict[nn.Parameter, Tensor | None] = {}
@@ -74,12 +67,9 @@ class FusedBackward:
         return bool(self._candidates)
 
     def plan(self, roots: Sequence[Tensor], only: frozenset[int] | None, graph: Graph) -> Plan | None:
-        """Which gradients of a backward would be added up in place, and what is left to the engine; None for nothing.
+        """Divides the leaves of a backward between this and the engine; None where nothing is added in place.
 
-        Args:
-            roots: where the backward starts.
-            only: ids of the leaves that may get a gradient; None for all.
-            graph: of the roots.
+        ``only`` are the ids of the leaves that may get a gradient; None for all.
         """
         if graph.checkpoints:  # which torch lets no backward with inputs reach
             return None
@@ -95,23 +85,9 @@ class FusedBackward:
         return Plan(in_place, rest) if in_place else None
 
     def run(
-        self,
-        roots: tuple[Tensor, ...],
-        seeds: tuple[Tensor, ...],
-        only: frozenset[int] | None,
-        graph: Graph,
+        self, roots: tuple[Tensor, ...], seeds: tuple[Tensor, ...], only: frozenset[int] | None, graph: Graph
     ) -> bool:
-        """Runs the backward of one micro-batch.
-
-        Args:
-            roots: where it starts.
-            seeds: the gradients it starts with.
-            only: ids of the leaves that may get a gradient; None for all.
-            graph: of the roots.
-
-        Returns:
-            Whether it has run; if not, nothing has happened.
-        """
+        """Runs the backward of one micro-batch, and returns whether it has: if not, nothing has happened."""
         plan = self.plan(roots, only, graph)
         if plan is None:
             return False
@@ -119,40 +95,32 @@ class FusedBackward:
         streams = _Streams(plan.in_place)
         handles: list[Any] = []
         try:
-            for weight, adds in plan.in_place.items():
+            for parameter, adds in plan.in_place.items():
                 for use, add in adds:
-                    handles.append(use.node.register_prehook(_hook(add, weight, streams)))
+                    handles.append(use.node.register_prehook(_hook(add, parameter, streams)))
                     # A node is run for what is asked for only: without this, one that leads to nothing else is not.
                     inputs.append(GradientEdge(use.node, 0))
-            Variable._execution_engine.run_backward(
-                roots, seeds, False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True
-            )
+            torch.autograd.backward(roots, seeds, inputs=inputs)
         finally:
             for handle in handles:  # each holds its node, and is held by it
                 handle.remove()
         streams.leave()
-        for weight in plan.in_place:
-            self._written[weight] = weight.grad
-        _tell_hooks(plan.in_place)
+        for parameter in plan.in_place:
+            self._written[parameter] = parameter.grad
+        _run_hooks_of(plan.in_place)
         return True
 
-    def keep_memory(self) -> None:
-        """The window is over: the next one writes its gradients where these are."""
-        self._memory.keep(self._written)
-        self._written = {}
-
-    def free_memory(self) -> None:
-        """The window is over, and the next one may be long in coming."""
-        self._memory.free()
+    def end(self, *, keeps_memory: bool) -> None:
+        """Ends the window. Where the memory of its gradients is kept, the next window writes its own there."""
+        self._memory.keep(self._written if keeps_memory else ())
         self._written = {}
 
     def _adds_of(self, graph: Graph, node: Any, leaf: Tensor) -> list[tuple[Use, Add]] | None:
-        """What adds up the gradient of each use of a weight; None where torch is to do it."""
+        """What adds up the gradient of each use of a parameter; None where torch is to do it."""
         if type(leaf) is not nn.Parameter or not leaf.requires_grad or leaf._backward_hooks:
             return None
-        dtype = accumulate_dtype_of(leaf)
         total = leaf.grad
-        if dtype not in _FLOATS:
+        if accumulate_dtype_of(leaf) not in _FLOATS:
             return None
         if total is not None and total is not self._written.get(leaf) and not _can_add_to(total, leaf):
             return None
@@ -163,11 +131,9 @@ class FusedBackward:
         num_rows = 0
         for use in uses:
             result = use.node._input_metadata[0]
-            of_result: torch.dtype = result.dtype
-            if of_result not in _FLOATS or result.device != leaf.device:
+            if result.dtype not in _FLOATS or result.device != leaf.device:
                 return None
-            add = linear.gradient_of(leaf, use, of_result, self._memory)
-            add = add or embedding.gradient_of(leaf, use, self._memory)
+            add = gradient_of(leaf, use, self._memory)
             if add is None:
                 return None
             num_rows += math.prod(result.shape[:-1])
@@ -198,12 +164,9 @@ class _Streams:
         if caller is None:
             return add
 
-        index = caller.device_index
-        callers_own = caller.cuda_stream
-
         def wait_and_add(gradients: Gradients) -> None:
-            if _raw_stream(index) != callers_own:
-                current = torch.cuda.current_stream(device)
+            current = torch.cuda.current_stream(device)
+            if current != caller:
                 current.wait_stream(caller)
                 self._others.append((caller, current))
             add(gradients)
@@ -211,51 +174,42 @@ class _Streams:
         return wait_and_add
 
     def leave(self) -> None:
-        """After the backward: the caller waits for what was added."""
+        """After the backward, has the caller wait for what was added."""
         for caller, other in self._others:
             caller.wait_stream(other)
 
 
-def _hook(add: Add, weight: Tensor, streams: _Streams) -> Add:
-    """What a node's hook is. All questions are asked here, once: right after a large GEMM each one takes 10 us."""
-    if torch.is_autocast_enabled(weight.device.type):  # as it is in the engine's threads; it would cast the factors
-        add = _outside_autocast(add, weight.device.type)
-    return streams.before(add, weight.device)
+def _hook(add: Add, parameter: Tensor, streams: _Streams) -> Add:
+    device_type = parameter.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return streams.before(add, parameter.device)
 
-
-def _outside_autocast(add: Add, device_type: str) -> Add:
-    def outside(gradients: Gradients) -> None:  # leaving a context in a thread of the engine would throw all casts away
+    # Autocast is on in the engine's threads too, and would cast the factors. Leaving a context of autocast in such a
+    # thread would throw all casts away, so only the flag is set.
+    def outside_autocast(gradients: Gradients) -> None:
         torch.set_autocast_enabled(device_type, False)
         try:
             add(gradients)
         finally:
             torch.set_autocast_enabled(device_type, True)
 
-    return outside
-
-
-def _raw_stream(index: int) -> int:
-    """The current stream of a CUDA device, without an object made for it, which takes longer than a small addition."""
-    handle: int = torch._C._cuda_getCurrentRawStream(index)
-    return handle
+    return streams.before(outside_autocast, parameter.device)
 
 
 class _NoGradient(Function):
-    """A function of weights whose backward has nothing for any of them."""
+    """A function of parameters whose backward has nothing for any of them."""
 
     @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> Tensor:
-        ctx.num_weights = len(weights)
-        return weights[0].new_empty(())
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.num_parameters = len(parameters)
+        return parameters[0].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return (None,) * ctx.num_weights
+        return (None,) * ctx.num_parameters
 
 
-def _tell_hooks(parameters: Iterable[nn.Parameter]) -> None:
+def _run_hooks_of(parameters: Iterable[nn.Parameter]) -> None:
     with torch.enable_grad():
         nothing = _NoGradient.apply(*parameters)
-    Variable._execution_engine.run_backward(
-        (nothing,), (torch.ones_like(nothing),), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
+    torch.autograd.backward(nothing)
