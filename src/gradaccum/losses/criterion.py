@@ -91,7 +91,8 @@ def _bound(loss: TorchLoss, inputs: tuple[Any, ...], options: dict[str, Any]) ->
     """A loss's rule, and all that its functional form is called with, by name."""
     rule, given = _rule_and_options(loss)
     if isinstance(loss, nn.Module):
-        inputs = rule.forward.bind(loss, *inputs, **options).args[1:]
+        if options or len(inputs) != len(rule.inputs):  # inputs by name, or a mistake
+            inputs = rule.forward.bind(loss, *inputs, **options).args[1:]
         return rule, {**given, **dict(zip(rule.inputs, inputs, strict=True))}
     first = loss.args if isinstance(loss, functools.partial) else ()
     bound = rule.signature.bind(*first, *inputs, **{**given, **options})

@@ -71,33 +71,40 @@ def _are_zero(weights: Iterable[Number | None]) -> bool:
 class _TermSum:
     """The roots of one term, each times its share, for the loss that is reported; and the term's weight so far.
 
-    Roots on a device stay there: reading one would wait for all work before it. None keeps a graph.
+    Roots on the host are read as they come: their backward has to have their value anyway, and a number keeps no graph.
+    On a device they stay, detached, until somebody asks: reading one waits for all work before it, and adding them up
+    would launch three kernels a micro-batch.
     """
 
     def __init__(self, weight: Number | None) -> None:
         self.weight = weight  # None for a plain sum, which is divided by nothing
-        self._total: Tensor | None = None
-        self._dtype = torch.float32
+        self._on_host = 0.0
+        self._on_device: list[tuple[Tensor, Number]] = []
+        self._dtype: torch.dtype | None = None
 
     def add(self, root: Tensor, share: Number) -> None:
         """Adds a root, 0-d, ``share`` times; not at all where that is 0, since a mean over nothing is NaN."""
-        self._dtype = torch.promote_types(self._dtype, root.dtype)
-        root = _wide(root.detach())
-        if isinstance(share, Tensor):
-            part = torch.where(share == 0, torch.zeros_like(root), root * share)
+        if self._dtype is None:
+            self._dtype = torch.float32 if root.dtype in HALF_DTYPES else root.dtype
+        if not root.is_cpu or type(root) is not Tensor or isinstance(share, Tensor):
+            self._on_device.append((root.detach(), share))
         elif share:
-            part = root * share
-        else:
-            return
-        self._total = part if self._total is None else self._total + part.to(self._total)
+            self._on_host += root.item() * share
 
     def mean(self, weight: Number | None) -> Tensor:
         """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
-        total = torch.zeros(()) if self._total is None else self._total
+        dtype = torch.float32 if self._dtype is None else self._dtype
+        device = self._on_device[0][0].device if self._on_device else None
+        total = _wide(torch.tensor(self._on_host, dtype=torch.float64 if device is None else dtype, device=device))
+        for root, share in self._on_device:
+            if isinstance(share, Tensor):
+                total = total + torch.where(share == 0, torch.zeros_like(root), root * share).to(total)
+            elif share:
+                total = total + root.to(total) * share
         if weight is not None:
             is_nothing = not isinstance(weight, Tensor) and weight == 0  # no mean, whatever the sum is
             total = total / (math.nan if is_nothing else weight)
-        return total.to(self._dtype)
+        return total.to(dtype)
 
 
 class Normaliser:
@@ -156,7 +163,7 @@ class Normaliser:
             share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in HALF_DTYPES)
         if isinstance(share, Tensor):
             return root, share.to(device=root.device, dtype=root.dtype)
-        return root, torch.full((), share, dtype=root.dtype, device=root.device)
+        return root, torch.scalar_tensor(share, dtype=root.dtype, device=root.device)
 
     def expect_all_of(
         self,
