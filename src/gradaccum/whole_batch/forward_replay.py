@@ -43,11 +43,7 @@ def note_random_state() -> Callable[[], None]:
 
 
 class Replay:
-    """Notes what micro-batches start from, and puts it back for their second run.
-
-    Args:
-        models: whose buffers may change.
-    """
+    """Notes what micro-batches start from, and puts it back for their second run."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._models = models

@@ -23,8 +23,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -46,16 +47,9 @@ class Meeting:
     combine: Callable[[Sequence[Any]], Any]
 
 
-class Switched(Protocol):
-    """State of which there is one, and which each micro-batch has for itself."""
-
-    def enter(self, index: int) -> None:
-        """Puts the state of the micro-batch of this index in place, which runs next."""
-        ...
-
-    def leave(self, index: int) -> None:
-        """Takes note of the state of the micro-batch of this index, which has stopped."""
-        ...
+Switched = Callable[[int], AbstractContextManager[None]]
+"""Of state that is the process's, and that each micro-batch has for itself: the scope in which the micro-batch of an
+index runs until its next meeting. It puts that state in place, and notes at its end what has become of it."""
 
 
 class Member:
@@ -112,7 +106,7 @@ class Member:
             _release(self._go)
 
     def join(self) -> None:
-        """Waits until its thread has ended."""
+        """Called by the conductor: waits until the thread has ended."""
         if self._thread is not None and self._thread.ident is not None:  # else Ctrl-C came before it had started
             self._thread.join()
 
@@ -129,16 +123,7 @@ class Member:
 
 
 class Conductor:
-    """Runs micro-batches in lockstep.
-
-    Args:
-        device: the models'.
-        switched: state to be switched with the micro-batches.
-        run_one: runs one micro-batch, in its member's thread.
-
-    Attributes:
-        is_abandoned: whether the run has ended early.
-    """
+    """Runs micro-batches in lockstep, each by ``run_one`` in its member's thread."""
 
     def __init__(self, device: torch.device, switched: Sequence[Switched], run_one: Callable[[Member], Any]) -> None:
         self.is_abandoned = False
@@ -177,11 +162,10 @@ class Conductor:
 
     def _advance(self, member: Member, answer: Any) -> None:
         default_dtype = torch.get_default_dtype()
-        for switched in self._switched:
-            switched.enter(member.index)
-        member.advance(answer)
-        for switched in self._switched:
-            switched.leave(member.index)
+        with ExitStack() as held:
+            for switched in self._switched:
+                held.enter_context(switched(member.index))
+            member.advance(answer)
         if torch.get_default_dtype() is not default_dtype and not member.is_done:
             raise UnsupportedError(
                 f"The default dtype is {torch.get_default_dtype()} inside of the loss function and {default_dtype} "
