@@ -39,6 +39,7 @@ AcrossRanks = Callable[[Share], Sequence[Share]]
 class Statistics:
     """What one call of one layer takes in all micro-batches."""
 
+    call: Call  # the first micro-batch's, without its input
     whole: Share
     each_mean: Tensor  # [micro-batches, C], detached, by which a repeated call is recognised, with `each_var`
     each_var: Tensor
@@ -52,7 +53,6 @@ class Exact:
         self._layers = Layers(models)
         self._across_ranks = across_ranks
         self._statistics: dict[Any, list[Statistics]] = {}
-        self._advances: list[tuple[Call, Share]] = []
         self._is_backward = False
 
     @contextmanager
@@ -61,11 +61,11 @@ class Exact:
         try:
             with answered(self._layers, wanted='batch_norm="exact"'):
                 yield
-            for call, whole in self._advances:
-                advance(call, whole)
+            for of_layer in self._statistics.values():
+                for statistics in of_layer:
+                    advance(statistics.call, statistics.whole)
         finally:  # the graph refers to these by `_check`, and they to the graph: a cycle that keeps the memory
             self._statistics.clear()
-            self._advances.clear()
 
     def forward(self, meet: Meet) -> AbstractContextManager[None]:
         """Context manager in which this thread runs the forward of one micro-batch."""
@@ -102,13 +102,13 @@ class Exact:
                 "needs two. Pass more samples, or leave out batches as small as this."
             )
         statistics = Statistics(
+            call=call.without_input(),
             whole=whole,
             each_mean=torch.stack([share.mean.detach() for share in shares]),
             each_var=torch.stack([share.var.detach() for share in shares]),
             has_graph=has_graph,
         )
         self._statistics.setdefault(self._layers.key(call), []).append(statistics)
-        self._advances.append((call.without_input(), whole))
         self._layers.count(call, is_new=True)
         return statistics
 

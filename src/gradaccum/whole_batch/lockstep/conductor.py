@@ -182,36 +182,24 @@ class Conductor:
     def _combined(self) -> Any:
         """What all micro-batches get for what they brought to one meeting; None at the end."""
         meetings = [member.meeting for member in self._members]
-        first = meetings[0]
-        odd = next((i for i, one in enumerate(meetings) if _key(one) != _key(first)), None)
+        keys = [None if meeting is None else meeting.key for meeting in meetings]
+        odd = next((index for index, key in enumerate(keys) if key != keys[0]), None)
         if odd is not None:
-            raise _different_paths(first, meetings[odd], odd)
-        if first is None:
-            return None
-        brought = [meeting.mine for meeting in meetings if meeting is not None]
+            pair = meetings[0], meetings[odd]
+            first, other = ("had reached its end" if one is None else f"was at {one.where}" for one in pair)
+            place = next(one.where for one in pair if one is not None)
+            raise UnsupportedError(
+                f"Micro-batches took different paths at {place}: micro-batch 0 {first} when micro-batch {odd} {other}. "
+                "A layer over the whole batch needs all of its micro-batches, and a path that depends on the data "
+                "leaves some out; the batch's statistics would be another model's. Let every micro-batch go through "
+                "the same layers in the same order, with 0 rows if need be."
+            )
+        together = [meeting for meeting in meetings if meeting is not None]
         for member in self._members:
             member.meeting = None
-        return first.combine(brought)
+        return together[0].combine([meeting.mine for meeting in together]) if together else None
 
 
 def _release(lock: threading.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # free already: after Ctrl-C both sides let go, in whatever order
         lock.release()
-
-
-def _key(meeting: Meeting | None) -> Any:
-    return None if meeting is None else meeting.key
-
-
-def _different_paths(first: Meeting | None, other: Meeting | None, index: int) -> UnsupportedError:
-    def shown(meeting: Meeting | None) -> str:
-        return "had reached its end" if meeting is None else f"was at {meeting.where}"
-
-    place = first or other
-    assert place is not None, "two ends are the same"
-    return UnsupportedError(
-        f"Micro-batches took different paths at {place.where}: micro-batch 0 {shown(first)} when micro-batch {index} "
-        f"{shown(other)}. A layer over the whole batch needs all of its micro-batches, and a path that depends on the "
-        "data leaves some out; the batch's statistics would be another model's. Let every micro-batch go through the "
-        "same layers in the same order, with 0 rows if need be."
-    )
