@@ -1,9 +1,9 @@
 """How many micro-batches' graphs are kept between the two passes of a loss over the batch.
 
-A kept graph needs no second forward: with k of m kept, the extra cost is (m - k) / m forwards, and none where the whole
-batch fits. How many fit follows from what a row's graph holds, counted in the first forward of each length of samples,
-and from what the device has left. What is left over for the loss itself and for temporaries is a guess, so running out
-of memory is expected: half of what was thought usable is tried next, and twice as much again after some time.
+A kept graph needs no second forward: with k of m kept, the extra cost is (m - k) / m forwards. How many fit follows
+from what a row's graph holds, counted in the first forward of each length of samples, and from what the device has
+left. What the loss itself and temporaries need is a guess, so running out of memory is expected: half of what was
+thought usable is tried next, and twice as much again after some time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What a loss or a layer over the whole batch sees of other processes: their outputs, their labels, their statistics.
 
-Of a batch that is spread over processes, each runs its own micro-batches and gets the outputs of all, in the order of
-ranks. All of them compute the same loss from the same outputs, and each pushes its own rows' part of the gradient back
-into its own graphs. The loss is counted on one of them, and so are the gradients of parameters that it owns.
+Each process runs its own micro-batches, gets the outputs of all in the order of ranks, computes the loss from them,
+and pushes its own rows' part of the gradient back into its own graphs. The loss is counted on one of them, and so are
+the gradients of parameters that it owns.
 
-The labels that go with the outputs are gathered too, and everything else of the batch that takes little: up to 4 KiB a
-sample. Larger entries, images say, stay those of this process; a loss that needs them of all returns them from forward.
+Labels are gathered too, and everything else of the batch that takes up to 4 KiB a sample. Larger entries, images say,
+stay those of this process; a loss that needs them of all returns them from forward.
 """
 
 from __future__ import annotations

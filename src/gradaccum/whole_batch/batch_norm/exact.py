@@ -1,8 +1,7 @@
 """BatchNorm of the whole batch, for micro-batches that run in lockstep.
 
-Each micro-batch brings its mean and variance to a meeting, gets those of the whole batch, and goes on with them. These
-are the same two tensors for all, made once, and they carry the graph: what makes the gradient that of the whole batch
-is nothing but torch's own backward through them.
+Each micro-batch brings its mean and variance to a meeting, gets those of the whole batch, and goes on with them: the
+same two tensors for all, with a graph, so torch's own backward through them makes the gradient that of the whole batch.
 
 Running statistics advance once, from the whole batch and with its unbiased variance, after the backward; an update that
 fails leaves them where they were. ``num_batches_tracked`` advances by one for each call of the layer in one forward.

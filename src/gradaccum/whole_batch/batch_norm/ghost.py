@@ -1,9 +1,8 @@
 """Statistics of fixed groups of samples, whatever micro-batches they are run in.
 
-Normalising with the statistics of small groups is a method of its own ("ghost batch normalisation", Hoffer et al. 2017,
-arXiv 1705.08741), and what accumulation does by accident, with groups that change with the micro-batch size. With
-groups of n consecutive samples of the batch, and micro-batches that hold whole groups, the loss is a sum over groups:
-its gradient is the same however they are cut, and costs no more than the plain loop.
+"Ghost batch normalisation" (Hoffer et al. 2017, arXiv 1705.08741) is what accumulation does by accident, with groups
+that change with the micro-batch size. With groups of n consecutive samples of the batch, and micro-batches that hold
+whole groups, the gradient is the same however they are cut, and costs no more than the plain loop.
 
 A last group of a single sample joins the one before it, for it has no variance of its own. Running statistics advance
 once an update, by the mean and the unbiased variance of the whole batch, merged from what its micro-batches had.

@@ -2,9 +2,8 @@
 
 Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
 wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
-back ahead of need, in the reverse of the order in which they were saved. Lockstep saves layer by layer, over all
-micro-batches, and the backward wants them layer by layer, so the order holds but for branches. The idea is that of
-torch.autograd.graph.save_on_cpu, which copies all of it, every time, in the stream that computes.
+back ahead of need, in the reverse of the order in which they were saved: the order of the backward, but for branches.
+The idea is that of torch.autograd.graph.save_on_cpu, which copies all of it in the stream that computes.
 
 Not copied: parameters and buffers, which stay anyway; tensors below `MIN_BYTES`, whose copy costs more than it frees;
 tensors that are not dense. A tensor that is saved twice (BatchNorm's input is needed for the statistics and for
@@ -15,9 +14,7 @@ other values, which made a gradient wrong by half in a prototype.
 Recompute (`recomputed`). With each block behind a checkpoint (Chen et al. 2016, "Training Deep Nets with Sublinear
 Memory Cost", arXiv 1604.06174) what waits for the backward is the blocks' inputs, and what one block makes while it is
 run again. A block is a child of a ``Sequential`` or a ``ModuleList`` that has children itself: a residual block, a
-transformer layer. Where blocks nest there is a choice: few large ones keep little and make much again at once, many
-small ones the other way round. Counted in layers, as if each made a tensor of one size, that level is taken with the
-least
+transformer layer. Where blocks nest, that level is taken with the least, counted in layers as if each made as much,
 
     blocks + layers outside of blocks + layers of the largest block
 

@@ -13,8 +13,8 @@ to be written by the user, greenlets are a dependency and share torch's thread-l
 so nothing is raced for; a switch costs some 15 us.
 
 Nothing waits for ever. A micro-batch waits for the conductor alone, and the conductor for the micro-batch that runs.
-Whatever ends the run early (an error of a micro-batch, of a combination, Ctrl-C in the conductor) has every waiting
-micro-batch raise `Abandoned` where it stands, so that its ``finally`` and ``with`` blocks run, and joins the threads.
+Whatever ends the run early (an error, Ctrl-C in the conductor) has every waiting micro-batch raise `Abandoned` where it
+stands, so that its ``finally`` and ``with`` blocks run, and joins the threads.
 One that is running then, which only Ctrl-C can find, goes on to its next meeting or its end.
 """
 

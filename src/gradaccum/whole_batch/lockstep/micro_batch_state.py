@@ -76,10 +76,9 @@ def _modes(modes: Sequence[Any], push: Callable[[Any], None], pop: Callable[...,
 class Streams:
     """A random stream for each micro-batch, whoever runs between its draws.
 
-    One after another, the second micro-batch would draw where the first had stopped. In lockstep it starts before the
-    first has drawn its last number, and how many that will be nobody knows. So each draws from a stream of its own,
-    seeded from the CPU's generator; and because a checkpoint puts back the state that its forward had found, the stream
-    must not move while others run: the generators themselves are switched.
+    In lockstep the second micro-batch starts before the first has drawn its last number. So each draws from a stream of
+    its own, seeded from the CPU's generator; and because a checkpoint puts back the state that its forward had found,
+    the stream must not move while others run: the generators themselves are switched.
 
     Afterwards all generators are one number further, or untouched where nothing was drawn: what comes next does not
     depend on how the batch was cut. Python's and numpy's generators are not switched; micro-batches draw from them in
@@ -122,9 +121,9 @@ class Streams:
 class Attributes:
     """What modules keep on themselves during a forward, for each micro-batch.
 
-    ``self.features = x`` in one layer and ``self.features`` in a later one is common. Between the two, other
-    micro-batches come by and set it too, and the gradient would be wrong in silence. So attributes that are set while a
-    micro-batch runs are put back when it goes on, and the last one's stay, as after a loop over the micro-batches.
+    Between ``self.features = x`` in one layer and ``self.features`` in a later one, other micro-batches set it too, and
+    the gradient would be wrong in silence. So attributes that are set while a micro-batch runs are put back when it
+    goes on, and the last one's stay, as after a loop over the micro-batches.
 
     Seen is what is set through ``nn.Module.__setattr__``. Tensors changed in place, lists appended to, and what code
     keeps outside of modules (globals, the lists of forward hooks) is shared by all micro-batches.
