@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradaccum as ga
 from gradaccum.sync import flat
+from gradaccum.sync.messages import Kind, Message, Outcome
 from tasks import LOSSES, make_batch, make_model
 
 RANKS = 1000
@@ -41,7 +42,7 @@ def test_a_thousand_ranks(collectives: tuple[mock.Mock, mock.Mock]) -> None:
         update = step(batch)
         assert (update.samples, update.micro_batches) == (13 * RANKS, 4 * RANKS)
         assert update.weight == RANKS * int(batch["mask"].sum())
-    # One message, of a header and counts (8 numbers), the one term (3), and the uses of at most 31 parameters (1).
+    # One message, of a header and counts (8 numbers), the one term (3), and the uses of at most 8 parameters (1).
     (message,), (reduction,) = (collective.call_args_list for collective in collectives)
     assert message.args[1].nbytes == 8 * (8 + 3 + 1)
     assert reduction.args[0].nbytes == 8 * elements
@@ -53,12 +54,13 @@ def test_one_process_sends_nothing() -> None:
     assert step._accumulation.ranks is None
 
 
-def test_uses_are_packed_and_merged() -> None:
+def test_uses_are_sent_in_bytes_and_merged() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(70)]
     parameters[0].grad = parameters[33].grad = parameters[69].grad = torch.ones(2)
-    packed = flat.uses(parameters)
-    assert len(packed) == flat.num_numbers(70) == 3
-    assert all(0 <= number < 2**63 for number in packed)
+    message = Message(Outcome.FINE, Kind.CLOSING_A_WINDOW, 1, 1, uses=flat.uses(parameters))
+    numbers = message.to_numbers(num_terms=0, num_uses=70)
+    assert len(numbers) == 8 + 9
+    sent = Message.from_numbers(numbers, num_terms=0, num_uses=70).uses
     parameters[33].grad, parameters[34].grad = None, torch.ones(2)
-    merged = flat.merged_uses([packed, flat.uses(parameters)], 70)
+    merged = flat.merged_uses([sent, flat.uses(parameters)], 70)
     assert [i for i, use in enumerate(merged) if use == flat.Use.DENSE] == [0, 33, 34, 69]

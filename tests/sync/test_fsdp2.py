@@ -40,9 +40,15 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(
-    rank: int, world_size: int, model: nn.Module, loss_name: str, shares: list[list[int]], *, replicas: int = 1,
+    rank: int,
+    world_size: int,
+    model: nn.Module,
+    loss_name: str,
+    shares: list[list[int]],
+    *,
+    replicas: int = 1,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     case = LOSSES[loss_name]
     batches = [make_batch(sum(sizes), seed=i) for i, sizes in enumerate(shares)]
     own = [pieces(batch, sizes)[rank] for batch, sizes in zip(batches, shares, strict=True)]

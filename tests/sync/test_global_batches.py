@@ -51,9 +51,12 @@ def test_proportions() -> None:
 
 
 @given(
-    updates=st.integers(0, 17), before=st.integers(1, 4), after=st.integers(1, 4), drop_last=st.booleans(),
+    updates=st.integers(0, 17),
+    before=st.integers(1, 4),
+    after=st.integers(1, 4),
+    drop_last=st.booleans(),
     ahead=st.integers(0, 3),
-)  # fmt: skip
+)
 def test_goes_on_with_another_number_of_processes(
     updates: int, before: int, after: int, drop_last: bool, ahead: int
 ) -> None:

@@ -20,10 +20,10 @@ CLOSING = Message(
     largest=5,
     has_new_terms=True,
     terms=[TermShare(TermKind.ON_HOST, 0.1, math.inf), TermShare(TermKind.PLAIN_SUM, 0.0, -1e-300)],
-    uses=[2**62 - 1],
+    uses=[2, 0, 1],
 )
 FAILED = Message(Outcome.FAILED, Kind.FAILURE, 0, 5)
-LAYOUT = {"num_terms": 2, "num_uses": 3}
+LAYOUT = {"num_terms": 2, "num_uses": 9}
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,10 @@ LAYOUT = {"num_terms": 2, "num_uses": 3}
 )
 def test_they_arrive_as_they_were_sent(message: Message) -> None:
     numbers = message.to_numbers(**LAYOUT)
-    assert len(numbers) == 8 + 3 * 2 + 3, "whatever they are about"
+    assert len(numbers) == 8 + 3 * 2 + 2, "whatever they are about"
     assert all(type(number) is int and -(2**63) <= number < 2**63 for number in numbers)
     terms = [*message.terms, *[TermShare()] * (2 - len(message.terms))]
-    uses = [*message.uses, *[0] * (3 - len(message.uses))]
+    uses = [*message.uses, *[0] * (9 - len(message.uses))]
     assert Message.from_numbers(numbers, **LAYOUT) == dataclasses.replace(message, terms=terms, uses=uses)
 
 

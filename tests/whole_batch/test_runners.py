@@ -6,15 +6,20 @@ import logging
 from typing import Any
 
 import pytest
-from torch import nn
 
 import gradaccum as ga
 from normed import classes_loss, make_batches, make_network, sgd
 
+FORWARD: dict[str, Any] = {
+    "loss_fn": None,
+    "forward": lambda model, x: model(x),
+    "batch_loss": lambda y, x: y.square().mean(),
+}
+
 
 def made(**options: Any) -> ga.TrainStep:
     model = make_network("residual")
-    return ga.TrainStep(model, sgd(model), classes_loss, **options)
+    return ga.TrainStep(model, sgd(model), **{"loss_fn": classes_loss, **options})
 
 
 @pytest.mark.parametrize(
@@ -25,10 +30,31 @@ def made(**options: Any) -> ga.TrainStep:
         ({"batch_norm": "exact", "activations": "disk"}, "activations='disk': in lockstep"),
         ({"activations": "host"}, "activations='host' says where .* with batch_norm='micro' one micro-batch runs"),
         ({"batch_norm": ga.GhostBatch(4), "activations": "recompute"}, "one micro-batch runs after another"),
+        ({**FORWARD, "kept_graphs": -1}, "kept_graphs=-1"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ga.WindowError, match=message):
+        made(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_fn": None}, "loss_fn is a NoneType"),
+        ({"loss_fn": None, "forward": FORWARD["forward"]}, "forward= was given without batch_loss="),
+        ({"loss_fn": None, "batch_loss": FORWARD["batch_loss"]}, "batch_loss= was given without forward="),
+        ({**FORWARD, "batch_loss": 3}, "batch_loss is a int"),
+        ({**FORWARD, "loss_fn": classes_loss}, "Which of the two"),
+        ({**FORWARD, "weights": len}, "weights= counts"),
+        ({**FORWARD, "combine": "mean"}, "combine='mean'"),
+        ({"combine": "sum"}, "loss_fn sees one micro-batch"),
+        ({"kept_graphs": 2}, "loss_fn sees one micro-batch"),
+        ({**FORWARD, "kept_graphs": 2, "batch_norm": "exact"}, "in lockstep all of them are"),
+    ],
+)
+def test_losses_that_are_not_clear_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ga.LossError, match=message):
         made(**options)
 
 
@@ -53,28 +79,3 @@ def test_sizes_are_not_compared_by_time_in_lockstep() -> None:
 def test_lockstep_with_micro_statistics_still_warns() -> None:
     with pytest.warns(ga.BatchNormWarning):
         made(micro_batch_size=4, lockstep=True)(make_batches(1)[0])
-
-
-FORWARD: dict[str, Any] = {"forward": lambda model, x: model(x), "batch_loss": lambda y, x: y.square().mean()}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "loss_fn is a NoneType"),
-        ({"forward": FORWARD["forward"]}, "forward= was given without batch_loss="),
-        ({"batch_loss": FORWARD["batch_loss"]}, "batch_loss= was given without forward="),
-        ({**FORWARD, "batch_loss": 3}, "batch_loss is a int"),
-        ({**FORWARD, "loss_fn": lambda model, x: 0}, "Which of the two"),
-        ({**FORWARD, "weights": len}, "weights= counts"),
-        ({**FORWARD, "combine": "mean"}, "combine='mean'"),
-        ({**FORWARD, "kept_graphs": -1}, "kept_graphs=-1"),
-        ({"loss_fn": lambda model, x: 0, "combine": "sum"}, "loss_fn sees one micro-batch"),
-        ({"loss_fn": lambda model, x: 0, "kept_graphs": 2}, "loss_fn sees one micro-batch"),
-        ({**FORWARD, "kept_graphs": 2, "batch_norm": "exact"}, "in lockstep all of them are"),
-    ],
-)
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
-    model = nn.Linear(3, 2)
-    with pytest.raises(ga.GradAccumError, match=message):
-        ga.TrainStep(model, sgd(model), micro_batch_size=2, **options)

@@ -31,16 +31,13 @@ class DDP(Engine):
     is_wrapper = True
 
     def __init__(self, wrapper: DistributedDataParallel) -> None:
-        unusual = (
-            "a communication hook"
-            if wrapper._comm_hooks
-            else "mixed_precision="
-            if wrapper.mixed_precision is not None
-            else "delay_all_reduce_named_params="
-            if wrapper._delay_all_reduce_all_params or wrapper._delay_all_reduce_params
-            else ""
-        )
-        if unusual:
+        options = {
+            "a communication hook": wrapper._comm_hooks,
+            "mixed_precision=": wrapper.mixed_precision,
+            "delay_all_reduce_named_params=": wrapper._delay_all_reduce_params or wrapper._delay_all_reduce_all_params,
+        }
+        unusual = next((name for name, value in options.items() if value), None)
+        if unusual is not None:
             raise UnsupportedError(
                 f"The model's DistributedDataParallel has {unusual}, which changes what is added up over processes. "
                 "Gradients are reduced here, once an update and weighted by what each process has, and would go past "

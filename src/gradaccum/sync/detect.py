@@ -20,7 +20,7 @@ Sync = Literal["auto", "last", "every", "never"]
 
 
 def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, list[Engine]] | None:
-    """Finds out who reduces the gradients of some models.
+    """Finds the processes that train together, and an engine for each model.
 
     Args:
         models: wrapped or not.
@@ -29,8 +29,7 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
             "never": this process trains for itself, whatever others do.
 
     Returns:
-        The processes that train together, and an engine for each model. None where this process trains for itself: no
-        process group, or one of a single process, and nothing wrapped.
+        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped.
 
     Raises:
         UnsupportedError: wrapped in something whose averages cannot be undone, or in two ways at once.
@@ -49,8 +48,11 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
             f'sync="never" leaves other processes alone, and the model is wrapped in {type(wrapped[0]).__name__}, '
             "which does not. Pass the plain module."
         )
-    found = [_engine(model, sync) for model in models]
-    groups = {groups for _, groups in found}
+    world = dist.group.WORLD
+    assert world is not None, "a wrapped model means that there is a process group"
+    found = [_engine(model, sync, world) for model in models]
+    # The default group takes the place of those that span it: it may have a backend for the host.
+    groups = {several if math.prod(one.size() for one in several) < world.size() else (world,) for _, several in found}
     if len(groups) > 1:
         raise UnsupportedError(
             f"The {len(models)} models are spread over different groups of processes, so that one weight for all of "
@@ -65,7 +67,9 @@ def _is_wrapper(module: nn.Module) -> bool:
     return name in ("DistributedDataParallel", "FullyShardedDataParallel") or name.startswith("FSDP")
 
 
-def _engine(model: nn.Module, sync: Literal["auto", "last", "every"]) -> tuple[Engine, tuple[ProcessGroup, ...]]:
+def _engine(
+    model: nn.Module, sync: Literal["auto", "last", "every"], world: ProcessGroup
+) -> tuple[Engine, tuple[ProcessGroup, ...]]:
     wrappers = [module for module in model.modules() if _is_wrapper(module)]
     names = [type(module).__name__ for module in wrappers]
     if "FullyShardedDataParallel" in names:
@@ -75,7 +79,7 @@ def _engine(model: nn.Module, sync: Literal["auto", "last", "every"]) -> tuple[E
             "the gradient could not be made the batch's. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
     if not wrappers:
-        return Engine(), (_world(),)
+        return Engine(), (world,)
     # Engines are imported only for models that need them: torch's distributed tensors take 0.3 s to import.
     if names[0] == "DistributedDataParallel":
         from torch.nn.parallel import DistributedDataParallel
@@ -88,19 +92,8 @@ def _engine(model: nn.Module, sync: Literal["auto", "last", "every"]) -> tuple[E
                 f"{len(wrappers)} modules inside of the model are wrapped for several processes "
                 f"({', '.join(sorted(set(names)))}). Wrap the whole model once."
             )
-        return DDP(wrapper), _or_world((cast("ProcessGroup", wrapper.process_group),))
+        return DDP(wrapper), (cast("ProcessGroup", wrapper.process_group),)
     from gradaccum.sync.fsdp2 import FSDP2
 
     engine = FSDP2(model, sync)
-    return engine, _or_world(engine.process_groups)
-
-
-def _world() -> ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "a wrapped model means that there is a process group"
-    return world
-
-
-def _or_world(groups: tuple[ProcessGroup, ...]) -> tuple[ProcessGroup, ...]:
-    """The default group where these span it: it may have a backend for the host."""
-    return (_world(),) if math.prod(group.size() for group in groups) == dist.get_world_size() else groups
+    return engine, engine.process_groups

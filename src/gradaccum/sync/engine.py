@@ -21,19 +21,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 
 class Engine:
-    """What wraps a model; as it stands, the engine of a plain module.
-
-    Attributes:
-        name: as users call it.
-        is_wrapper: whether the model's own forward and backward would reduce gradients.
-        averages_over: what gradients are divided by where the engine reduces them; 1 where it does not.
-        runs_collectives: whether every forward and backward waits for all processes.
-    """
+    """What wraps a model; as it stands, the engine of a plain module."""
 
     name: str = "plain module"
-    is_wrapper: bool = False
-    averages_over: float = 1.0
-    runs_collectives: bool = False
+    is_wrapper: bool = False  # the model's own forward and backward would reduce gradients
+    averages_over: float = 1.0  # what gradients are divided by where the engine reduces them
+    runs_collectives: bool = False  # every forward and backward waits for all processes
 
     @property
     def description(self) -> str:

@@ -6,7 +6,7 @@ buckets: nothing is copied back. Bytes on the wire for an update: ``2 (W - 1) / 
 however many micro-batches there were.
 
 A parameter that only some processes used is reduced by all of them, zeros where it was not; one that nobody used keeps
-no gradient. Which those are is known from `uses`, exchanged before.
+no gradient. Which those are is known from `uses`, which the processes exchange before.
 """
 
 from __future__ import annotations
@@ -32,39 +32,22 @@ class Use(IntEnum):
     DENSE = 2
 
 
-_PER_NUMBER = 31  # parameters, of two bits each, in a non-negative 64-bit integer
+def uses(parameters: Sequence[nn.Parameter]) -> list[Use]:
+    """How each parameter was used here."""
+    return [Use.NONE if p.grad is None else Use.SPARSE if p.grad.is_sparse else Use.DENSE for p in parameters]
 
 
-def uses(parameters: Sequence[nn.Parameter]) -> list[int]:
-    """How each parameter was used here, packed into few integers."""
-    found = [Use.NONE if p.grad is None else Use.SPARSE if p.grad.is_sparse else Use.DENSE for p in parameters]
-    return [
-        sum(use << 2 * i for i, use in enumerate(found[start : start + _PER_NUMBER]))
-        for start in range(0, len(found), _PER_NUMBER)
-    ]
-
-
-def merged_uses(packed_by_rank: Sequence[Sequence[int]], count: int) -> list[Use]:
+def merged_uses(by_rank: Sequence[Sequence[int]], count: int) -> list[int]:
     """How each of ``count`` parameters was used by anybody."""
-    places = [divmod(i, _PER_NUMBER) for i in range(count)]
-    return [Use(max(packed[number] >> 2 * i & 3 for packed in packed_by_rank)) for number, i in places]
-
-
-def num_numbers(count: int) -> int:
-    """How many integers `uses` packs ``count`` parameters into."""
-    return -(-count // _PER_NUMBER)
+    return [max(uses) for uses in zip(*by_rank, strict=True)][:count]
 
 
 def reduce_gradients(
-    ranks: Ranks, parameters: Sequence[nn.Parameter], used: Sequence[Use], *, factor: float | Tensor | None = None
+    ranks: Ranks, parameters: Sequence[nn.Parameter], used: Sequence[int], *, factor: float | Tensor | None = None
 ) -> None:
-    """Replaces each ``.grad`` by its sum over all processes.
+    """Replaces each ``.grad``, times this process's factor, by its sum over all processes.
 
-    Args:
-        ranks: the processes.
-        parameters: in the same order on all of them.
-        used: see `merged_uses`.
-        factor: what this process's gradients are multiplied by before.
+    ``parameters`` have the same order on all of them, and ``used`` is how any process used each.
     """
     reducing: deque[Callable[[], None]] = deque()
     for bucket in _buckets([p for p, use in zip(parameters, used, strict=True) if use == Use.DENSE]):

@@ -40,10 +40,6 @@ Sync = Literal["auto", "last", "every"]
 class FSDP2(Engine):
     """The engine of all FSDP2 modules of one model.
 
-    Args:
-        model: what the user calls; it holds at least one `FSDPModule`.
-        sync: see the file.
-
     Raises:
         UnsupportedError: its modules divide gradients by different factors.
     """
@@ -55,7 +51,7 @@ class FSDP2(Engine):
     def __init__(self, model: nn.Module, sync: Sync = "auto") -> None:
         self._model = model
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        groups = [group for module in self._modules for group in _groups_of(module)]
+        self._groups = groups = [group for module in self._modules for group in _groups_of(module)]
         self._has_replicas = any(hasattr(group.mesh_info, "replicate_mesh_size") for group in groups)
         self._sync = sync
         factors = {_divides_by(group) for group in groups}
@@ -66,7 +62,9 @@ class FSDP2(Engine):
                 "call set_gradient_divide_factor on none."
             )
         self.averages_over = factors.pop() if factors else 1.0
-        self.process_groups = _process_groups(groups)
+        names = ("shard_process_group", "replicate_process_group")
+        of_mesh = [getattr(group.mesh_info, name, None) for group in groups[:1] for name in names]
+        self.process_groups: tuple[ProcessGroup, ...] = tuple(group for group in of_mesh if group is not None)
         self._deferred_bytes = sum(  # what a rank holds of whole gradients that are reduced once an update
             (parameter.numel() - parameter.to_local().numel()) * parameter.element_size()
             for parameter in model.parameters()
@@ -94,8 +92,10 @@ class FSDP2(Engine):
         with ExitStack() as held:
             held.callback(self._outputs.clear)
             held.callback(self._model.register_forward_hook(self._keep_outputs).remove)
-            for module in self._modules:
-                held.enter_context(_unused_reduced(module))
+            for group in self._groups:
+                if hasattr(group, "reduce_scatter_unused_params"):  # another process may have gradients for them
+                    held.callback(setattr, group, "reduce_scatter_unused_params", group.reduce_scatter_unused_params)
+                    group.reduce_scatter_unused_params = True
             held.callback(self._set_reduces, is_last=True)
             yield
 
@@ -123,26 +123,6 @@ class FSDP2(Engine):
             self._outputs.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
-@contextmanager
-def _unused_reduced(module: FSDPModule) -> Iterator[None]:
-    """Context manager in which parameters that a backward did not reach are reduced as zeros.
-
-    Another process may have gradients for them, and would wait for this one.
-    """
-    setter: Any = getattr(module, "set_reduce_scatter_unused_params", None)
-    groups = _groups_of(module)
-    if setter is None or not groups:
-        yield
-        return
-    before = [group.reduce_scatter_unused_params for group in groups]
-    setter(True, recurse=False)
-    try:
-        yield
-    finally:
-        for group, value in zip(groups, before, strict=True):
-            group.reduce_scatter_unused_params = value
-
-
 def _groups_of(module: FSDPModule) -> list[Any]:
     """The parameter groups of one module; private, since nothing public of FSDP2 says over what it averages."""
     state: Any = module._get_fsdp_state()
@@ -160,23 +140,10 @@ def _divides_by(group: Any) -> float:
     return float(getattr(info, "shard_mesh_size", 1) * getattr(info, "replicate_mesh_size", 1))
 
 
-def _process_groups(groups: Sequence[Any]) -> tuple[ProcessGroup, ...]:
-    if not groups:
-        return ()
-    info = groups[0].mesh_info
-    found = [getattr(info, "shard_process_group", None), getattr(info, "replicate_process_group", None)]
-    return tuple(group for group in found if group is not None)
-
-
 def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
-    """The norm over all gradients together, each counted once, whatever part of it lies here.
+    """The norm over all gradients together, ``(sum over shards of norm ** order) ** (1 / order)``, on every process.
 
-    Args:
-        parameters: those that have a gradient; shards, whole ones, or both.
-        order: 2 or infinity, which is inf too where a gradient is NaN.
-
-    Returns:
-        0-d tensor, the same on every process: ``(sum over shards of norm ** order) ** (1 / order)``.
+    Parameters are shards, whole ones, or both. The order is 2 or infinity, which is inf too where a gradient is NaN.
     """
     by_mesh: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -184,8 +151,8 @@ def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
         assert gradient is not None, "only parameters that have a gradient are updated"
         groups: tuple[ProcessGroup, ...] = ()
         if isinstance(gradient, DTensor):
-            mesh, placements = gradient.device_mesh, gradient.placements
-            groups = tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
+            sharded = (i for i, placement in enumerate(gradient.placements) if placement.is_shard())
+            groups = tuple(gradient.device_mesh.get_group(i) for i in sharded)
             gradient = gradient.to_local()
         by_mesh.setdefault(groups, []).append(gradient._values() if gradient.is_sparse else gradient)
     totals: list[Tensor] = []

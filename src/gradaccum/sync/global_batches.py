@@ -10,6 +10,7 @@ update does not mind (`sync`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -128,7 +129,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             >>> [len(x) for x, in loader]
             [2, 0]
         """
-        return _Collate(dataset, collate_fn)
+        return functools.partial(_collate, dataset, collate_fn)  # no closure, which cannot be pickled for workers
 
     def state_dict(self, *, samples: int | None = None) -> dict[str, Any]:
         """Where training stands, in samples and updates, and what the batches are made from.
@@ -198,14 +199,5 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return len(self) * self.batch_size if self.drop_last else self.dataset_size
 
 
-class _Collate:
-    """Of a class, not a closure, so that workers can be given it."""
-
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self._dataset = dataset
-        self._collate_fn = collate_fn
-
-    def __call__(self, samples: list[Any]) -> Any:
-        if samples:
-            return self._collate_fn(samples)
-        return tree.take(self._collate_fn([self._dataset[0]]), slice(0, 0))
+def _collate(dataset: Any, collate_fn: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    return collate_fn(samples) if samples else tree.take(collate_fn([dataset[0]]), slice(0, 0))

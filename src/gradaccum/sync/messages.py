@@ -55,38 +55,23 @@ class TermShare(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one process says to all others, fields in the order in which they travel.
-
-    Attributes:
-        outcome: how it went; with `kind`, `update` and `model` the header.
-        kind: what the message is for.
-        update: index of the update that is being made, from 1.
-        model: checksum of the parameters' names, shapes and dtypes.
-        micro_batches: how many the sender has in the window.
-        samples: their rows; or another number, where the message is for comparing that.
-        largest: rows of the largest micro-batch.
-        is_done: whether the sender has nothing more to add: no window, or none but the micro-batch it is about to run.
-        has_new_terms: whether its loss has terms for which messages have no place yet.
-        has_unknown_sizes: whether rows of some micro-batch could not be counted.
-        terms: parts of the loss, in the order on which the processes have agreed.
-        uses: how each parameter was used, packed by `flat.uses`.
-    """
+    """What one process says to all others, fields in the order in which they travel; the first four are the header."""
 
     outcome: Outcome
     kind: Kind
-    update: int
-    model: int
-    micro_batches: int = 0
-    samples: int = 0
-    largest: int = 0
-    is_done: bool = False
-    has_new_terms: bool = False
-    has_unknown_sizes: bool = False
-    terms: Sequence[TermShare] = ()
-    uses: Sequence[int] = ()
+    update: int  # its index, from 1
+    model: int  # checksum of the parameters' names, shapes and dtypes
+    micro_batches: int = 0  # of the sender in this window
+    samples: int = 0  # their rows; or another number, where the message is for comparing that
+    largest: int = 0  # rows of the largest micro-batch
+    is_done: bool = False  # the sender has nothing more to add but the micro-batch that it is about to run, if any
+    has_new_terms: bool = False  # its loss has terms for which messages have no place yet
+    has_unknown_sizes: bool = False  # rows of some micro-batch could not be counted
+    terms: Sequence[TermShare] = ()  # in the order on which the processes have agreed
+    uses: Sequence[int] = ()  # of each parameter, see `flat.Use`
 
     def to_numbers(self, *, num_terms: int, num_uses: int) -> list[int]:
-        """The message as integers, as many as every process sends with these numbers of terms and packed uses."""
+        """The message as integers, as many as every process sends with these numbers of terms and parameters."""
         terms = [*self.terms, *[TermShare()] * (num_terms - len(self.terms))]
         packed = _layout(num_terms, num_uses).pack(
             *(self.outcome, self.kind, self.update, self.model, self.micro_batches, self.samples, self.largest),
@@ -115,8 +100,8 @@ _NUM_COUNTS = 8  # fields between the kind and the terms
 
 
 def _layout(num_terms: int, num_uses: int) -> struct.Struct:
-    """Seven integers; three flags in one more; a kind and two floats for each term; packed uses."""
-    return struct.Struct(f"<7q3?5x{num_terms * 'q2d'}{num_uses}q")
+    """Seven integers; three flags in one more; a kind and two floats for each term; a byte for each parameter."""
+    return struct.Struct(f"<7q3?5x{num_terms * 'q2d'}{num_uses}B{-num_uses % 8}x")
 
 
 def check_fit(messages: Sequence[Message]) -> None:

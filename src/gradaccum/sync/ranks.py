@@ -28,10 +28,7 @@ _OF_A_SUM = 1e-9  # float64 sums of equal numbers on unlike processors; seeds th
 class Ranks:
     """The processes between which gradients add up.
 
-    Args:
-        groups: one group of all of them; or several, one for each dimension of their mesh, over which sums are taken
-            one after another.
-        device: where the model is.
+    They are one group; or several, one for each dimension of their mesh, over which sums are taken one after another.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup], device: torch.device) -> None:
@@ -47,14 +44,7 @@ class Ranks:
         self._whereabouts: list[Whereabouts] = []
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Exchanges integers, equally many on every process.
-
-        Returns:
-            Those of every process, by rank.
-
-        Raises:
-            RankError: another process has gone.
-        """
+        """Exchanges integers, by rank, equally many on every process."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._control)
         for group in self._groups:
             theirs = [torch.empty_like(mine) for _ in range(group.size())]
@@ -95,13 +85,7 @@ class Ranks:
     def agree(
         self, message: Message, *, num_terms: int, num_uses: int, error: BaseException | None = None
     ) -> list[Message]:
-        """Exchanges messages, by rank, and makes sure that they fit together.
-
-        Args:
-            message: of this process.
-            num_terms: see `Message.to_numbers`.
-            num_uses: see `Message.to_numbers`.
-            error: why this process failed, where its outcome is that.
+        """Exchanges messages, by rank, and makes sure that they fit together; ``error`` is why this process failed.
 
         Raises:
             RankError: another process failed, and this one did not; or the messages are not for the same thing.
@@ -121,13 +105,10 @@ class Ranks:
         return messages
 
     def check_same_model(self, model: int, parameters: Sequence[Tensor]) -> None:
-        """Checks, before anything else is exchanged, that all processes start from the same model.
+        """Checks, before anything else is exchanged, that all processes start from the same model and parameters.
 
-        Where each process runs is exchanged with it, so that `fault` can say later who is gone.
-
-        Args:
-            model: checksum of the parameters' names, shapes and dtypes.
-            parameters: those that every process has whole, and that must be equal; none where nothing can be compared.
+        Compared are the checksum of a model and the parameters that every process has whole. Where each process runs
+        is exchanged with them, so that `fault` can say later who is gone.
 
         Raises:
             RankError: the models differ, or the parameters that they start from.

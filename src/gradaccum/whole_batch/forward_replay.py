@@ -1,13 +1,11 @@
 """Running a forward a second time, as it was run the first time.
 
-Apart from parameters and input a forward depends on random state and on buffers. Both are noted before the first run
-and put back for the second; afterwards they are where the first pass had left them, so that buffers advance once for
-each micro-batch, however often it ran. Python's and numpy's generators are among them: masks of speech models come from
-numpy, and layer drop from `random`.
+Apart from parameters and input a forward depends on random state (Python's and numpy's too: masks of speech models come
+from numpy, layer drop from `random`) and on buffers. Both are noted before the first run and put back for the second;
+afterwards they are where the first pass had left them, so that buffers advance once for each micro-batch.
 
 That the second run gave what the first had given is not assumed but compared. What neither random state nor buffers
-hold, a counter kept in an attribute, say, or a generator of the user's own, would otherwise give a gradient that
-belongs to no loss. GradCache's functional form and the usual hand-written two passes have been wrong in this way.
+hold, a counter kept in an attribute, say, would otherwise give a gradient that belongs to no loss.
 """
 
 from __future__ import annotations
@@ -43,11 +41,7 @@ def note_random_state() -> Callable[[], None]:
 
 
 class Replay:
-    """Notes what micro-batches start from, and puts it back for their second run.
-
-    Args:
-        models: whose buffers may change.
-    """
+    """Notes what micro-batches start from, and puts it back for their second run."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._models = models

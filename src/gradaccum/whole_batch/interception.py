@@ -55,13 +55,7 @@ class Handlers:
 
 
 class Replacement:
-    """A function of another library that is replaced while anybody holds it.
-
-    Args:
-        owner: the module or class that has it.
-        name: its name there.
-        replacement: is called in its place, and calls `original` for what it passes on.
-    """
+    """A function of a module or class that is replaced while anybody holds it; `original` is for what it passes on."""
 
     def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         self._owner, self._name = owner, name

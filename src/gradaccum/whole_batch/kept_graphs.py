@@ -1,9 +1,9 @@
 """How many micro-batches' graphs are kept between the two passes of a loss over the batch.
 
-A kept graph needs no second forward: with k of m kept, the extra cost is (m - k) / m forwards, and none where the whole
-batch fits. How many fit follows from what a row's graph holds, counted in the first forward of each length of samples,
-and from what the device has left. What is left over for the loss itself and for temporaries is a guess, so running out
-of memory is expected: half of what was thought usable is tried next, and twice as much again after some time.
+A kept graph needs no second forward: with k of m kept, the extra cost is (m - k) / m forwards. How many fit follows
+from what a row's graph holds, counted in the first forward of each length of samples, and from what the device has
+left. What the loss itself and temporaries need is a guess, so running out of memory is expected: half of what was
+thought usable is tried next, and twice as much again after some time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ _ALIKE = 1.05  # times as many elements a row as were counted with, for the coun
 
 
 class KeptGraphs:
-    """Decides how many graphs to keep.
-
-    Args:
-        models: whose gradients are still to be allocated.
-        at_most: a number that the user has chosen; None for as many as fit.
-    """
+    """Decides how many graphs to keep: as many as the user has chosen, or as fit beside the models' gradients."""
 
     def __init__(self, models: Sequence[nn.Module], *, at_most: int | None = None) -> None:
         self._models = models
@@ -38,20 +33,15 @@ class KeptGraphs:
         self._clean_windows = 0
 
     def is_known(self, elements: int) -> bool:
-        """Whether a number can be told for rows of so many elements: whether their graphs have been counted."""
+        """Whether `number` is known for rows of so many elements: whether their graphs have been counted."""
         return self._at_most is not None or (0 < elements <= _ALIKE * self._row_elements)
 
     def counted(self, num_bytes: int, *, rows: int, elements: int) -> None:
-        """A micro-batch's graph was seen to hold so many bytes."""
+        """Takes note that a micro-batch's graph holds so many bytes."""
         self._row_bytes, self._row_elements = num_bytes / rows, elements
 
     def number(self, sizes: Sequence[int], device: torch.device) -> int:
-        """How many graphs to keep, those of the last micro-batches.
-
-        Args:
-            sizes: rows of each micro-batch.
-            device: where the graphs are.
-        """
+        """How many graphs to keep, those of the last ones, of micro-batches of so many rows each."""
         if self._at_most is not None:
             return min(self._at_most, len(sizes))
         left = available_bytes(device)
@@ -76,14 +66,14 @@ class KeptGraphs:
         return min(kept, len(sizes) - 1)
 
     def succeeded(self) -> None:
-        """A window ran."""
+        """Takes note that a window ran."""
         self._clean_windows += 1
         if self._usable_part is not None and self._clean_windows >= _PATIENCE:
             self._clean_windows = 0
             self._usable_part = min(2 * self._usable_part, 1.0)
 
     def failed(self, device: torch.device) -> None:
-        """A window ran out of memory with the number told."""
+        """Takes note that a window ran out of memory with what `number` returned."""
         self._clean_windows = 0
         self._usable_part = max(self._part(device) / 2, _LEAST_USABLE)
 

@@ -30,32 +30,31 @@ class Combination:
     """How the outputs of pieces become the outputs of the batch, one tensor at a time.
 
     Attributes:
-        start: ``(tensor, samples, rows, place)``: the batch's tensor, without data, from a piece's tensor, how many
-            samples the piece and how many rows the batch has, and which output it is.
-        put: ``(whole, tensor, rows, samples, place)`` puts a piece's tensor into the batch's.
+        start: ``(tensor, rows)``: the batch's tensor, zero, from a piece's and how many rows the batch has.
+        put: ``(whole, tensor, rows, samples, place)`` puts the tensor of a piece, which is output ``place``, into it.
         part: ``(whole, rows)``: what of the batch's tensor, or of its gradient, belongs to the piece of these rows.
         join: ``(pieces, tensors)``: the batch's tensor from those of all pieces, with their graph.
-        empty_shape: the shape that a piece of no samples has, from the batch's.
         keeps_parts: whether pieces' tensors are kept besides, because the batch's does not show them any more.
     """
 
-    start: Callable[[Tensor, int, int, int], Tensor]
+    start: Callable[[Tensor, int], Tensor]
     put: Callable[[Tensor, Tensor, Rows, int, int], None]
     part: Callable[[Tensor, Rows], Tensor]
     join: Callable[[Sequence[Rows], Sequence[Tensor]], Tensor]
-    empty_shape: Callable[[torch.Size], Sequence[int]]
     keeps_parts: bool
 
 
-def _start_concat(tensor: Tensor, samples: int, rows: int, place: int) -> Tensor:
-    return tensor.new_zeros((rows, *_row_shape(tensor, samples, place)))
-
-
 def _put_concat(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: int) -> None:
-    shape = _row_shape(tensor, samples, place)
-    if shape != whole.shape[1:] or tensor.dtype != whole.dtype:
+    if not tensor.dim() or len(tensor) != samples:
         raise BatchError(
-            f"Output {place} has rows of shape {tuple(shape)} ({tensor.dtype}) in one micro-batch and "
+            f"forward returned a tensor of shape {tuple(tensor.shape)} (output {place}) for a micro-batch of {samples} "
+            f"samples. The loss is to see the whole batch's outputs in the batch's order, so each must have one row "
+            f"for each sample, index 0. Two views of a sample: torch.stack([first, second], dim=1), not torch.cat. "
+            'Statistics that add up over samples: combine="sum".'
+        )
+    if tensor.shape[1:] != whole.shape[1:] or tensor.dtype != whole.dtype:
+        raise BatchError(
+            f"Output {place} has rows of shape {tuple(tensor.shape[1:])} ({tensor.dtype}) in one micro-batch and "
             f"{tuple(whole.shape[1:])} ({whole.dtype}) in another, so they are not one tensor over the batch. "
             "Return outputs of one shape for every sample: pooled over its length, say, where micro-batches "
             "are trimmed to lengths of their own, or pass ga.split_by_cost(..., trim=False)."
@@ -63,24 +62,8 @@ def _put_concat(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: 
     whole[_index(rows, whole.device)] = tensor
 
 
-def _row_shape(tensor: Tensor, samples: int, place: int) -> torch.Size:
-    if tensor.dim() and tensor.shape[0] == samples:
-        return tensor.shape[1:]
-    raise BatchError(
-        f"forward returned a tensor of shape {tuple(tensor.shape)} (output {place}) for a micro-batch of {samples} "
-        f"samples. The loss is to see the whole batch's outputs in the batch's order, so each must have one row for "
-        f"each sample, index 0. Two views of a sample: torch.stack([first, second], dim=1), not torch.cat. Statistics "
-        'that add up over samples: combine="sum".'
-    )
-
-
 def _index(rows: Rows, device: torch.device) -> Rows:
     return rows if isinstance(rows, slice) else rows.to(device)
-
-
-def _start_sum(tensor: Tensor, samples: int, rows: int, place: int) -> Tensor:
-    # Half-precision statistics are added up in fp32: at 1,000 micro-batches a bf16 sum would have stopped growing.
-    return torch.zeros_like(tensor, dtype=torch.float32 if tensor.dtype in _HALF else tensor.dtype)
 
 
 def _put_sum(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: int) -> None:
@@ -94,38 +77,29 @@ def _put_sum(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: int
     whole += tensor
 
 
-def _join_sum(pieces: Sequence[Rows], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.float() if tensor.dtype in _HALF else tensor for tensor in tensors]).sum(0)
+def _wide(tensor: Tensor) -> Tensor:
+    # Half-precision statistics are added up in fp32: at 1,000 micro-batches a bf16 sum would have stopped growing.
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 CONCAT = Combination(
-    start=_start_concat,
+    start=lambda tensor, rows: tensor.new_zeros((rows, *tensor.shape[1:])),
     put=_put_concat,
     part=lambda whole, rows: whole[_index(rows, whole.device)],
     join=restore_order,
-    empty_shape=lambda shape: (0, *shape[1:]),
     keeps_parts=False,
 )
 SUM = Combination(
-    start=_start_sum,
+    start=lambda tensor, rows: torch.zeros_like(_wide(tensor)),
     put=_put_sum,
     part=lambda whole, rows: whole,  # the derivative of a sum is the same for every summand
-    join=_join_sum,
-    empty_shape=lambda shape: shape,
+    join=lambda pieces, tensors: torch.stack([_wide(tensor) for tensor in tensors]).sum(0),
     keeps_parts=True,
 )
 
 
 class Outputs:
-    """The whole batch's outputs while its micro-batches come in.
-
-    Args:
-        combination: how they become the whole batch's.
-        rows: of the whole batch.
-
-    Attributes:
-        tensors: those of the whole batch, in order; empty before the first micro-batch.
-    """
+    """The outputs of a batch of so many rows while its micro-batches come in; no tensors before the first has."""
 
     def __init__(self, combination: Combination, rows: int) -> None:
         self.combination = combination
@@ -150,8 +124,7 @@ class Outputs:
         if not self.tensors:
             self._structure = rebuilt(outputs, [tensor.new_empty(0) for tensor in found])
             self._dtypes = [tensor.dtype for tensor in found]
-            start = self.combination.start
-            self.tensors = [start(tensor, samples, self.rows, place) for place, tensor in enumerate(found)]
+            self.tensors = [self.combination.start(tensor, self.rows) for tensor in found]
         if len(found) != len(self.tensors):
             raise BatchError(
                 f"forward returned {len(found)} tensors for one micro-batch and {len(self.tensors)} for another, so "
@@ -188,11 +161,8 @@ class Outputs:
 
     def of_no_samples(self) -> Any:
         """The outputs of a piece of no samples: structure, shapes and dtypes, on the meta device."""
-        shape_of = self.combination.empty_shape
-        return rebuilt(
-            self._structure,
-            [torch.empty(tuple(shape_of(one.shape)), dtype=one.dtype, device="meta") for one in self.tensors],
-        )
+        none = [self.combination.part(tensor, slice(0, 0)) for tensor in self.tensors]
+        return rebuilt(self._structure, [torch.empty_like(tensor, device="meta") for tensor in none])
 
     def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes gradients for `tensors` that were computed elsewhere."""

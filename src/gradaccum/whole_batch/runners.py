@@ -30,7 +30,7 @@ from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.fillers import FilledRunner
 from gradaccum.window.over_ranks import OverRanks
-from gradaccum.window.runner import Plain, Runner
+from gradaccum.window.runner import Plain, Ran, Runner
 from gradaccum.window.weights import WeightsFunction
 
 BatchNorm = Literal["micro", "exact", "frozen"] | GhostBatch
@@ -193,11 +193,24 @@ def choose_runner(
         run_one, scope = ghosts.forward(run_one), ghosts.held
     elif options.batch_norm == "frozen":
         scope = functools.partial(frozen, models)
-    if options.is_lockstep:
-        runner = _lockstep(options, run_one, models, split)
-    else:
-        runner = _one_after_another(options, run_one, models, split, ranks)
-    return runner if scope is None else _Scoped(runner=runner, scope=scope)
+    if not options.is_lockstep:
+        return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
+    # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
+    is_exact = options.batch_norm == "exact"
+    whole = Whole(models)
+    uncut = _one_after_another(options, whole.forward(run_one) if is_exact else run_one, models, split, ranks=None)
+    runner = Lockstep(
+        models=models,
+        run_one=run_one,
+        batch_loss=options.batch_loss,
+        combination=_COMBINATIONS[options.combine],
+        uncut=_scoped(uncut, whole.held if is_exact else None),
+        split=split,
+        weights=options.weights,
+        is_exact=is_exact,
+        activations=options.activations,
+    )
+    return _scoped(runner, scope)
 
 
 def _one_after_another(
@@ -217,46 +230,22 @@ def _one_after_another(
             kept=KeptGraphs(models, at_most=options.kept_graphs),
         )
     plain = Plain(loss_of=run_one, split=split, weights=options.weights)
-    if ranks is None or not ranks.runs_collectives:
-        return plain
-    return FilledRunner(runner=plain, loss_of=run_one)
-
-
-def _lockstep(
-    options: RunnerOptions, run_one: Callable[[Any], Any], models: Sequence[nn.Module], split: Split
-) -> Runner:
-    is_exact = options.batch_norm == "exact"
-    whole = Whole(models)
-    # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
-    uncut = _one_after_another(options, whole.forward(run_one) if is_exact else run_one, models, split, ranks=None)
-    return Lockstep(
-        models=models,
-        run_one=run_one,
-        batch_loss=options.batch_loss,
-        combination=_COMBINATIONS[options.combine],
-        uncut=_Scoped(runner=uncut, scope=whole.held) if is_exact else uncut,
-        split=split,
-        weights=options.weights,
-        is_exact=is_exact,
-        activations=options.activations,
-    )
+    needs_fillers = ranks is not None and ranks.runs_collectives
+    return FilledRunner(runner=plain, loss_of=run_one) if needs_fillers else plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scoped:
-    """A runner whose batches run inside of a scope.
-
-    Attributes:
-        runner: runs the batch.
-        scope: makes the scope of one batch.
-    """
+    """A runner whose batches run inside of a scope each."""
 
     runner: Runner
     scope: Callable[[], AbstractContextManager[None]]
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
         with self.scope():
             self.runner.run(accumulation, batch, pieces, ran=ran)
+
+
+def _scoped(runner: Runner, scope: Callable[[], AbstractContextManager[None]] | None) -> Runner:
+    return runner if scope is None else _Scoped(runner=runner, scope=scope)

@@ -36,21 +36,12 @@ from gradaccum.whole_batch.outputs import Combination, Outputs
 from gradaccum.whole_batch.whole_over_ranks import gathered_batch, gathered_outputs
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.fillers import Fillers
+from gradaccum.window.runner import Ran
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwoPass:
-    """Runs the micro-batches of a batch whose loss sees all of their outputs.
-
-    Attributes:
-        output_of: from a micro-batch on the device to its outputs.
-        batch_loss: from the whole batch's outputs and the whole batch to the loss, a 0-d tensor or a `Loss`.
-        split: what cuts batches.
-        combination: how outputs become the whole batch's.
-        models: whose buffers are replayed.
-        kept: decides how many graphs are kept.
-        fillers: what runs where other processes have more micro-batches, and every forward waits for all.
-    """
+    """Runs the micro-batches of a batch whose loss sees all of their outputs, as ``combination`` joins them."""
 
     output_of: Callable[[Any], Any]
     batch_loss: Callable[[Any, Any], Any]
@@ -60,9 +51,7 @@ class TwoPass:
     kept: KeptGraphs
     fillers: Fillers = field(default_factory=Fillers)
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
         device, ranks = accumulation.device(), accumulation.ranks
         batch = tree.to_device(batch, device)  # the loss sees all of it
@@ -113,13 +102,7 @@ class TwoPass:
 
 
 class _Window:
-    """One attempt at one batch.
-
-    Attributes:
-        sizes: rows of each micro-batch.
-        graphs: the output tensors of the micro-batches whose graph is kept, by index.
-        num_kept: how many were to be kept.
-    """
+    """One attempt at one batch."""
 
     def __init__(
         self, runner: TwoPass, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], replay: Replay
@@ -132,14 +115,14 @@ class _Window:
         self.sizes = [num_rows(piece) for piece in pieces]
         self._rows = sum(self.sizes)
         self._outputs = Outputs(runner.combination, self._rows)
-        self.graphs: dict[int, list[Tensor]] = {}
+        self.graphs: dict[int, list[Tensor]] = {}  # output tensors by micro-batch, where its graph is kept
         self.num_kept = 0
         ranks = accumulation.ranks
         # Where every forward waits for all processes, each runs equally many: its own micro-batches and then fillers.
         self._in_step = ranks if ranks is not None and ranks.runs_collectives else None
         self._num_fillers = 0 if self._in_step is None else self._in_step.pieces - len(pieces)
 
-    def run(self, at_most: int, ran: Callable[[int], None]) -> None:
+    def run(self, at_most: int, ran: Ran) -> None:
         """Both passes; keeps at most so many graphs."""
         if self.sizes:
             self._first_pass(at_most)
@@ -202,7 +185,7 @@ class _Window:
         if ranks is not None and self.sizes:
             self._outputs.take_gradients(outputs.gradients(own_rows))
 
-    def _second_pass(self, ran: Callable[[int], None]) -> None:
+    def _second_pass(self, ran: Ran) -> None:
         drift = Drift()
         if not self.num_kept:
             torch.clear_autocast_cache()

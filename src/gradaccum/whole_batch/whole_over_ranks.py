@@ -1,16 +1,17 @@
 """What a loss or a layer over the whole batch sees of other processes: their outputs, their labels, their statistics.
 
-Of a batch that is spread over processes, each runs its own micro-batches and gets the outputs of all, in the order of
-ranks. All of them compute the same loss from the same outputs, and each pushes its own rows' part of the gradient back
-into its own graphs. The loss is counted on one of them, and so are the gradients of parameters that it owns.
+Each process runs its own micro-batches, gets the outputs of all in the order of ranks, computes the loss from them,
+and pushes its own rows' part of the gradient back into its own graphs. The loss is counted on one of them, and so are
+the gradients of parameters that it owns.
 
-The labels that go with the outputs are gathered too, and everything else of the batch that takes little: up to 4 KiB a
-sample. Larger entries, images say, stay those of this process; a loss that needs them of all returns them from forward.
+Labels are gathered too, and everything else of the batch that takes up to 4 KiB a sample. Larger entries, images say,
+stay those of this process; a loss that needs them of all returns them from forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +27,7 @@ _LARGE = 4096  # bytes of a row
 
 
 def gathered_outputs(ranks: OverRanks, own: Outputs, rows: int) -> tuple[Outputs, slice]:
-    """The outputs of all processes, and which rows of them are this one's; all processes call this at the same time.
-
-    Args:
-        ranks: the processes.
-        own: the outputs of this process.
-        rows: how many rows of the batch they are of; 0 for none.
+    """The outputs of all processes, and which rows of them are those of this one, which has so many rows of the batch.
 
     Raises:
         BatchError: no process has any.
@@ -41,16 +37,13 @@ def gathered_outputs(ranks: OverRanks, own: Outputs, rows: int) -> tuple[Outputs
     of_no_samples = next((one for one in shared if one is not None), None)
     if of_no_samples is None:
         raise BatchError("No process has a sample of this batch, so there is nothing to learn from.")
-    mine = own.whole() if rows else _zeros(of_no_samples, ranks.ranks.device)
+    none = [torch.zeros_like(tensor, device=ranks.ranks.device) for tensor in tree.tensors(of_no_samples)]
+    mine = own.whole() if rows else rebuilt(of_no_samples, none)
     gathered, own_rows = Outputs(own.combination, sum(counts)), slice(start, start + rows)
     gathered.put(own_rows, rows, mine)
     for tensor in gathered.tensors:  # zero but for each process's own rows, or its own sum
-        ranks.add_up(tensor)
+        ranks.ranks.add_up(tensor)
     return gathered, own_rows
-
-
-def _zeros(structure: Any, device: torch.device) -> Any:
-    return rebuilt(structure, [torch.zeros_like(tensor, device=device) for tensor in tree.tensors(structure)])
 
 
 def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
@@ -62,29 +55,22 @@ def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
             return leaf
         table = torch.zeros((sum(counts), *leaf.shape[1:]), dtype=leaf.dtype, device=ranks.ranks.device)
         table[start : start + rows] = leaf
-        ranks.add_up(table)
+        ranks.ranks.add_up(table)
         return table
 
     return tree.map_leaves(batch, gathered)
 
 
-class SharesOfAll:
-    """Exchanges a layer's statistics between processes, with gradient: `Exact`'s ``across_ranks``."""
+def shares_of_all(ranks: OverRanks) -> Callable[[Share], Sequence[Share]]:
+    """What exchanges a layer's statistics between processes, with gradient, in the order of ranks; see `Exact`."""
+    numbers = itertools.count(1)
 
-    def __init__(self, ranks: OverRanks) -> None:
-        self._ranks = ranks
-        self._calls = 0
-
-    def __call__(self, share: Share) -> Sequence[Share]:
-        """The shares of all processes, in the order of ranks.
-
-        Every process calls this for the same layers in the same order.
-        """
-        self._calls += 1
-        _, counts = self._ranks.rows_before(share.count)
-        mine = torch.stack([share.mean, share.var])
-        table = _Gathered.apply(mine, self._ranks, self._calls)
+    def exchange(share: Share) -> Sequence[Share]:
+        _, counts = ranks.rows_before(share.count)
+        table = _Gathered.apply(torch.stack([share.mean, share.var]), ranks, next(numbers))
         return [Share(count=count, mean=table[i][0], var=table[i][1]) for i, count in enumerate(counts) if count]
+
+    return exchange
 
 
 class _Gathered(torch.autograd.Function):
@@ -95,7 +81,7 @@ class _Gathered(torch.autograd.Function):
         ctx.ranks, ctx.call = ranks, call
         table = mine.new_zeros(ranks.ranks.size, *mine.shape)
         table[ranks.ranks.rank] = mine
-        ranks.add_up(table)
+        ranks.ranks.add_up(table)
         return table
 
     @staticmethod
@@ -107,5 +93,5 @@ class _Gathered(torch.autograd.Function):
                 "other's statistics. Parallel branches with BatchNorm may run in any order; let them follow each other."
             )
         total = gradients[0].contiguous().clone()
-        ctx.ranks.add_up(total)
+        ctx.ranks.ranks.add_up(total)
         return total[ctx.ranks.ranks.rank], None, None

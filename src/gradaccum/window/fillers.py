@@ -25,7 +25,7 @@ from gradaccum.errors import BatchError, MisuseError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.types import Rows, Update
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.runner import Runner
+from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.snapshot import Buffers
 
 
@@ -46,13 +46,9 @@ class Fillers:
     def run(
         self, run_one: Callable[[Any], Any], batch: Any, accumulation: Accumulation, *, then: Callable[[], None]
     ) -> None:
-        """Runs a filler, and puts buffers back.
+        """Runs the kept row, or the batch of zero rows where there is none, ``then`` what others wait for.
 
-        Args:
-            run_one: on a micro-batch on the device.
-            batch: of zero rows; what is run if no row has been kept.
-            accumulation: whose models run.
-            then: what the others wait for; called before buffers are put back.
+        Buffers are put back after that.
 
         Raises:
             BatchError: there never was a row, and the model cannot run on none.
@@ -75,21 +71,13 @@ class Fillers:
 
 @dataclass(kw_only=True)
 class FilledRunner:
-    """Runs micro-batches one after another, and then fillers, as many as other processes have micro-batches.
-
-    Attributes:
-        runner: runs those of this process.
-        loss_of: from a micro-batch on the device to its loss.
-        fillers: of this process.
-    """
+    """Runs this process's micro-batches, and then fillers, until all have run as many as the process with most."""
 
     runner: Runner
     loss_of: Callable[[Any], Any]
     fillers: Fillers = field(default_factory=Fillers)
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """Runs the micro-batches of one batch; see `Runner`."""
         ranks = accumulation.ranks
         assert ranks is not None, "fillers are for processes that train together"
@@ -110,16 +98,6 @@ class FilledRunner:
 class SharedPasses:
     """The passes of an accumulator beside those of other processes, if there are any.
 
-    Args:
-        accumulation: whose windows are closed.
-        tail: what becomes of an incomplete last window; see `Accumulator`.
-        counts_ahead: whether the totals of windows are counted before they begin.
-
-    Attributes:
-        fills: whether others may have to be waited for by running a micro-batch again.
-        is_filler: whether the present micro-batch is one that has been run already.
-        closes: whether the open window is closed after the present micro-batch.
-
     Raises:
         UnsupportedError: windows would be carried over the end of a pass that other processes are still in, or dropped
             after they have been reduced.
@@ -130,9 +108,9 @@ class SharedPasses:
         self._ranks = accumulation.ranks
         self._drops_incomplete = tail == "drop"
         self._no_totals: dict[str, Weight] | None = {} if counts_ahead else None
-        self.fills = self._ranks is not None and self._ranks.runs_collectives
-        self.is_filler = False
-        self.closes = True
+        self.fills = self._ranks is not None and self._ranks.runs_collectives  # micro-batches may be run again
+        self.is_filler = False  # the present micro-batch is run again
+        self.closes = True  # the open window is closed after the present micro-batch
         self._is_complete = False
         if self._ranks is not None and tail == "carry":
             raise UnsupportedError(
@@ -166,11 +144,7 @@ class SharedPasses:
             yield
 
     def begins(self, *, completes: bool) -> None:
-        """Called when a micro-batch is handed out, before its forward.
-
-        Args:
-            completes: whether it is the last of this process's in the window; a filler always is.
-        """
+        """Called before the forward of a micro-batch, which is this process's last in the window or not."""
         if self._ranks is None or not self.fills:
             return
         self._is_complete = completes or self.is_filler
@@ -183,12 +157,7 @@ class SharedPasses:
             self._ranks.backward_of_nothing()
 
     def wants_filler(self, is_exhausted: bool, has_any: bool) -> bool:
-        """Whether the micro-batch before is to be handed out again; asked before the next one is taken.
-
-        Args:
-            is_exhausted: whether there is no next one.
-            has_any: whether there was one before.
-        """
+        """Whether the micro-batch before, if there is any, is handed out again; asked before the next one is taken."""
         self.is_filler = False
         if self._ranks is None or not self.fills:
             return False

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,42 +44,28 @@ def over_ranks(models: Sequence[nn.Module], sync: Sync, named: Sequence[tuple[st
 
 
 class OverRanks:
-    """A window's way over all processes.
-
-    Args:
-        ranks: the processes.
-        engines: what wraps each model.
-        named: every parameter of the models, the same on all processes.
-
-    Attributes:
-        boost: a factor in the seed of every backward, to undo an engine's averaging; None for none.
-        runs_collectives: whether every forward waits for all processes.
-        pieces: how many micro-batches every process runs in the open window, where it is agreed on.
-        all_are_done: whether no process had a window of its own any more when they exchanged messages last.
-    """
+    """A window's way over all processes, which have the same parameters in the same order."""
 
     def __init__(self, ranks: Ranks, engines: Sequence[Engine], named: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.ranks = ranks
         self._engines = engines
+        self.is_first = ranks.rank == 0  # the process that speaks for all
+        self.is_wrapped = any(engine.is_wrapper for engine in engines)
         self.runs_collectives = any(engine.runs_collectives for engine in engines)
+        # In the seed of every backward, to undo an engine's averaging; None where none does.
         self.boost = next((engine.averages_over for engine in engines if engine.runs_collectives), None)
         self.look_at(named)
         self._names: list[str] = []
         self._has_met = False
         self._update = 0
-        self.pieces = 0
-        self.all_are_done = False
+        self.pieces = 0  # micro-batches that every process runs in the open window, where that is agreed on
+        self.all_are_done = False  # no process had a window of its own when messages were exchanged last
 
     def look_at(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Takes note of the parameters; called again whenever they have changed."""
         self._named = named
         self._is_sharded = {id(parameter) for _, parameter in named if hasattr(parameter, "device_mesh")}
         self._model = zlib.crc32(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that speaks for all."""
-        return self.ranks.rank == 0
 
     @property
     def description(self) -> str:
@@ -105,11 +91,6 @@ class OverRanks:
                 held.enter_context(engine.taken_over())
             yield
 
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether a model's own forward and backward would reduce, if they were left alone."""
-        return any(engine.is_wrapper for engine in self._engines)
-
     @contextmanager
     def report_errors(self) -> Iterator[None]:
         """Context manager that reports an error to the other processes before it goes on."""
@@ -118,7 +99,13 @@ class OverRanks:
         except BaseException as error:
             if self.runs_collectives and faults.is_of_transport(error):
                 raise self.ranks.fault(error) from error
-            self._report(error)
+            if not isinstance(error, RankError):
+                faults.report(self.ranks.rank, faults.description(error))
+                # Not where the others are inside of a collective of the model, or everybody is being stopped.
+                if not self.runs_collectives and isinstance(error, Exception):
+                    with suppress(RankError):  # they have gone as well
+                        self._meet()  # the others do, if this is the first window
+                        self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
             raise
 
     @contextmanager
@@ -142,8 +129,8 @@ class OverRanks:
         Args:
             totals: what this process's means are over, by term, where the user counts it ahead.
             update: index of the update that the window is for.
-            samples: rows to come here.
-            pieces: micro-batches to come here.
+            samples: rows to come here, in so many pieces.
+            pieces: see there.
             last_total: that of the window before.
             is_done: whether this process has no window of its own any more.
 
@@ -188,13 +175,10 @@ class OverRanks:
         sizes: Sequence[int | None],
         is_done: bool = False,
     ) -> WindowResult:
-        """Adds this process's window and those of the others up, into ``normaliser`` and ``.grad``.
+        """Adds this process's window, of micro-batches of so many rows, and those of the others up.
 
-        Args:
-            normaliser: of the window; afterwards it is about all processes.
-            parameters: whose gradients are wanted.
-            sizes: rows of each micro-batch here.
-            is_done: this process has no more windows, and only takes part in those of the others.
+        ``normaliser`` is about all processes afterwards, and ``.grad`` of the parameters has their sum. A process that
+        is done has no more windows, and only takes part in those of the others.
 
         Raises:
             RankError: another process failed or has gone, or is not closing this window.
@@ -231,10 +215,6 @@ class OverRanks:
         counts = [message.samples for message in self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS, samples=rows)]
         return sum(counts[: self.ranks.rank]), counts
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Adds a tensor up over all processes, in place."""
-        self.ranks.add_up(tensor)
-
     def totals(self, own: Mapping[str, Number]) -> dict[str, Number]:
         """Each term's weight over all processes."""
         self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS)
@@ -250,19 +230,6 @@ class OverRanks:
         messages = self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
         return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
-    def _report(self, error: BaseException) -> None:
-        """Lets the others know that this process has failed; returns when they know, or cannot be reached."""
-        if isinstance(error, RankError):
-            return
-        faults.report(self.ranks.rank, faults.description(error))
-        if self.runs_collectives or not isinstance(error, Exception):
-            return  # the others are inside of a collective of the model, or everybody is being stopped
-        try:
-            self._meet()  # the others do, if this is the first window
-            self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
-        except RankError:
-            return  # they have gone as well
-
     def _meet(self) -> None:
         if not self._has_met:
             whole = [parameter for _, parameter in self._named if id(parameter) not in self._is_sharded]
@@ -272,10 +239,8 @@ class OverRanks:
     def _agree(
         self, kind: Kind, *, outcome: Outcome = Outcome.FINE, error: BaseException | None = None, **fields: Any
     ) -> list[Message]:
-        """Exchanges messages, whose length does not depend on their kind; see `Ranks.agree`."""
         message = Message(outcome, kind, self._update, self._model, **fields)
-        num_uses = flat.num_numbers(len(self._named))
-        return self.ranks.agree(message, num_terms=len(self._names), num_uses=num_uses, error=error)
+        return self.ranks.agree(message, num_terms=len(self._names), num_uses=len(self._named), error=error)
 
     def _added_totals(self, own: Mapping[str, Weight]) -> dict[str, Any]:
         """Adds up numbers by name, of which each process may have others; waits for the device if they lie there."""
@@ -312,20 +277,17 @@ class OverRanks:
         if share is None:
             return TermShare()
         total, weight = share
-        number = total.item() if self._is_on_host else 0.0
+        is_on_host = self.ranks.device.type == "cpu"
+        number = total.item() if is_on_host else 0.0
         if weight is None:
             return TermShare(TermKind.PLAIN_SUM, 0.0, number)
-        if self._is_on_host or not isinstance(weight, Tensor):
+        if is_on_host or not isinstance(weight, Tensor):
             return TermShare(TermKind.ON_HOST, float(weight), number)
         return TermShare(TermKind.ON_DEVICE, 0.0, number)
 
-    @property
-    def _is_on_host(self) -> bool:
-        return self.ranks.device.type == "cpu"
-
     def _added_shares(self, messages: Sequence[Message], share: Share) -> dict[str, tuple[Tensor, Number | None]]:
         """Each term's sum and weight over all processes."""
-        on_device = None if self._is_on_host else self._added_on_device(share)
+        on_device = None if self.ranks.device.type == "cpu" else self._added_on_device(share)
         # A process without samples has the dtype of its parameters, which the others' losses most likely have too.
         lone_dtype = self._named[0][1].dtype
         lone_dtype = torch.promote_types(lone_dtype, torch.float32) if lone_dtype.is_floating_point else torch.float32

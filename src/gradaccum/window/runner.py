@@ -12,20 +12,21 @@ from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.prefetch import on_device
 from gradaccum.window.weights import WeightsFunction, weights_by_name
 
+Ran = Callable[[int], None]
+"""Called after each micro-batch, with how many have run."""
+
 
 class Runner(Protocol):
     """Runs the micro-batches of one batch after another."""
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """Adds the gradients of one batch's micro-batches to the open window, and counts them.
 
         Args:
             accumulation: its window is open, and stays open. Where this raises, the caller discards it.
             batch: the whole batch, where the user keeps it.
             pieces: the rows of each micro-batch, in the order they run.
-            ran: called after each micro-batch with how many have run.
+            ran: see `Ran`.
         """
         ...
 
@@ -44,9 +45,7 @@ class Plain:
     split: Split
     weights: WeightsFunction | None
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
         micro_batches = (self.split.cut(batch, piece) for piece in pieces)
         for done, micro_batch in enumerate(on_device(micro_batches, accumulation.device()), start=1):

@@ -28,6 +28,26 @@ class RandomState:
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
 
+    def next_numbers(self, count: int) -> list[int]:
+        """The numbers that the CPU's generator would give next; no generator moves."""
+        generator = torch.Generator()
+        generator.set_state(self.cpu)
+        return torch.randint(0, 1 << 62, (count,), generator=generator, device="cpu").tolist()
+
+    def seed(self, number: int) -> None:
+        """Seeds the generators whose state this is."""
+        torch.default_generator.manual_seed(number)  # of which it takes 32 bits, and CUDA's generators all
+        for index in self.cuda:
+            torch.cuda.default_generators[index].manual_seed(number)
+
+    def advance(self, *, drew: bool) -> None:
+        """Makes it the present state; all generators are one number further if anything was drawn meanwhile."""
+        self.restore()
+        if drew:
+            torch.randint(0, 1 << 62, (), device="cpu")
+            for index in self.cuda:
+                torch.rand((), device=f"cuda:{index}")
+
     def equals(self, other: RandomState) -> bool:
         """Whether nothing has been drawn between the two."""
         return torch.equal(self.cpu, other.cpu) and all(
@@ -46,27 +66,17 @@ class RandomSeed:
 
     def __init__(self) -> None:
         self._before = RandomState.now()
-        stream = torch.Generator()
-        stream.set_state(self._before.cpu)
-        # CUDA generators use all of it, the CPU's 32 bits.
-        self._seed = int(torch.randint(0, 1 << 62, (), generator=stream, device="cpu"))
+        (self._seed,) = self._before.next_numbers(1)
         self._seeded = self._before
 
     def begin(self) -> None:
         """Seeds the generators, for the first attempt as for every other."""
-        torch.default_generator.manual_seed(self._seed)
-        for index in self._before.cuda:
-            torch.cuda.default_generators[index].manual_seed(self._seed)
+        self._before.seed(self._seed)
         self._seeded = RandomState.now()
 
     def end(self) -> None:
         """Leaves the generators one number further; untouched, where no piece drew anything."""
-        drew = not self._seeded.equals(RandomState.now())
-        self._before.restore()
-        if drew:
-            torch.randint(0, 1 << 62, (), device="cpu")
-            for index in self._before.cuda:
-                torch.rand((), device=f"cuda:{index}")
+        self._before.advance(drew=not self._seeded.equals(RandomState.now()))
 
     def undo(self) -> None:
         """Leaves the generators as they were, for an update that was not made."""

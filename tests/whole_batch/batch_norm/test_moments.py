@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradaccum.whole_batch.batch_norm.moments import Merging, Moments, Normalize, Share, moments
+from gradaccum.whole_batch.batch_norm.moments import Moments, Normalize, Share, merge, moments
 from oracle import EXACT
 
 SHAPES = [(13, 3), (13, 3, 4), (13, 3, 4, 5), (13, 3, 2, 3, 2)]
@@ -28,7 +28,7 @@ def in_pieces(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float 
 
 
 def merged(each: Sequence[tuple[Tensor, Tensor]]) -> Share:
-    return Merging()([Share(count=n, mean=mean, var=var) for n, (mean, var) in zip(SIZES, each, strict=True)])
+    return merge([Share(count=n, mean=mean, var=var) for n, (mean, var) in zip(SIZES, each, strict=True)])
 
 
 @pytest.mark.parametrize("affine", ["both", "weight", "neither"])

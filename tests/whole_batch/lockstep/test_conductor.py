@@ -280,9 +280,14 @@ def test_out_of_memory_is_a_transaction(where: str, at: int) -> None:
     torch.manual_seed(0)
     memory = Memory(limit=5)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Scarce(memory, where=where), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4),
-        nn.Flatten(), nn.Linear(4 * 36, 4),
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        Scarce(memory, where=where),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 4),
+    ).double()
     whole = copy.deepcopy(model)
     whole[2] = nn.Identity()
     optimizer = sgd(model)

@@ -117,8 +117,9 @@ def test_the_batchs_order_where_samples_are_packed() -> None:
 
     batches = [(x, y, torch.arange(ROWS)) for x, y in make_batches(2)]
     split = ga.split_by_cost(cost, 15, trim=False)
-    updates = assert_like_whole(BetweenSamples().double(), batches, loss, micro_batch_size=4, split=split,
-                                whole_loss=classes_loss)  # fmt: skip
+    updates = assert_like_whole(
+        BetweenSamples().double(), batches, loss, micro_batch_size=4, split=split, whole_loss=classes_loss
+    )
     assert updates[0].micro_batches > 3
     assert all(torch.equal(one, torch.arange(ROWS)) for one in order)
 

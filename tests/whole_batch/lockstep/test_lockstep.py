@@ -114,8 +114,9 @@ def whole_weighted(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def test_losses_of_different_weight() -> None:
-    assert_like_whole(make_network("residual"), make_batches(2), weighted, whole_loss=whole_weighted,
-                      micro_batch_size=2)  # fmt: skip
+    assert_like_whole(
+        make_network("residual"), make_batches(2), weighted, whole_loss=whole_weighted, micro_batch_size=2
+    )
 
 
 def test_terms_over_different_things_need_no_totals() -> None:
@@ -153,10 +154,15 @@ def test_a_loss_over_the_batch_too(size: int, combine: str) -> None:
         return F.cross_entropy(5 * z @ z.t(), batch[1]) if combine == "concat" else z.square().sum().sqrt()
 
     assert_like_whole(
-        make_network("residual"), make_batches(2), None,
+        make_network("residual"),
+        make_batches(2),
+        None,
         whole_loss=lambda model, batch: batch_loss(forward(model, batch), batch),
-        forward=forward, batch_loss=batch_loss, combine=combine, micro_batch_size=size,
-    )  # fmt: skip
+        forward=forward,
+        batch_loss=batch_loss,
+        combine=combine,
+        micro_batch_size=size,
+    )
 
 
 # ---------------------------------------------------------------------------------------- precision, conditions

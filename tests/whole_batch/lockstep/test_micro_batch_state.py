@@ -102,15 +102,13 @@ def test_each_stream_goes_on_where_it_stopped() -> None:
     streams = Streams(2)
     drawn: dict[int, list[Tensor]] = {0: [], 1: []}
     for index in (0, 1, 1, 0):
-        streams.enter(index)
-        drawn[index].append(torch.rand(3))
-        streams.leave(index)
+        with streams.of(index):
+            drawn[index].append(torch.rand(3))
     torch.manual_seed(0)
     again = Streams(2)
     for index in (0, 1):
-        again.enter(index)
-        assert torch.equal(torch.rand(6), torch.cat(drawn[index]))
-        again.leave(index)
+        with again.of(index):
+            assert torch.equal(torch.rand(6), torch.cat(drawn[index]))
     assert not torch.equal(drawn[0][0], drawn[1][0])
 
 
@@ -125,9 +123,8 @@ def test_afterwards_the_generator_is_one_number_further() -> None:
     def after(draws: int) -> Tensor:
         torch.manual_seed(0)
         streams = Streams(2)
-        streams.enter(0)
-        torch.rand(draws)
-        streams.leave(0)
+        with streams.of(0):
+            torch.rand(draws)
         streams.end()
         return torch.get_rng_state()
 
@@ -152,9 +149,8 @@ def test_dropout_is_that_of_the_micro_batchs_own_stream() -> None:
     streams = Streams(4)
     loss = torch.zeros(())
     for index, rows in enumerate(ga.split_by_samples().plan(batch, 4)):
-        streams.enter(index)
-        loss = loss + F.cross_entropy(whole(batch[0][rows]), batch[1][rows], reduction="sum") / len(batch[1])
-        streams.leave(index)
+        with streams.of(index):
+            loss = loss + F.cross_entropy(whole(batch[0][rows]), batch[1][rows], reduction="sum") / len(batch[1])
     optimizer = sgd(whole)
     loss.backward()
     optimizer.step()
@@ -233,23 +229,19 @@ def test_modules_are_as_they_were() -> None:
 def test_switching() -> None:
     module, attributes = nn.Linear(1, 1), Attributes(2)
     with attributes_seen():
-        with attributes.noted(0):
+        with attributes.of(0), attributes.noted(0):
             module.kept = "first"
-        attributes.leave(0)
-        with attributes.noted(1):
+        with attributes.of(1), attributes.noted(1):
             module.kept = "second"
             module.weight = nn.Parameter(torch.zeros(1, 1))  # is everybody's
-        attributes.leave(1)
-        attributes.enter(0)
-        assert module.kept == "first"
-        with attributes.noted(0):
+        with attributes.of(0), attributes.noted(0):
+            assert module.kept == "first"
             del module.kept
-        attributes.leave(0)
-        attributes.enter(1)
-        assert module.kept == "second"
-        attributes.enter(0)
-        assert not hasattr(module, "kept")
-        assert module.weight.item() == 0
+        with attributes.of(1):
+            assert module.kept == "second"
+        with attributes.of(0):
+            assert not hasattr(module, "kept")
+            assert module.weight.item() == 0
 
 
 def test_other_threads_are_not_noted() -> None:
@@ -259,6 +251,7 @@ def test_other_threads_are_not_noted() -> None:
         with attributes.noted(0):
             pass
         module.kept = 2
-    attributes.leave(0)
-    attributes.enter(0)
-    assert module.kept == 2
+    with attributes.of(0):
+        pass
+    with attributes.of(0):
+        assert module.kept == 2

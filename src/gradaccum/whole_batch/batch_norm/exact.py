@@ -1,8 +1,7 @@
 """BatchNorm of the whole batch, for micro-batches that run in lockstep.
 
-Each micro-batch brings its mean and variance to a meeting, gets those of the whole batch, and goes on with them. These
-are the same two tensors for all, made once, and they carry the graph: what makes the gradient that of the whole batch
-is nothing but torch's own backward through them.
+Each micro-batch brings its mean and variance to a meeting, gets those of the whole batch, and goes on with them: the
+same two tensors for all, with a graph, so torch's own backward through them makes the gradient that of the whole batch.
 
 Running statistics advance once, from the whole batch and with its unbiased variance, after the backward; an update that
 fails leaves them where they were. ``num_batches_tracked`` advances by one for each call of the layer in one forward.
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from gradaccum.errors import BatchError, UnsupportedError
 from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
-from gradaccum.whole_batch.batch_norm.moments import Merging, Moments, Normalize, Share, advance
+from gradaccum.whole_batch.batch_norm.moments import Moments, Normalize, Share, advance, merge
 
 Meet = Callable[[Any, str, Any, Callable[[Sequence[Any]], Any]], Any]
 """``(key, where, mine, combine)``: waits until all micro-batches are at the key, and returns what ``combine``, called
@@ -37,35 +36,22 @@ AcrossRanks = Callable[[Share], Sequence[Share]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What one call of one layer takes in all micro-batches.
+    """What one call of one layer takes in all micro-batches."""
 
-    Attributes:
-        whole: of the whole batch.
-        each_mean: ``[micro-batches, C]``, detached, by which a repeated call is recognised.
-        each_var: the same.
-        has_graph: whether gradients go through the statistics.
-    """
-
+    call: Call  # the first micro-batch's, without its input
     whole: Share
-    each_mean: Tensor
+    each_mean: Tensor  # [micro-batches, C], detached, by which a repeated call is recognised, with `each_var`
     each_var: Tensor
     has_graph: bool
 
 
 class Exact:
-    """The statistics of one batch.
-
-    Args:
-        models: whose layers are named in errors, and whose counts of batches are kept.
-        across_ranks: where a batch is spread over processes.
-    """
+    """The statistics of one batch, which is spread over processes where there is ``across_ranks``."""
 
     def __init__(self, models: Sequence[nn.Module], *, across_ranks: AcrossRanks | None = None) -> None:
         self._layers = Layers(models)
-        self._merge = Merging()
         self._across_ranks = across_ranks
         self._statistics: dict[Any, list[Statistics]] = {}
-        self._advances: list[tuple[Call, Share]] = []
         self._is_backward = False
 
     @contextmanager
@@ -74,11 +60,11 @@ class Exact:
         try:
             with answered(self._layers, wanted='batch_norm="exact"'):
                 yield
-            for call, whole in self._advances:
-                advance(call, whole)
+            for of_layer in self._statistics.values():
+                for statistics in of_layer:
+                    advance(statistics.call, statistics.whole)
         finally:  # the graph refers to these by `_check`, and they to the graph: a cycle that keeps the memory
             self._statistics.clear()
-            self._advances.clear()
 
     def forward(self, meet: Meet) -> AbstractContextManager[None]:
         """Context manager in which this thread runs the forward of one micro-batch."""
@@ -92,7 +78,6 @@ class Exact:
             yield
 
     def _first(self, meet: Meet, call: Call) -> Tensor:
-        """Normalises a micro-batch in its forward."""
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 'batch_norm="exact" has to see every BatchNorm call, and this one is being compiled. Leave '
@@ -104,26 +89,25 @@ class Exact:
         return self._normalized(call, statistics)
 
     def _merged(self, brought: Sequence[tuple[Share, Call, bool]]) -> Statistics:
-        """The statistics of the whole batch from what each micro-batch brought."""
         shares, has_graph = [share for share, _, _ in brought], any(with_graph for _, _, with_graph in brought)
         call = brought[0][1]
         with torch.set_grad_enabled(has_graph), torch.autocast(call.input.device.type, enabled=False):
-            whole = self._merge(shares)
+            whole = merge(shares)
             if self._across_ranks is not None:
-                whole = self._merge(self._across_ranks(whole))
+                whole = merge(self._across_ranks(whole))
         if whole.count < 2:
             raise BatchError(
                 f"{self._layers.name(call)} has {whole.count} values per channel in the whole batch, and a variance "
                 "needs two. Pass more samples, or leave out batches as small as this."
             )
         statistics = Statistics(
+            call=call.without_input(),
             whole=whole,
             each_mean=torch.stack([share.mean.detach() for share in shares]),
             each_var=torch.stack([share.var.detach() for share in shares]),
             has_graph=has_graph,
         )
         self._statistics.setdefault(self._layers.key(call), []).append(statistics)
-        self._advances.append((call.without_input(), whole))
         self._layers.count(call, is_new=True)
         return statistics
 
@@ -163,10 +147,7 @@ class Exact:
 
 
 def _closest(candidates: Sequence[Statistics], mean: Tensor, var: Tensor) -> Statistics:
-    """Those of the call in which a micro-batch had this mean and variance: equal, if the kernels are deterministic.
-
-    Waits for the device.
-    """
+    """Those of the call in which a micro-batch had this mean and variance, or nearly; waits for the device."""
     with torch.no_grad():
         apart = [
             ((one.each_mean - mean).abs() + (one.each_var - var).abs()).sum(1).min() if one.each_mean.numel() else mean
@@ -184,7 +165,7 @@ class Whole:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Context manager in which batches run, by `forward`."""
+        """Context manager in which the batch runs."""
         self._layers = Layers(self._models)
         with answered(self._layers, wanted='batch_norm="exact"'), calls.in_backward(self._again):
             yield

@@ -1,9 +1,8 @@
 """Statistics of fixed groups of samples, whatever micro-batches they are run in.
 
-Normalising with the statistics of small groups is a method of its own ("ghost batch normalisation", Hoffer et al. 2017,
-arXiv 1705.08741), and what accumulation does by accident, with groups that change with the micro-batch size. With
-groups of n consecutive samples of the batch, and micro-batches that hold whole groups, the loss is a sum over groups:
-its gradient is the same however they are cut, and costs no more than the plain loop.
+"Ghost batch normalisation" (Hoffer et al. 2017, arXiv 1705.08741) is what accumulation does by accident, with groups
+that change with the micro-batch size. With groups of n consecutive samples of the batch, and micro-batches that hold
+whole groups, the gradient is the same however they are cut, and costs no more than the plain loop.
 
 A last group of a single sample joins the one before it, for it has no variance of its own. Running statistics advance
 once an update, by the mean and the unbiased variance of the whole batch, merged from what its micro-batches had.
@@ -25,16 +24,13 @@ from gradaccum import tree
 from gradaccum.errors import UnsupportedError
 from gradaccum.types import GhostBatch
 from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
-from gradaccum.whole_batch.batch_norm.moments import Merging, Share, advance, moments
+from gradaccum.whole_batch.batch_norm.moments import Share, advance, merge, moments
 
 
 class Ghosts:
     """Normalises group by group.
 
-    Args:
-        models: whose layers' counts of batches are kept.
-        groups: how large they are.
-        is_replayed: whether a micro-batch may run forward several times in one update, at one place in memory.
+    Where ``is_replayed``, a micro-batch may run forward several times in an update; it is told by its place in memory.
     """
 
     def __init__(self, models: Sequence[nn.Module], groups: GhostBatch, *, is_replayed: bool = False) -> None:
@@ -69,7 +65,6 @@ class Ghosts:
         return grouped
 
     def _first(self, name: Any, rows: int, num_calls: Counter[Any], call: Call) -> Tensor:
-        """Normalises a micro-batch in its forward."""
         x = call.input
         if len(x) != rows:
             raise UnsupportedError(
@@ -88,7 +83,6 @@ class Ghosts:
         return normalized
 
     def _again(self, call: Call) -> Tensor | None:
-        """Normalises a micro-batch in a checkpoint; None for another's layer."""
         return self._normalized(call) if self._layers.may_have(call) else None
 
     def _normalized(self, call: Call) -> Tensor:
@@ -99,7 +93,6 @@ class Ghosts:
         return each[0] if len(each) == 1 else torch.cat(each)
 
     def _advance(self) -> None:
-        merge = Merging()
         for shares in self._seen.values():
             call = next(iter(shares.values()))[0]  # the first micro-batch's, with the momentum of the first count
             advance(call, merge([share for _, share in shares.values()]))

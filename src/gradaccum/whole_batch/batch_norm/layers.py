@@ -27,17 +27,7 @@ from gradaccum.whole_batch.interception import Handlers, Replacement
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One training-mode call of ``batch_norm``, with its arguments in torch's order.
-
-    Attributes:
-        input: ``[n, C, ...]``.
-        running_mean: ``[C]``, like the rest; None where the layer does not track.
-        running_var: None where ``running_mean`` is.
-        weight: None where the layer has none.
-        bias: None where the layer has none.
-        momentum: how far the running statistics move towards these.
-        eps: added to the variance.
-    """
+    """One training-mode call of ``torch.nn.functional.batch_norm``, with its arguments in torch's order."""
 
     input: Tensor
     running_mean: Tensor | None
@@ -105,8 +95,8 @@ def answered(layers: Layers, *, wanted: str) -> Iterator[None]:
 class Layers:
     """The models' layers during one batch: which of them a call came from, and how often each was called.
 
-    A layer adds one to its ``num_batches_tracked`` in every micro-batch and in every run of a checkpoint. Wanted is one
-    for each call in the forward of the batch, so the counts are set from where they were before.
+    A layer adds one to its ``num_batches_tracked`` in every micro-batch and in every run of a checkpoint. It should be
+    one for each call in the forward of the batch, so the counts are set from where they were before.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -177,7 +167,10 @@ def refuse_unseen(models: Iterable[nn.Module], *, wanted: str) -> None:
     for model in models:
         for name, module in model.named_modules():
             is_compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-            if not (is_compiled or isinstance(module, torch.jit.ScriptModule)) or not _holds_batch_norm(module):
+            if not is_compiled and not isinstance(module, torch.jit.ScriptModule):
+                continue
+            names = (str(getattr(part, "original_name", type(part).__name__)) for part in module.modules())
+            if not batch_norms([module]) and not any("BatchNorm" in one for one in names):  # a scripted layer's
                 continue
             by = "torch.compile" if is_compiled else "torch.jit"
             raise UnsupportedError(
@@ -194,13 +187,6 @@ def refuse_unseen(models: Iterable[nn.Module], *, wanted: str) -> None:
             f"SyncBatchNorm exchanges the statistics of each micro-batch between {ranks} processes by itself, and "
             "those of the batch's other micro-batches would be missing. Leave batch_norm= out, or use BatchNorm."
         )
-
-
-def _holds_batch_norm(module: nn.Module) -> bool:
-    return any(
-        isinstance(part, _BatchNorm) or "BatchNorm" in str(getattr(part, "original_name", ""))  # a scripted layer's
-        for part in module.modules()
-    )
 
 
 @contextmanager

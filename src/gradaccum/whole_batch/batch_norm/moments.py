@@ -47,10 +47,7 @@ class Share:
 
 
 class Moments(Function):
-    """``(mean, biased variance)`` of every channel, each ``[C]``, of ``x`` of shape ``[n, C, ...]``.
-
-    ``check`` is called when a backward comes, and raises where none may.
-    """
+    """``(mean, biased variance)`` of each channel of ``[n, C, ...]``; ``check`` raises where no backward may be."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
@@ -132,27 +129,15 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-class Merging:
-    """Merges the shares of a batch.
-
-    The parts ``n_j / N`` are made once for all layers of one resolution: a tensor from the host waits for the device.
-    """
-
-    def __init__(self) -> None:
-        self._parts: dict[Any, Tensor] = {}
-
-    def __call__(self, shares: Sequence[Share]) -> Share:
-        """The share of the whole from those of its pieces, with gradient."""
-        counts = tuple(share.count for share in shares)
-        total, like = sum(counts), shares[0].mean
-        key = counts, like.dtype, like.device
-        if key not in self._parts:
-            parts = torch.tensor([[count / max(total, 1)] for count in counts], dtype=torch.float64, device="cpu")
-            self._parts[key] = parts.to(dtype=like.dtype, device=like.device)
-        each_mean = torch.stack([share.mean for share in shares])
-        mean = (self._parts[key] * each_mean).sum(0)
-        var = (self._parts[key] * (torch.stack([share.var for share in shares]) + (each_mean - mean).square())).sum(0)
-        return Share(count=total, mean=mean, var=var)
+def merge(shares: Sequence[Share]) -> Share:
+    """The share of the whole from those of its pieces, with gradient."""
+    total = sum(share.count for share in shares)
+    parts = torch.tensor([[share.count / max(total, 1)] for share in shares], dtype=torch.float64, device="cpu")
+    each_mean = torch.stack([share.mean for share in shares])
+    parts = parts.to(each_mean.dtype).to(each_mean.device, non_blocking=True)  # else every layer waits for the device
+    mean = (parts * each_mean).sum(0)
+    var = (parts * (torch.stack([share.var for share in shares]) + (each_mean - mean).square())).sum(0)
+    return Share(count=total, mean=mean, var=var)
 
 
 def advance(call: Call, whole: Share) -> None:

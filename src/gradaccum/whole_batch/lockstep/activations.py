@@ -1,12 +1,9 @@
 """Where the activations of a batch in lockstep wait for the backward: in the host's memory, or not at all.
 
-In lockstep the graphs of all micro-batches are alive, as the whole batch's would be.
-
 Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
 wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
-back ahead of need, in the reverse of the order in which they were saved. Lockstep saves layer by layer, over all
-micro-batches, and the backward wants them layer by layer, so the order holds but for branches. The idea is that of
-torch.autograd.graph.save_on_cpu, which copies all of it, every time, in the stream that computes.
+back ahead of need, in the reverse of the order in which they were saved: the order of the backward, but for branches.
+The idea is that of torch.autograd.graph.save_on_cpu, which copies all of it in the stream that computes.
 
 Not copied: parameters and buffers, which stay anyway; tensors below `MIN_BYTES`, whose copy costs more than it frees;
 tensors that are not dense. A tensor that is saved twice (BatchNorm's input is needed for the statistics and for
@@ -17,9 +14,7 @@ other values, which made a gradient wrong by half in a prototype.
 Recompute (`recomputed`). With each block behind a checkpoint (Chen et al. 2016, "Training Deep Nets with Sublinear
 Memory Cost", arXiv 1604.06174) what waits for the backward is the blocks' inputs, and what one block makes while it is
 run again. A block is a child of a ``Sequential`` or a ``ModuleList`` that has children itself: a residual block, a
-transformer layer. Where blocks nest there is a choice: few large ones keep little and make much again at once, many
-small ones the other way round. Counted in layers, as if each made a tensor of one size, that level is taken with the
-least
+transformer layer. Where blocks nest, that level is taken with the least, counted in layers as if each made as much,
 
     blocks + layers outside of blocks + layers of the largest block
 
@@ -34,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -59,30 +55,16 @@ class Transfer(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Kept:
-    """A saved tensor in host memory.
+    """A saved tensor in host memory."""
 
-    Attributes:
-        host: what `Transfer.out` returned.
-        index: how many were saved before it.
-        num_bytes: of the tensor.
-        arrive: what `Transfer.back` returned, while the tensor is on its way back ahead of need.
-    """
-
-    host: Any
-    index: int
+    host: Any  # what `Transfer.out` returned
+    index: int  # how many were saved before it
     num_bytes: int
-    arrive: Callable[[], Tensor] | None = None
+    arrive: Callable[[], Tensor] | None = None  # what `Transfer.back` returned, while it is on its way ahead of need
 
 
 class HostMemory:
-    """Hooks that keep saved tensors in host memory; for one batch.
-
-    Args:
-        models: whose parameters and buffers are left where they are.
-        transfer: how tensors are copied.
-        min_bytes: smaller tensors stay on the device.
-        ahead_bytes: how much may be on its way back before it is wanted.
-    """
+    """Hooks that keep the tensors that one batch saves in host memory, but for parameters and buffers of the models."""
 
     def __init__(
         self,
@@ -102,7 +84,7 @@ class HostMemory:
             for tensor in tensors
             if tensor.layout is torch.strided
         }
-        self._copied: dict[int, tuple[weakref.ref[UntypedStorage], dict[Any, weakref.ref[Kept]]]] = {}
+        self._copied: WeakKeyDictionary[UntypedStorage, WeakValueDictionary[Any, Kept]] = WeakKeyDictionary()
         self._order: list[weakref.ref[Kept]] = []
 
     def held(self) -> AbstractContextManager[None]:
@@ -113,17 +95,12 @@ class HostMemory:
         """What is kept for a saved tensor."""
         if not self._is_copied(tensor):
             return tensor
-        storage = tensor.untyped_storage()
-        known, copies = self._copied.get(id(storage), (None, {}))
-        if known is None or known() is not storage:  # a new one, perhaps under the id of one that is gone
-            copies = {}
-            self._copied[id(storage)] = weakref.ref(storage), copies
+        copies = self._copied.setdefault(tensor.untyped_storage(), WeakValueDictionary())
         key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-        reference = copies.get(key)
-        kept = None if reference is None else reference()
+        kept = copies.get(key)
         if kept is None:
             kept = Kept(host=self._transfer.out(tensor.detach()), index=len(self._order), num_bytes=tensor.nbytes)
-            copies[key] = weakref.ref(kept)
+            copies[key] = kept
             self._order.append(weakref.ref(kept))
         return kept
 
@@ -158,7 +135,7 @@ class HostMemory:
 
 
 class CudaTransfer:
-    """By pinned memory, on a stream of its own."""
+    """A `Transfer` by pinned memory, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -193,14 +170,6 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
 
     Raises:
         UnsupportedError: there are none.
-
-    Example:
-        >>> from gradaccum.whole_batch.lockstep.activations import find_blocks
-        >>> def layer():
-        ...     return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
-        >>> model = nn.Sequential(layer(), layer(), layer(), nn.Linear(2, 1))
-        >>> find_blocks([model]) == list(model[:3])
-        True
     """
     many = list(models)
     num_layers = sum(_num_layers(model) for model in many)

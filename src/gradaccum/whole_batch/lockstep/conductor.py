@@ -13,8 +13,8 @@ to be written by the user, greenlets are a dependency and share torch's thread-l
 so nothing is raced for; a switch costs some 15 us.
 
 Nothing waits for ever. A micro-batch waits for the conductor alone, and the conductor for the micro-batch that runs.
-Whatever ends the run early (an error of a micro-batch, of a combination, Ctrl-C in the conductor) has every waiting
-micro-batch raise `Abandoned` where it stands, so that its ``finally`` and ``with`` blocks run, and joins the threads.
+Whatever ends the run early (an error, Ctrl-C in the conductor) has every waiting micro-batch raise `Abandoned` where it
+stands, so that its ``finally`` and ``with`` blocks run, and joins the threads.
 One that is running then, which only Ctrl-C can find, goes on to its next meeting or its end.
 """
 
@@ -23,8 +23,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -46,16 +47,9 @@ class Meeting:
     combine: Callable[[Sequence[Any]], Any]
 
 
-class Switched(Protocol):
-    """State of which there is one, and which each micro-batch has for itself."""
-
-    def enter(self, index: int) -> None:
-        """Puts the state of the micro-batch of this index in place, which runs next."""
-        ...
-
-    def leave(self, index: int) -> None:
-        """Takes note of the state of the micro-batch of this index, which has stopped."""
-        ...
+Switched = Callable[[int], AbstractContextManager[None]]
+"""Of state that is the process's, and that each micro-batch has for itself: the scope in which the micro-batch of an
+index runs until its next meeting. It puts that state in place, and notes at its end what has become of it."""
 
 
 class Member:
@@ -112,7 +106,7 @@ class Member:
             _release(self._go)
 
     def join(self) -> None:
-        """Waits until its thread has ended."""
+        """Called by the conductor: waits until the thread has ended."""
         if self._thread is not None and self._thread.ident is not None:  # else Ctrl-C came before it had started
             self._thread.join()
 
@@ -129,16 +123,7 @@ class Member:
 
 
 class Conductor:
-    """Runs micro-batches in lockstep.
-
-    Args:
-        device: the models'.
-        switched: state to be switched with the micro-batches.
-        run_one: runs one micro-batch, in its member's thread.
-
-    Attributes:
-        is_abandoned: whether the run has ended early.
-    """
+    """Runs micro-batches in lockstep, each by ``run_one`` in its member's thread."""
 
     def __init__(self, device: torch.device, switched: Sequence[Switched], run_one: Callable[[Member], Any]) -> None:
         self.is_abandoned = False
@@ -177,11 +162,10 @@ class Conductor:
 
     def _advance(self, member: Member, answer: Any) -> None:
         default_dtype = torch.get_default_dtype()
-        for switched in self._switched:
-            switched.enter(member.index)
-        member.advance(answer)
-        for switched in self._switched:
-            switched.leave(member.index)
+        with ExitStack() as held:
+            for switched in self._switched:
+                held.enter_context(switched(member.index))
+            member.advance(answer)
         if torch.get_default_dtype() is not default_dtype and not member.is_done:
             raise UnsupportedError(
                 f"The default dtype is {torch.get_default_dtype()} inside of the loss function and {default_dtype} "
@@ -198,36 +182,24 @@ class Conductor:
     def _combined(self) -> Any:
         """What all micro-batches get for what they brought to one meeting; None at the end."""
         meetings = [member.meeting for member in self._members]
-        first = meetings[0]
-        odd = next((i for i, one in enumerate(meetings) if _key(one) != _key(first)), None)
+        keys = [None if meeting is None else meeting.key for meeting in meetings]
+        odd = next((index for index, key in enumerate(keys) if key != keys[0]), None)
         if odd is not None:
-            raise _different_paths(first, meetings[odd], odd)
-        if first is None:
-            return None
-        brought = [meeting.mine for meeting in meetings if meeting is not None]
+            pair = meetings[0], meetings[odd]
+            first, other = ("had reached its end" if one is None else f"was at {one.where}" for one in pair)
+            place = next(one.where for one in pair if one is not None)
+            raise UnsupportedError(
+                f"Micro-batches took different paths at {place}: micro-batch 0 {first} when micro-batch {odd} {other}. "
+                "A layer over the whole batch needs all of its micro-batches, and a path that depends on the data "
+                "leaves some out; the batch's statistics would be another model's. Let every micro-batch go through "
+                "the same layers in the same order, with 0 rows if need be."
+            )
+        together = [meeting for meeting in meetings if meeting is not None]
         for member in self._members:
             member.meeting = None
-        return first.combine(brought)
+        return together[0].combine([meeting.mine for meeting in together]) if together else None
 
 
 def _release(lock: threading.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # free already: after Ctrl-C both sides let go, in whatever order
         lock.release()
-
-
-def _key(meeting: Meeting | None) -> Any:
-    return None if meeting is None else meeting.key
-
-
-def _different_paths(first: Meeting | None, other: Meeting | None, index: int) -> UnsupportedError:
-    def shown(meeting: Meeting | None) -> str:
-        return "had reached its end" if meeting is None else f"was at {meeting.where}"
-
-    place = first or other
-    assert place is not None, "two ends are the same"
-    return UnsupportedError(
-        f"Micro-batches took different paths at {place.where}: micro-batch 0 {shown(first)} when micro-batch {index} "
-        f"{shown(other)}. A layer over the whole batch needs all of its micro-batches, and a path that depends on the "
-        "data leaves some out; the batch's statistics would be another model's. Let every micro-batch go through the "
-        "same layers in the same order, with 0 rows if need be."
-    )

@@ -56,12 +56,7 @@ _calls = Handlers()
 
 
 class Gathers:
-    """The gathered tensors of one batch.
-
-    Args:
-        pieces: the rows of each micro-batch.
-        is_all: whether these are the batch, and not the share of one process of several.
-    """
+    """The gathered tensors of one batch, or of one process's share of it where ``is_all`` is False."""
 
     def __init__(self, pieces: Sequence[Rows], *, is_all: bool = True) -> None:
         self._pieces = pieces
@@ -83,7 +78,9 @@ class Gathers:
     def _again(self, x: Tensor) -> Tensor | None:
         """What the forward of a checkpoint got that brings ``x`` again; waits for the device."""
         for whole, rows, has_graph in self._gathered:
-            if any(one.shape == x.shape and torch.equal(one, x) for one in self._apart(whole.detach(), rows)):
+            seen = whole.detach()
+            brought = seen.split(rows) if self._are_slices else [CONCAT.part(seen, piece) for piece in self._pieces]
+            if any(one.shape == x.shape and torch.equal(one, x) for one in brought):
                 if torch.is_grad_enabled() and not has_graph:
                     raise UnsupportedError(
                         "ga.gather ran without a graph and is run again in the backward: by a reentrant checkpoint. "
@@ -117,12 +114,6 @@ class Gathers:
             whole = torch.cat(tensors) if self._are_slices else self._in_order(tensors)
         self._gathered.append((whole, [len(x) for x in tensors], has_graph))
         return whole
-
-    def _apart(self, whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
-        """What each micro-batch had brought."""
-        if self._are_slices:
-            return whole.split(rows)
-        return [CONCAT.part(whole, piece) for piece in self._pieces]
 
     def _in_order(self, tensors: list[Tensor]) -> Tensor:
         for piece, x in zip(self._pieces, tensors, strict=True):

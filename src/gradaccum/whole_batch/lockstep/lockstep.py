@@ -7,15 +7,14 @@ over the batch where that is due. No thread waits in a backward. On CUDA it woul
 engine serves all backwards of a device (pytorch#18949).
 
 The price is memory: all graphs are alive, as the whole batch's would be, because the gradient of any sample needs those
-of all others at every layer. What can be chosen is where they live, or that they are made again (`activations`). Less
-only comes from other mathematics: a few layers could do with one backward sweep each, frozen ones need none.
+of all others at every layer. What can be chosen is where they live, or that they are made again (`activations`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +30,11 @@ from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
 from gradaccum.whole_batch.lockstep.gather import Gathers
 from gradaccum.whole_batch.lockstep.micro_batch_state import Attributes, Streams, attributes_seen
 from gradaccum.whole_batch.outputs import Combination, Outputs, rebuilt
-from gradaccum.whole_batch.whole_over_ranks import SharesOfAll
+from gradaccum.whole_batch.whole_over_ranks import shares_of_all
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.prefetch import on_device
-from gradaccum.window.runner import Runner
+from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.weights import WeightsFunction, weights_by_name
 
 logger = logging.getLogger("gradaccum")
@@ -43,19 +42,11 @@ logger = logging.getLogger("gradaccum")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lockstep:
-    """Runs the micro-batches of a batch side by side, from layer to layer.
+    """Runs the micro-batches of a batch side by side, from layer to layer; a batch that is not cut by ``uncut``.
 
-    Attributes:
-        models: whose layers see the whole batch.
-        run_one: from a micro-batch on the device to its loss; or to its outputs, where there is a ``batch_loss``.
-        batch_loss: from the whole batch's outputs, with their graph, and the whole batch to the loss; None where each
-            micro-batch has a loss.
-        combination: how outputs become the whole batch's, where there is a ``batch_loss``.
-        uncut: runs a batch that is not cut.
-        split: what cuts batches.
-        weights: counts what each plain mean is over; None for samples.
-        is_exact: whether BatchNorm takes the statistics of the whole batch.
-        activations: where what the backward needs waits for it.
+    ``run_one`` makes a micro-batch's loss; or its outputs where there is a ``batch_loss``, which gets the whole batch's
+    as ``combination`` joins them, with their graph. ``is_exact`` is whether BatchNorm's statistics are the whole
+    batch's.
     """
 
     models: Sequence[nn.Module]
@@ -68,15 +59,14 @@ class Lockstep:
     is_exact: bool
     activations: Activations
 
-    def run(
-        self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Callable[[int], None]
-    ) -> None:
+    def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
         device = accumulation.device()
         ranks = accumulation.ranks
         if ranks is not None:
             self._refuse_over_ranks(ranks, pieces)
-        saved = self._saved(device)
+        memory = _host_memory(self.models, device) if self.activations == "host" else None
+        saved = nullcontext if memory is None else memory.held  # around what a thread saves for the backward
         with ExitStack() as held:
             if self.activations == "recompute":
                 held.enter_context(recomputed(find_blocks(self.models)))
@@ -84,7 +74,7 @@ class Lockstep:
                 held.enter_context(saved())
                 self.uncut.run(accumulation, batch, pieces, ran=ran)
                 return
-            across = None if ranks is None else SharesOfAll(ranks)
+            across = None if ranks is None else shares_of_all(ranks)
             exact = Exact(self.models, across_ranks=across) if self.is_exact else None
             if exact is not None:
                 held.enter_context(exact.held())
@@ -107,7 +97,7 @@ class Lockstep:
                 ):
                     return self.run_one(micro_batch), rows, weights
 
-            losses = Conductor(device, [streams, attributes], run_one).run(len(pieces))
+            losses = Conductor(device, [streams.of, attributes.of], run_one).run(len(pieces))
             streams.end()
             sizes = [rows for _, rows, _ in losses]
             if self.batch_loss is not None:
@@ -134,11 +124,6 @@ class Lockstep:
                 "This process has no samples in the batch, and its BatchNorm layers have statistics to exchange with "
                 f'those of {ranks.ranks.size - 1} others. With batch_norm="exact" every process needs at least one.'
             )
-
-    def _saved(self, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-        """Makes what a thread holds so that its saved tensors go where they should."""
-        memory = _host_memory(self.models, device) if self.activations == "host" else None
-        return nullcontext if memory is None else memory.held
 
     def _joined(self, pieces: Sequence[Rows], sizes: Sequence[int], results: Sequence[Any]) -> Any:
         """The micro-batches' outputs as those of the batch, in its order and with their graph."""

@@ -1,11 +1,10 @@
 """What belongs to one micro-batch in lockstep, while the process or the thread has but one of it.
 
-A thread's state is carried into the threads of micro-batches. A new thread starts with gradients on, without autocast,
-on the first device and its default stream, and with no modes or hooks. Whoever calls the training step under one of
-these means it for the forward, too. Carried are gradient mode, autocast with its dtypes, CUDA device and stream, the
-default device, torch-function and dispatch modes, hooks on saved tensors, and context variables. Anomaly mode and
-deterministic algorithms are the process's, and need no carrying. Not carried: torch.profiler's recording, and modes of
-torch.func.
+A thread's state is carried into the threads of micro-batches, which start with gradients on, without autocast, on the
+first device and its default stream, and with no modes or hooks. Carried are gradient mode, autocast with its dtypes,
+CUDA device and stream, the default device, torch-function and dispatch modes, hooks on saved tensors, and context
+variables. Anomaly mode and deterministic algorithms are the process's, and need no carrying. Not carried:
+torch.profiler's recording, and modes of torch.func.
 
 `Streams` and `Attributes` are switched whenever another micro-batch runs (`conductor.Switched`).
 """
@@ -31,13 +30,7 @@ _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssu
 
 
 def carry_thread_state(device: torch.device) -> Callable[[Callable[[], Result]], Result]:
-    """What runs a function in another thread under the calling thread's state of now.
-
-    The other thread's own state is not put back in all: it is meant to end then.
-
-    Args:
-        device: the models'.
-    """
+    """What runs a function in another thread, which is to end then, under the calling thread's state of now."""
     scopes: list[Callable[[], AbstractContextManager[Any]]] = [
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())
     ]
@@ -83,10 +76,9 @@ def _modes(modes: Sequence[Any], push: Callable[[Any], None], pop: Callable[...,
 class Streams:
     """A random stream for each micro-batch, whoever runs between its draws.
 
-    One after another, the second micro-batch would draw where the first had stopped. In lockstep it starts before the
-    first has drawn its last number, and how many that will be nobody knows. So each draws from a stream of its own,
-    seeded from the CPU's generator; and because a checkpoint puts back the state that its forward had found, the stream
-    must not move while others run: the generators themselves are switched.
+    In lockstep the second micro-batch starts before the first has drawn its last number. So each draws from a stream of
+    its own, seeded from the CPU's generator; and because a checkpoint puts back the state that its forward had found,
+    the stream must not move while others run: the generators themselves are switched.
 
     Afterwards all generators are one number further, or untouched where nothing was drawn: what comes next does not
     depend on how the batch was cut. Python's and numpy's generators are not switched; micro-batches draw from them in
@@ -95,12 +87,9 @@ class Streams:
 
     def __init__(self, count: int) -> None:
         self._before = RandomState.now()
-        generator = torch.Generator("cpu")
-        generator.set_state(self._before.cpu)
-        self._seeds: list[int] = torch.randint(0, 1 << 62, (count,), generator=generator, device="cpu").tolist()
+        self._seeds = self._before.next_numbers(count)
         self._states: dict[int, RandomState] = {}
         self._drew = False
-        self._started: RandomState | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -111,39 +100,30 @@ class Streams:
             self._before.restore()
             raise
 
-    def enter(self, index: int) -> None:
-        """See `Switched`."""
-        state = self._states.get(index)
-        if state is None:
-            torch.default_generator.manual_seed(self._seeds[index])
-            for device in self._before.cuda:
-                torch.cuda.default_generators[device].manual_seed(self._seeds[index])
-            self._started = RandomState.now()
+    @contextmanager
+    def of(self, index: int) -> Iterator[None]:
+        """Context manager in which the micro-batch of this index runs, until its next meeting."""
+        if index in self._states:
+            self._states[index].restore()
         else:
-            state.restore()
-            self._started = state
-
-    def leave(self, index: int) -> None:
-        """See `Switched`."""
-        now = self._states[index] = RandomState.now()
-        if not self._drew and self._started is not None:
-            self._drew = not now.equals(self._started)
+            self._before.seed(self._seeds[index])
+            self._states[index] = RandomState.now()
+        yield
+        now = RandomState.now()
+        self._drew = self._drew or not now.equals(self._states[index])
+        self._states[index] = now
 
     def end(self) -> None:
         """Leaves the generators one number further; untouched, where no micro-batch drew anything."""
-        self._before.restore()
-        if self._drew:
-            torch.randint(0, 1 << 62, (), device="cpu")
-            for device in self._before.cuda:
-                torch.rand((), device=f"cuda:{device}")
+        self._before.advance(drew=self._drew)
 
 
 class Attributes:
     """What modules keep on themselves during a forward, for each micro-batch.
 
-    ``self.features = x`` in one layer and ``self.features`` in a later one is common. Between the two, other
-    micro-batches come by and set it too, and the gradient would be wrong in silence. So attributes that are set while a
-    micro-batch runs are put back when it goes on, and the last one's stay, as after a loop over the micro-batches.
+    Between ``self.features = x`` in one layer and ``self.features`` in a later one, other micro-batches set it too, and
+    the gradient would be wrong in silence. So attributes that are set while a micro-batch runs are put back when it
+    goes on, and the last one's stay, as after a loop over the micro-batches.
 
     Seen is what is set through ``nn.Module.__setattr__``. Tensors changed in place, lists appended to, and what code
     keeps outside of modules (globals, the lists of forward hooks) is shared by all micro-batches.
@@ -157,17 +137,16 @@ class Attributes:
         """Context manager in which attributes that this thread sets are those of the micro-batch of this index."""
         return _setters.in_forward(functools.partial(self._note, index))
 
-    def enter(self, index: int) -> None:
-        """See `Switched`."""
-        for (_, name), (module, value) in self._values[index].items():
+    @contextmanager
+    def of(self, index: int) -> Iterator[None]:
+        """Context manager in which the micro-batch of this index runs, until its next meeting."""
+        values = self._values[index]
+        for (_, name), (module, value) in values.items():
             if value is _MISSING:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = value
-
-    def leave(self, index: int) -> None:
-        """See `Switched`."""
-        values = self._values[index]
+        yield
         for (key, name), (module, _) in values.items():
             values[key, name] = module, module.__dict__.get(name, _MISSING)
 
