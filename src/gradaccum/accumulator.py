@@ -254,6 +254,7 @@ class Accumulator:
         """A pass begins: from now on calls by hand are errors."""
         self._updates_before_pass = self.updates
         self._outside.close()
+        self._accumulation.read_all_graphs()
         return self._passes.held(self._accumulation.no_calls_by_hand())
 
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, items: LookingAhead[Any]) -> None:

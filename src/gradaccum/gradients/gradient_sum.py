@@ -20,7 +20,7 @@ from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.gradient_buffers import PersistentGradients, WideGradients
-from gradaccum.gradients.graph import Graph, read_graph
+from gradaccum.gradients.graph import Graph, read_graph, run_backward
 
 _MAX_SHOWN = 3
 
@@ -54,7 +54,8 @@ class GradientSum:
         self._wide = None if accumulate_dtype is None else WideGradients(self.parameters, accumulate_dtype)
         self._persistent = PersistentGradients(self.parameters) if persistent else None
         self._has_shards = has_shards
-        self._may_restrict = False
+        self._reads_all = self._is_to_be_read = True
+        self._reaches_others = False
         self._own = frozenset(id(parameter) for parameter in self.parameters)
         self._watched: nn.Parameter | None = None
         self._watched_gradient: Tensor | None = None
@@ -70,12 +71,16 @@ class GradientSum:
             MisuseError: a gradient is there already, which the window would be added to.
         """
         self.check_empty()
-        self._may_restrict = False
+        self._is_to_be_read = True
         if self._wide is not None:
             self._wide.begin()
         if self._persistent is not None:  # after the sums have their dtype
             self._persistent.begin(keeps=is_for_update)
             self._watch()  # cleared before the first backward, they would not be there for it
+
+    def read_all(self) -> None:
+        """Has every graph of the open window, or of the next one, looked through for other models' parameters."""
+        self._reads_all = self._is_to_be_read = True
 
     def check_empty(self) -> None:
         """Checks that no gradient is left over from something else; gradients of zero are removed.
@@ -117,50 +122,45 @@ class GradientSum:
             UnsupportedError: the loss reaches another model's parameters through a reentrant checkpoint.
         """
         self._check_unchanged()
-        if only is not None:
-            inputs: Sequence[Tensor] | None = only
-        elif self._has_shards:
-            inputs = None
-        elif self._fused is None and self._may_restrict:
-            inputs = [*self._trainable(), *also]
-        else:
-            graph = read_graph(roots)
-            inputs = self._inputs_of(graph, also)
+        inputs: Sequence[Tensor] | None = only
+        if only is None and not self._has_shards:
+            graph = read_graph(roots) if self._fused is not None or self._is_to_be_read else None
+            if graph is not None:
+                self._look_for_others(graph)
+            if self._reaches_others:
+                inputs = [*(parameter for parameter in self.parameters if parameter.requires_grad), *also]
             among = None if inputs is None else frozenset(map(id, inputs))
-            if self._fused is not None and self._fused.run(roots, seeds, among, graph):
+            if graph is not None and self._fused is not None and self._fused.run(roots, seeds, among, graph):
                 self._watch()
                 return
-        if inputs is None or inputs:
-            torch.autograd.backward(roots, seeds, inputs=inputs)
+        if inputs is None or inputs:  # the engine would read no inputs as "all leaves"
+            run_backward(roots, seeds, inputs or ())
         self._watch()
 
-    def _inputs_of(self, graph: Graph, also: Sequence[Tensor]) -> list[Tensor] | None:
-        """The leaves that a backward is restricted to, so that no other model gets a gradient; None for all leaves.
+    def _look_for_others(self, graph: Graph) -> None:
+        """Finds out whether a backward would reach another model's parameters too; if so, all are restricted to ours.
 
-        In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts. A
-        restricted backward costs nothing, where reading a graph takes 0.5 us a node: so one graph a window is read, and
-        tells whether the other backwards of the window may be restricted unread. They may not where other tensors want
-        a gradient too, nor through a reentrant checkpoint, which torch refuses.
+        In a GAN the generator's loss goes through the discriminator, whose gradients another accumulator counts. Every
+        graph of a pass's first window is read, and of each other window the first one: 0.5 us a node. (Restricting all
+        backwards unread would take 48 us more each, seen with a graph of five nodes.)
         """
-        others = [leaf for leaf in graph.leaves.values() if id(leaf) not in self._own]
-        is_foreign = any(isinstance(leaf, nn.Parameter) for leaf in others)
-        self._may_restrict = not graph.checkpoints and all(isinstance(leaf, nn.Parameter) for leaf in others)
+        self._is_to_be_read = self._reads_all
+        reaches_others = any(
+            isinstance(leaf, nn.Parameter) and id(leaf) not in self._own for leaf in graph.leaves.values()
+        )
         reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
         for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
             function = getattr(node, "run_function", None)
             module = getattr(function, "__self__", function)
             if isinstance(module, nn.Module):
-                is_foreign = is_foreign or any(id(parameter) not in self._own for parameter in module.parameters())
-        if is_foreign and reentrant:
+                reaches_others |= any(id(parameter) not in self._own for parameter in module.parameters())
+        if reaches_others and reentrant:
             raise UnsupportedError(
                 "The loss reaches parameters of a model that is not this accumulator's, and a reentrant checkpoint, "
                 "for which torch cannot restrict a backward to some parameters. Their gradients would get what is not "
                 "theirs. Use torch.utils.checkpoint(..., use_reentrant=False)."
             )
-        return [*self._trainable(), *also] if is_foreign else None
-
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters if parameter.requires_grad]
+        self._reaches_others |= reaches_others
 
     def multiply(self, factor: float) -> None:
         """Multiplies the sum so far."""
@@ -196,6 +196,7 @@ class GradientSum:
         """
         if self._fused is not None:
             self._fused.end(keeps_memory=keeps_memory and self._wide is None and self._persistent is None)
+        self._reads_all = False
         for parameter in self.parameters:
             parameter.grad = None
         if self._wide is not None:

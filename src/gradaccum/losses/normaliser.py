@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,17 +95,21 @@ class _TermSum:
     def mean(self, weight: Number | None) -> Tensor:
         """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
         dtype = torch.float32 if self._dtype is None else self._dtype
+        if not self._on_device and not isinstance(weight, Tensor):
+            return torch.tensor(self._on_host if weight is None else _quotient(self._on_host, weight), dtype=dtype)
         device = self._on_device[0][0].device if self._on_device else None
-        total = _wide(torch.tensor(self._on_host, dtype=torch.float64 if device is None else dtype, device=device))
+        total = _wide(torch.tensor(self._on_host, device=device))
         for root, share in self._on_device:
             if isinstance(share, Tensor):
                 total = total + torch.where(share == 0, torch.zeros_like(root), root * share).to(total)
             elif share:
                 total = total + root.to(total) * share
-        if weight is not None:
-            is_nothing = not isinstance(weight, Tensor) and weight == 0  # no mean, whatever the sum is
-            total = total / (math.nan if is_nothing else weight)
-        return total.to(dtype)
+        return (total if weight is None else _quotient(total, weight)).to(dtype)
+
+
+def _quotient(total: Any, weight: Number) -> Any:
+    """A mean; NaN over nothing, whatever the sum is."""
+    return total / (math.nan if not isinstance(weight, Tensor) and weight == 0 else weight)
 
 
 class Normaliser:

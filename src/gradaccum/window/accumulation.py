@@ -114,6 +114,10 @@ class Accumulation:
         """Context manager in which other processes hear of an error here, and engines leave gradients to us."""
         return nullcontext() if self.ranks is None else self.ranks.trained_with()
 
+    def read_all_graphs(self) -> None:
+        """See `GradientSum.read_all`."""
+        self._gradients.read_all()
+
     # ------------------------------------------------------------------------------------------------------------ open
 
     def open(

@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge
 from gradaccum.gradients.fused.choice import Choice
 from gradaccum.gradients.fused.parameter_uses import gradient_of
 from gradaccum.gradients.fused.product import Add, GradientMemory, Gradients, accumulate_dtype_of
-from gradaccum.gradients.graph import Graph, Use
+from gradaccum.gradients.graph import Graph, Use, run_backward
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -100,7 +100,7 @@ class FusedBackward:
                     handles.append(use.node.register_prehook(_hook(add, parameter, streams)))
                     # A node is run for what is asked for only: without this, one that leads to nothing else is not.
                     inputs.append(GradientEdge(use.node, 0))
-            torch.autograd.backward(roots, seeds, inputs=inputs)
+            run_backward(roots, seeds, inputs)
         finally:
             for handle in handles:  # each holds its node, and is held by it
                 handle.remove()
