@@ -94,7 +94,7 @@ NOT_KNOWN = r"mse_loss with reduction='{}' is not known.*'mean' or 'sum'"
         *((nn.MSELoss(reduction=name), NOT_KNOWN.format(name)) for name in ("batchmean", "elementwise_mean", "median")),
         (nn.KLDivLoss(reduction="none"), "Use reduction='mean' or 'batchmean' or 'sum'"),
     ],
-    ids=str,
+    ids=["class", "cross entropy", "ctc", "functional", "batchmean", "elementwise_mean", "median", "kl"],
 )
 def test_classes_and_reductions_that_are_refused_when_they_are_handed_over(loss: Any, message: str) -> None:
     with pytest.raises(UnknownLossError, match=message):
