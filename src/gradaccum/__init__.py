@@ -4,6 +4,7 @@ Two names to learn: `Accumulator` for your own loop over micro-batches, `TrainSt
 """
 
 import typing as _typing
+from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
@@ -84,21 +85,20 @@ __all__ = [
 ]
 
 
+_TOOLS = {
+    "Culprit": "auditing.culprits",
+    "Plan": "fit.plan_result",
+    "Report": "auditing.audit_report",
+    "audit": "auditing.make_audit",
+    "plan": "fit.planner",
+}
+
+
 def __getattr__(name: str) -> _typing.Any:
     """Tools are imported when they are first asked for: training does not wait for them."""
-    if name == "plan":
-        from gradaccum.fit.planner import plan as found
-    elif name == "Plan":
-        from gradaccum.fit.plan_result import Plan as found
-    elif name == "audit":
-        from gradaccum.auditing.make_audit import audit as found
-    elif name == "Report":
-        from gradaccum.auditing.audit_report import Report as found
-    elif name == "Culprit":
-        from gradaccum.auditing.culprits import Culprit as found
-    else:
+    if name not in _TOOLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
+    found = globals()[name] = getattr(_import_module(f"gradaccum.{_TOOLS[name]}"), name)
     return found
 
 

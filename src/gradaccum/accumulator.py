@@ -27,6 +27,7 @@ from gradaccum.window.looking_ahead import Follower, LookingAhead
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import refuse_closures
 from gradaccum.window.progress import ProgressBar
+from gradaccum.window.run_counts import HasCounts
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
 
@@ -34,7 +35,7 @@ Item = TypeVar("Item")
 Tail = Literal["step", "drop", "carry"]
 
 
-class Accumulator:
+class Accumulator(HasCounts):
     """Makes one exact update from several micro-batches of a loop that stays yours.
 
     Exactly one of ``batch_size`` and ``micro_batches`` says how long a window is; either may be a function of the
@@ -114,6 +115,7 @@ class Accumulator:
             sync=sync,
         )
         self._accumulation = Accumulation(model, optimizer, options)
+        self._counts = self._accumulation.counts
         self._passes = SharedPasses(self._accumulation, tail=tail, counts_ahead=weights is not None)
         self._fills = self._passes.fills
         refuse_closures(self._accumulation.optimizers)
@@ -135,21 +137,6 @@ class Accumulator:
         self._unused_of: Any = None
         # Held while a window is open outside of a pass.
         self._outside = guards.Held()
-
-    @property
-    def updates(self) -> int:
-        """Updates so far, skipped ones too."""
-        return self._accumulation.counts.updates
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches that went into updates so far."""
-        return self._accumulation.counts.micro_batches
-
-    @property
-    def samples(self) -> int:
-        """Samples that went into updates so far."""
-        return self._accumulation.counts.samples
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.

@@ -24,10 +24,11 @@ from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
+from gradaccum.window.run_counts import HasCounts
 from gradaccum.window.weights import WeightsFunction, weights_by_name
 
 
-class TrainStep:
+class TrainStep(HasCounts):
     """Trains with whole batches on the memory of one micro-batch.
 
     The update is the one the whole batch would have given:  g = sum_b w_b * grad l_b / sum_b w_b  over its
@@ -145,6 +146,7 @@ class TrainStep:
             sync=sync,
         )
         self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
+        self._counts = self._accumulation.counts
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
             marking = self._any_rows.marking
@@ -161,21 +163,6 @@ class TrainStep:
             )
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
-
-    @property
-    def updates(self) -> int:
-        """Updates so far, skipped ones too."""
-        return self._accumulation.counts.updates
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches that went into updates so far."""
-        return self._accumulation.counts.micro_batches
-
-    @property
-    def samples(self) -> int:
-        """Samples that went into updates so far."""
-        return self._accumulation.counts.samples
 
     def __call__(self, batch: Any) -> Update:
         """One update from one whole batch.

@@ -92,11 +92,12 @@ def _textbook(case: Case) -> Callable[[], None]:
 
 def _library(case: Case) -> Callable[[], None]:
     model, optimizer, micro_batches = _training(case)
+    criterion = ga.criterion(F.mse_loss)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=_MICRO_BATCHES)
 
     def train() -> None:
         for x, y in accumulator.over(micro_batches * case.updates):
-            update = accumulator.backward(F.mse_loss(model(x), y))
+            update = accumulator.backward(criterion(model(x), y))
             if update:
                 update.loss.item()
 

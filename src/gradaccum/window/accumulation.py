@@ -43,17 +43,9 @@ _DEFAULTS = Options()
 class Accumulation:
     """Adds up the gradients of a window's micro-batches and makes the update from them.
 
-    Args:
-        model: one module or a sequence of them.
-        optimizer: one optimizer or a sequence of them; their parameters must be the models'.
-        options: of the user.
-        couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
-
     Attributes:
-        counts: what went into updates so far.
         ranks: the processes that train together with this one; None where there are none.
         open_samples: rows added to the open window so far, as far as they could be seen.
-        plan_line: what is logged before training.
     """
 
     def __init__(
@@ -272,9 +264,8 @@ class Accumulation:
     def close_with_others(self, *, is_done: bool = False, drops_incomplete: bool = False) -> Update | None:
         """The update from what has been added here and on other processes; None where all are done, or it was dropped.
 
-        Args:
-            is_done: this process has no more windows, and only takes part in those of others.
-            drops_incomplete: whether there is no update where some process is done.
+        With ``is_done`` this process has no more windows, and only takes part in those of others; with
+        ``drops_incomplete`` there is no update where some process is done.
         """
         try:
             result = self._settle(self._parameters.optimized, is_done=is_done)

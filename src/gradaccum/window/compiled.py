@@ -32,12 +32,7 @@ class AnyNumberOfRows:
         self._rows: int | None = None
 
     def expect(self, sizes: Sequence[int | None], *, is_final: bool = True) -> None:
-        """Micro-batches of these sizes are next.
-
-        Args:
-            sizes: their rows.
-            is_final: whether later ones will be of the same sizes; not while the fastest is being searched.
-        """
+        """Micro-batches of these sizes are next; later ones too, unless the fastest size is being searched."""
         self._differ = self._differ or not is_final or len(set(sizes)) > 1
 
     def expect_of(self, stream: Iterable[Any]) -> None:
@@ -71,12 +66,7 @@ class AnyNumberOfRows:
 
 
 def any_number_of_rows(models: Iterable[nn.Module], *functions: Callable[..., Any] | None) -> AnyNumberOfRows | None:
-    """What tells dynamo about sizes; None where neither models nor functions are compiled.
-
-    Args:
-        models: looked through for compiled modules, at any depth.
-        functions: the user's; looked at by themselves, not for what they call.
-    """
+    """What tells dynamo about sizes; None where neither modules, at any depth, nor functions are compiled."""
     if "torch._dynamo" not in sys.modules:  # importing it takes a second; compiling a model has done so
         return None
     modules = (module for model in models for module in model.modules())

@@ -15,15 +15,9 @@ _MAX_SHOWN = 3
 
 
 class Parameters:
-    """Models and their optimizers.
-
-    Args:
-        model: one module or a sequence of them.
-        optimizer: one optimizer or a sequence of them; their parameters must be the models'.
+    """Models and their optimizers, each one or a sequence of them; the optimizers' parameters must be the models'.
 
     Attributes:
-        models: all of them.
-        optimizers: all of them.
         named: every parameter of the models by its qualified name, frozen ones too.
         optimized: every parameter of the optimizers.
 

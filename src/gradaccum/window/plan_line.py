@@ -20,10 +20,7 @@ _MAX_SHOWN = 3
 class PlanLine:
     """Logs the plan line and gives the warning, each once, before the first window that they are about.
 
-    Args:
-        models: whose layers the micro-batches go through.
-        ranks: the processes that train together; None where there is one.
-        couples_batch_norms: whether BatchNorm in training mode sees single micro-batches.
+    ``couples_batch_norms`` says whether BatchNorm in training mode sees single micro-batches.
     """
 
     def __init__(self, models: Sequence[nn.Module], ranks: OverRanks | None, *, couples_batch_norms: bool) -> None:
@@ -44,10 +41,7 @@ class PlanLine:
     ) -> None:
         """Logs the plan line, on one of several processes, and warns of layers that see the micro-batch.
 
-        Args:
-            sizes: rows of each micro-batch of the window to come.
-            updates_per_epoch: None where unknown.
-            is_final: whether later windows will be cut alike; the line waits for that.
+        With ``is_final`` later windows will be cut like this one, of these sizes in rows; the line waits for that.
         """
         is_split = len(sizes) > 1
         if not self.is_due(sizes) or not (is_final or (is_split and not self._has_seen_split)):

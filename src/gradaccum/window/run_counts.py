@@ -10,15 +10,30 @@ from gradaccum.errors import StateError
 _NAMES = ("updates", "micro_batches", "samples")
 
 
+class HasCounts:
+    """The public counters of both ways of training."""
+
+    _counts: RunCounts
+
+    @property
+    def updates(self) -> int:
+        """Updates so far, skipped ones too."""
+        return self._counts.updates
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that went into updates so far."""
+        return self._counts.micro_batches
+
+    @property
+    def samples(self) -> int:
+        """Samples that went into updates so far."""
+        return self._counts.samples
+
+
 @dataclass(slots=True)
 class RunCounts:
-    """Counts of everything that went into updates so far.
-
-    Attributes:
-        updates: windows closed, skipped ones too.
-        micro_batches: in these windows.
-        samples: rows in these windows, as far as they could be seen.
-    """
+    """Counts of everything that went into updates so far; rows as far as they could be seen."""
 
     updates: int = 0
     micro_batches: int = 0

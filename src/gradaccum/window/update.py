@@ -32,12 +32,10 @@ _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours m
 class Applied(NamedTuple):
     """What became of a summed gradient.
 
-    Attributes:
-        grad_norm: 0-d tensor, the 2-norm before clipping; None where not asked for.
-        skipped: whether the gradient was not finite; a 0-d tensor where the optimizer found out on the device.
+    ``skipped`` says that the gradient was not finite; it is a 0-d tensor where the optimizer found out on the device.
     """
 
-    grad_norm: Tensor | None
+    grad_norm: Tensor | None  # 0-d, the 2-norm before clipping
     skipped: bool | Tensor
 
 

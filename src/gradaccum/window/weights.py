@@ -31,12 +31,7 @@ def totals_of_window(
 ) -> dict[str, Weight]:
     """The weights of a window's micro-batches, added up before its first backward.
 
-    Args:
-        weights: of one micro-batch.
-        first: the window's first micro-batch.
-        peek: the ones after it; see `LookingAhead.peek`.
-        size: of the window.
-        counts_samples: whether the size is in samples, not in micro-batches.
+    ``first`` is its first micro-batch, ``peek`` shows those after it (`LookingAhead.peek`).
     """
     totals = add_weights(weights_by_name(weights(first)), {})
     done = (tree.rows_or_none(first) or 0) if counts_samples else 1

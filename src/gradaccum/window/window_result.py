@@ -35,12 +35,7 @@ class WindowResult(NamedTuple):
 
     @staticmethod
     def of(sizes: Sequence[int | None], correction: Number | None) -> WindowResult:
-        """The counts of a window of one process.
-
-        Args:
-            sizes: rows of each micro-batch; None where they could not be seen.
-            correction: see the class.
-        """
+        """The counts of a window of one process, from the rows of each micro-batch; None where they are unknown."""
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             return WindowResult(len(sizes), None, None, correction)

@@ -69,9 +69,7 @@ class WindowSize:
     def expected(self, samples: int | None, *, target: int) -> Expected:
         """The micro-batches of a window, if all are like the first.
 
-        Args:
-            samples: rows of the first; None where they cannot be seen.
-            target: the window's size, in the unit it is measured in.
+        ``samples`` are the rows of the first, None where they cannot be seen; ``target`` is the window's size.
         """
         if not self.counts_samples:
             return Expected([samples] * target, (samples or 0) * target)
@@ -121,11 +119,7 @@ class WindowSize:
 
 
 def check_tail(tail: str, *, has_weights: bool) -> None:
-    """That there is such a way to end a pass.
-
-    Args:
-        tail: what becomes of an incomplete last window.
-        has_weights: whether totals are counted before a window's first backward.
+    """Checks what is to become of an incomplete last window; with weights, totals are counted before it begins.
 
     Raises:
         WindowError: there is none.
