@@ -238,7 +238,7 @@ class Accumulator(HasCounts):
         self._accumulation.load_state_dict(state)
 
     def _pass_begins(self) -> AbstractContextManager[None]:
-        """A pass begins: from now on calls by hand are errors."""
+        """A pass begins: calls by hand are errors until it ends."""
         self._updates_before_pass = self.updates
         self._outside.close()
         self._accumulation.read_all_graphs()
