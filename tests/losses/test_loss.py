@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import gradaccum as ga
 
@@ -76,9 +78,67 @@ def test_frozen_and_compared_by_identity() -> None:
     assert loss != ga.Loss.sum(LOSSES.sum())
 
 
-def test_repr_is_what_made_it() -> None:
-    assert repr(ga.Loss.mean(torch.tensor(2.0), over=3)) == "Loss.mean(tensor(2.), over=3)"
-    assert repr(ga.Loss.sum(torch.tensor(2.0))) == "Loss.sum(tensor(2.), over=None)"
+def mean_of(value: float, over: Any = 4) -> ga.Loss:
+    return ga.Loss.mean(torch.tensor(value, dtype=torch.float64, requires_grad=True) * 1, over=over)
+
+
+def sum_of(value: float, over: Any = 4) -> ga.Loss:
+    return ga.Loss.sum(torch.tensor(value, dtype=torch.float64, requires_grad=True) * 1, over=over)
+
+
+def test_a_loss_is_logged_as_its_mean() -> None:
+    for loss in (mean_of(2.5), sum_of(10.0)):
+        assert loss.item() == float(loss) == 2.5
+        assert f"{loss:.3f}" == "2.500"
+        assert f"{loss}" == repr(loss) == "Loss(2.5, over=4)"
+        assert loss.detach() == 2.5
+        assert not loss.detach().requires_grad
+    assert repr(ga.Loss.sum(torch.tensor(2.0))) == "Loss(2, a sum)"
+
+
+@pytest.mark.parametrize(
+    ("made", "value"),
+    [
+        (lambda a, b: 0.5 * a, 1.0),
+        (lambda a, b: a * torch.tensor(3.0), 6.0),
+        (lambda a, b: a / 4, 0.5),
+        (lambda a, b: -a, -2.0),
+        (lambda a, b: a + 0.1 * b, 2.5),
+        (lambda a, b: a - b, -3.0),
+        (lambda a, b: sum([a, b]), 7.0),
+    ],
+)
+@pytest.mark.parametrize("first", [mean_of, lambda value: sum_of(4 * value)])
+@pytest.mark.parametrize("second", [mean_of, lambda value: sum_of(4 * value, over=torch.tensor(4))])
+def test_arithmetic_keeps_the_weight(made: Any, value: float, first: Any, second: Any) -> None:
+    loss = made(first(2.0), second(5.0))
+    assert (loss.item(), loss.weight) == (value, 4)
+    assert loss.total.item() == 4 * value
+    assert loss.root.requires_grad
+
+
+def test_sums_without_a_divisor_add_up() -> None:
+    loss = sum_of(2.0, over=None) + sum_of(3.0, over=None)
+    assert (loss.item(), loss.weight, loss.is_mean) == (5.0, None, False)
+
+
+@pytest.mark.parametrize("other", [mean_of(1.0, over=3), sum_of(1.0, over=None), mean_of(1.0, over=torch.tensor(5))])
+def test_losses_over_different_things_do_not_add_up(other: ga.Loss) -> None:
+    for one, two in ((mean_of(1.0), other), (other, mean_of(1.0))):
+        with pytest.raises(ga.LossError, match=r'over different things.*by name: \{"first": loss.*pass weights='):
+            one + two
+
+
+def test_what_is_no_loss_does_not_add_up() -> None:
+    with pytest.raises(ga.LossError, match=r"a Tensor do not add up.*loss \+ ga.Loss.mean\(other, over=n\)"):
+        mean_of(1.0) + torch.tensor(1.0)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        mean_of(1.0) * mean_of(1.0)
+
+
+def test_a_loss_does_not_run_its_own_backward() -> None:
+    with pytest.raises(ga.MisuseError, match=r"accumulator.backward\(loss\).*loss.value.backward\(\)"):
+        mean_of(1.0).backward()
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16, torch.float64])
@@ -143,3 +203,26 @@ def test_a_mean_must_say_over_what() -> None:
 def test_errors_are_value_errors_too() -> None:
     with pytest.raises(ValueError, match="0-d tensor"):
         ga.Loss.mean(1.0, over=1)  # type: ignore[arg-type]
+
+
+def test_a_sum_of_criteria_is_the_whole_batch_s() -> None:
+    """A head and an auxiliary head over the same labels, some of them ignored; an odd number of rows."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double()
+    x, labels = torch.randn(9, 5, 4, dtype=torch.float64), torch.randint(3, (9, 5))
+    labels[torch.rand(9, 5) < 0.5] = -100
+
+    def loss(criterion: Any, batch: Any) -> Any:
+        head, auxiliary = (criterion(layer(batch[0]).transpose(1, 2), batch[1]) for layer in model)
+        return head + 0.4 * auxiliary
+
+    loss(F.cross_entropy, (x, labels)).backward()
+    whole = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    criterion = ga.criterion(nn.CrossEntropyLoss())
+    train_step = ga.TrainStep(
+        model, torch.optim.SGD(model.parameters()), lambda _, b: loss(criterion, b), micro_batch_size=2
+    )
+    train_step.backward((x, labels))
+    made = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(made, whole, rtol=1e-12, atol=1e-12)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gradaccum.errors import LossError
+from gradaccum.errors import LossError, MisuseError
 
 Weight = float | int | Tensor
 
@@ -39,8 +39,9 @@ class Loss:
         >>> losses = torch.tensor([1.0, 2.0, 6.0])
         >>> ga.Loss.mean(losses.mean(), over=3).total
         tensor(9.)
-        >>> ga.Loss.sum(losses.sum(), over=3).value
-        tensor(3.)
+        >>> loss = ga.Loss.sum(losses.sum(), over=3)
+        >>> print(loss, f"{0.5 * loss:.2f}", (loss + loss).item())
+        Loss(3, over=3) 1.50 6.0
     """
 
     root: Tensor
@@ -89,9 +90,81 @@ class Loss:
             return torch.where(self.weight == 0, torch.zeros_like(self.root), self.root * self.weight)
         return self.root * self.weight if self.weight != 0 else torch.zeros_like(self.root)
 
+    def item(self) -> float:
+        """The value as a number, as people log it; waits for the device."""
+        return self.value.item()
+
+    def detach(self) -> Tensor:
+        """The value without its graph, 0-d."""
+        return self.value.detach()
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
     def __repr__(self) -> str:
-        made_by = "mean" if self.is_mean else "sum"
-        return f"Loss.{made_by}({self.root!r}, over={self.weight!r})"
+        if self.weight is None:
+            return f"Loss({self.item():.6g}, a sum)"
+        return f"Loss({self.item():.6g}, over={self.weight:g})"
+
+    def __mul__(self, factor: float | Tensor) -> Loss:
+        if isinstance(factor, Loss) or not isinstance(factor, (int, float, Tensor)):
+            return NotImplemented
+        return Loss(self.root * factor, self.weight, self.is_mean)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Loss:
+        if isinstance(divisor, Loss) or not isinstance(divisor, (int, float, Tensor)):
+            return NotImplemented
+        return Loss(self.root / divisor, self.weight, self.is_mean)
+
+    def __neg__(self) -> Loss:
+        return Loss(-self.root, self.weight, self.is_mean)
+
+    def __add__(self, other: Loss) -> Loss:
+        if isinstance(other, (int, float)) and other == 0:  # where sum() of a list begins
+            return self
+        if not isinstance(other, Loss):
+            raise LossError(
+                f"A ga.Loss and a {type(other).__name__} do not add up: it is not said what the other was a mean over, "
+                "so its share of the gradient is unknown. Say it: loss + ga.Loss.mean(other, over=n)."
+            )
+        if not _is_same_weight(self.weight, other.weight):
+            raise LossError(
+                f"The losses are over different things, {self.weight} and {other.weight}, and each is divided by its "
+                'own total, so their sum has no single weight. Return them by name: {"first": loss, "second": other}, '
+                "and pass weights=, which counts both."
+            )
+        if self.is_mean == other.is_mean:
+            return Loss(self.root + other.root, self.weight, self.is_mean)
+        return Loss(self.total + other.total, self.weight, is_mean=False)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Loss) -> Loss:
+        return self + -other
+
+    def backward(self, *_: Any, **__: Any) -> None:
+        """Raises an error: the loss is weighed in its backward, so it is not for the user to run.
+
+        Raises:
+            MisuseError: always.
+        """
+        raise MisuseError(
+            "loss.backward() was called on a ga.Loss, whose share of the batch only the accumulator knows; unweighted, "
+            "its gradient would be that of this micro-batch. Write accumulator.backward(loss), or return the loss from "
+            "TrainStep's loss_fn. Outside of training: loss.value.backward()."
+        )
+
+
+def _is_same_weight(one: Weight | None, other: Weight | None) -> bool:
+    """Whether two losses are over as many items; counts on a device are waited for, unless they are one tensor."""
+    if one is None or other is None or one is other:
+        return one is other
+    return bool(one == other)
 
 
 def _checked_root(value: Any, *, name: str) -> Tensor:
