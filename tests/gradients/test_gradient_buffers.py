@@ -4,8 +4,6 @@ In memory that stays: right with backwards that write their result over the last
 exact as the whole batch's own gradient, with every optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -51,8 +49,6 @@ def persistent_step(model: nn.Module, optimizer: Optimizer, loss_fn: Any, **opti
 
 
 # -------------------------------------------------------------------------------------------------------- static memory
-
-
 class Replayed(torch.autograd.Function):
     """A product whose backward writes the weight's gradient into the same memory each time, and returns an alias."""
 
@@ -156,8 +152,6 @@ def test_so_do_those_of_a_loop_and_of_the_gradient_alone(alias: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", WAYS)
@@ -258,8 +252,6 @@ def test_bf16_is_added_up_in_fp32() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
-
-
 def test_the_memory_is_the_same_in_every_window_and_not_the_user_s() -> None:
     model = make_model("mlp")
     model.register_parameter("frozen", nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False))
@@ -336,8 +328,6 @@ def test_clearing_before_the_first_backward_is_seen() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
-
-
 def test_optimizers_of_sparse_gradients() -> None:
     model = nn.Embedding(3, 2, sparse=True)
     with pytest.raises(ParameterError, match="with SparseAdam"):
@@ -350,8 +340,6 @@ def test_several_processes() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- in fp32
-
-
 SAMPLES, FEATURES, CLASSES = 1024, 16, 5
 # The project's own bound: what adding up may add to the error that the whole batch's gradient has by itself.
 OWN_ERROR = 1.05

@@ -41,8 +41,6 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------- they add up
-
-
 def test_it_is_torchs_own_backward() -> None:
     model, x = model_of(3, 4, 1), torch.randn(5, 3)
     gradients = summing(model)
@@ -106,8 +104,6 @@ def test_cleared() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- nothing left over
-
-
 def test_a_gradient_that_is_left_over() -> None:
     model = model_of(3, 4, 1)
     model(torch.ones(2, 3)).sum().backward()
@@ -148,8 +144,6 @@ def test_gradients_of_zero_are_removed() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- nobody else's
-
-
 def zero_in_place(model: nn.Module) -> None:
     model.zero_grad(set_to_none=False)
 
@@ -206,8 +200,6 @@ def test_parameters_that_get_their_gradient_later() -> None:
 
 
 # --------------------------------------------------------------------------------- other models that are passed through
-
-
 def test_parameters_of_other_models_are_left_alone() -> None:
     generator, judge = model_of(2, 3), model_of(3, 1)
     gradients = summing(generator)
@@ -293,8 +285,6 @@ def test_another_model_behind_a_reentrant_checkpoint_is_refused() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- set aside, and put back
-
-
 def test_put_back_adds_up() -> None:
     model, x = model_of(2, 1), torch.randn(3, 2)
     gradients = summing(model)

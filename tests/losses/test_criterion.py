@@ -1,7 +1,5 @@
 """What `criterion` takes, what it refuses, and what it leaves alone."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

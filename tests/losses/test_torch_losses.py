@@ -1,7 +1,5 @@
 """Every loss of torch, taken apart, against the same loss over the whole batch in float64."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

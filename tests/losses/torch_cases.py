@@ -3,8 +3,6 @@
 At the end, how micro-batches of a case are cut and added up.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace

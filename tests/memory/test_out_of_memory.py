@@ -1,7 +1,5 @@
 """Which errors mean that memory ran out, and that what they held is let go of."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest

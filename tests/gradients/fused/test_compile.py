@@ -1,7 +1,5 @@
 """``torch.compile``: compiled models train as they are, and a smaller last micro-batch costs no compilation more."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

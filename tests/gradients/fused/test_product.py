@@ -2,8 +2,6 @@
 window's were, unless somebody still has those.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +65,6 @@ def test_on_cuda_low_precision_is_added_in_fp32(dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
-
-
 def kept(hold: Callable[[Tensor], Any] = lambda gradient: None) -> tuple[GradientMemory, nn.Parameter, int, Any]:
     """A memory with the gradient of one parameter, the parameter, where the gradient was, and what holds it."""
     parameter = nn.Parameter(torch.zeros(2, 3))
