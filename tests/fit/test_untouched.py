@@ -1,7 +1,5 @@
 """Planning leaves nothing but the plan: tensors, gradients, states and flags are as they were, bit by bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
