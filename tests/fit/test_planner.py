@@ -145,7 +145,6 @@ def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPa
     assert (estimated.memory, estimated.micro_batch_size) == (None, ROWS)
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
-
     monkeypatch.setattr("gradaccum.fit.planner.available_bytes", lambda device: 1000)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)

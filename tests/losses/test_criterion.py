@@ -222,7 +222,6 @@ def test_a_module_stays_as_it_was_and_is_read_at_every_call() -> None:
     assert made(LOGITS, LABELS).weight == 4
     assert module.reduction == "mean"
     assert module(LOGITS, LABELS).dim() == 0
-
     module.to(torch.float64)
     assert made(LOGITS.double(), LABELS).weight.dtype == torch.float64
     module.to(torch.float32)

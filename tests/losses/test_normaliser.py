@@ -94,11 +94,9 @@ def test_the_gradient_and_the_loss_are_the_whole_batchs(
     normaliser = Normaliser(
         totals={SINGLE: total} if known else None, first_share=first_share, at_least=0.0 if known else at_least
     )
-
     for slope, weight in zip(slopes, given_as, strict=True):
         add(normaliser, loss_of(parameter, slope, weight, is_mean=is_mean))
     normaliser.check_totals()
-
     assert corrected(parameter, normaliser) == pytest.approx(mean, rel=FP64, abs=FP64)
     assert normaliser.means()[SINGLE].item() == pytest.approx(mean, rel=FP64, abs=FP64)
     assert normaliser.weight == pytest.approx(total)

@@ -322,7 +322,6 @@ def test_the_gradient_is_torchs(name: str) -> None:
     for seed in (1, 2):
         case.forward(model, case.data(seed)).pow(2).sum().backward()
     expected = gradients_of(model)
-
     model.zero_grad()
     gradients = GradientSum(model.named_parameters(), fused=True)
     gradients.begin()
@@ -366,7 +365,6 @@ def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     model(words).pow(2).sum().backward()
     expected = seen.pop()
     model.zero_grad()
-
     run(model, model(words).pow(2).sum())
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], expected)
@@ -402,7 +400,6 @@ def test_gradients_of_other_models_are_left_alone() -> None:
     expected = gradients_of(generator)
     generator.zero_grad()
     discriminator.zero_grad()
-
     gradients.add((loss,), (torch.ones_like(loss),))
     assert_same_gradients(gradients_of(generator), expected)
     assert all(parameter.grad is None for parameter in discriminator.parameters())
@@ -416,7 +413,6 @@ def test_several_roots_one_of_them_a_parameter() -> None:
     roots = (out.pow(2).sum(), out.sum(), scale)
     (roots[0] - roots[1] + 3 * scale).backward(retain_graph=True)
     expected = gradients_of(model)
-
     model.zero_grad()
     seed = torch.ones((), dtype=torch.float64)
     assert fused_backward(model).run(roots, (seed, -seed, 3 * seed), None, read_graph(roots))
