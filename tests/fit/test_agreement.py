@@ -3,8 +3,6 @@
 The truth is a real training run, by `TrainStep`, of which every tensor is counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

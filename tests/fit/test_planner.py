@@ -1,7 +1,5 @@
 """`ga.plan`: what it says, when it falls back, what it refuses, and that it leaves everything as it was."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ from architectures import ARCHITECTURES, classes_loss, mlp, planned, rows_of_8
 from gradaccum.fit.planner import as_bytes, default_sizes
 
 ROWS = 16
+GPT = ARCHITECTURES["gpt"]
 METHODS = ("measure", "estimate")
 
 
@@ -99,15 +98,13 @@ def test_a_bend_of_the_curve() -> None:
 
     def loss_fn(model: Any, data: Any) -> Tensor:
         torch.zeros(100_000)  # 400 kB, and gone
-        large = model(data[0]).expand(-1, 2_000) * 1.0  # 8 kB a sample, and as much in backward
-        return large.mean()
+        return (model(data[0]).expand(-1, 2_000) * 1.0).mean()  # 8 kB a sample, and as much in backward
 
     model, data = nn.Linear(8, 1), rows_of_8(64)
     bend = planned(model, loss_fn, data, method="estimate").peak_bytes(2)
     plan = planned(model, loss_fn, data, method="estimate", memory=bend + 4_000)
     largest = plan.largest_micro_batch_size or 0
-    assert 22 <= largest <= 26
-    assert largest == plan.micro_batch_size
+    assert 22 <= largest == plan.micro_batch_size <= 26
     one_piece = planned(model, loss_fn, data, method="estimate", micro_batch_sizes=[largest])
     assert plan.row(largest).peak_bytes == one_piece.row(largest).peak_bytes
 
@@ -122,11 +119,9 @@ def test_a_budget_for_nothing(method: str) -> None:
 
     plan = planned(loss_fn=loss_fn, method=method, memory=1000)
     assert method == "estimate" or max(ran) == 2  # two sizes tell that no other can be expected to fit
-    assert plan.micro_batch_size is None
-    assert plan.largest_micro_batch_size is None
-    assert not any(row.fits for row in plan.rows)
+    assert plan.micro_batch_size is plan.largest_micro_batch_size is None
     assert not plan.accumulation_helps
-    assert all(row.seconds is None for row in plan.rows)
+    assert not any(row.fits or row.seconds for row in plan.rows)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,7 +145,6 @@ def test_without_a_budget_what_the_machine_has_left(monkeypatch: pytest.MonkeyPa
     assert (estimated.memory, estimated.micro_batch_size) == (None, ROWS)
     memory = planned(memory=None).memory
     assert memory is None or memory > 2**20
-
     monkeypatch.setattr("gradaccum.fit.planner.available_bytes", lambda device: 1000)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
@@ -175,12 +169,11 @@ def test_every_kind_of_loss_and_batch() -> None:
 
 
 def test_several_models_and_optimizers() -> None:
-    first, second = mlp(), mlp()
-    optimizers = [torch.optim.Adam(first.parameters()), torch.optim.SGD(second.parameters(), momentum=0.9)]
-
     def loss_fn(models: Any, data: Any) -> Tensor:
         return F.cross_entropy(models[0](data[0]) + models[1](data[0]), data[1])
 
+    first, second = mlp(), mlp()
+    optimizers = [torch.optim.Adam(first.parameters()), torch.optim.SGD(second.parameters(), momentum=0.9)]
     plan = ga.plan([first, second], loss_fn, rows_of_8(), optimizer=optimizers, memory="1GiB", method="estimate")
     parameters = sum(parameter.nbytes for parameter in first.parameters())
     assert plan.method == "estimate"
@@ -214,19 +207,14 @@ def test_powers_of_two_and_the_whole(batch_size: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------- what cannot be estimated
-def _asks_for_a_number(model: Any, data: Any) -> Tensor:
-    return classes_loss(model, data) * (1.0 if data[0].sum().item() > 0 else 2.0)
-
-
-def _asks_numpy(model: Any, data: Any) -> Tensor:
-    return classes_loss(model, data) * float(data[0].numpy().shape[0])
-
-
-def _selects(model: Any, data: Any) -> Tensor:
-    return model(data[0][data[0][:, 0] > -100]).square().mean()
-
-
-@pytest.mark.parametrize("loss_fn", [_asks_for_a_number, _asks_numpy, _selects])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        pytest.param(lambda model, data: classes_loss(model, data) * data[0].sum().item(), id="asks for a number"),
+        pytest.param(lambda model, data: classes_loss(model, data) * len(data[0].numpy()), id="asks numpy"),
+        pytest.param(lambda model, data: model(data[0][data[0][:, 0] > -100]).square().mean(), id="selects"),
+    ],
+)
 def test_a_forward_that_needs_data_is_measured(loss_fn: Callable[[Any, Any], Tensor]) -> None:
     plan = planned(loss_fn=loss_fn, method="estimate")
     assert plan.method == "measure"
@@ -260,10 +248,9 @@ def test_a_model_that_is_nowhere_yet() -> None:
 def test_for_a_device_that_is_not_here() -> None:
     if torch.cuda.is_available():
         pytest.skip("the device is here")
-    model = ARCHITECTURES["gpt"].make()
-    gpt = ARCHITECTURES["gpt"]
-    here = planned(model, gpt.loss_fn, gpt.batch(ROWS), method="estimate")
-    there = planned(model, gpt.loss_fn, gpt.batch(ROWS), method="estimate", device="cuda")
+    model = GPT.make()
+    here = planned(model, GPT.loss_fn, GPT.batch(ROWS), method="estimate")
+    there = planned(model, GPT.loss_fn, GPT.batch(ROWS), method="estimate", device="cuda")
     assert there.device == "cuda"
     assert there.notes == (
         "There is no cuda here: kernels of the CPU were assumed, with CUDA's attention, dropout and optimizer steps.",
@@ -282,11 +269,10 @@ def test_out_of_memory_is_an_answer() -> None:
         return classes_loss(model, data)
 
     plan = planned(loss_fn=loss_fn)
-    assert [row.fits for row in plan.rows] == [True, True, True, False, False]
+    assert [(row.fits, row.is_measured) for row in plan.rows] == [(True, True)] * 3 + [(False, False)] * 2
     assert plan.micro_batch_size in (1, 2, 4)
     assert plan.largest_micro_batch_size == 7  # 8 did not run, and more is not tried
     assert max(tried) == 8
-    assert [row.is_measured for row in plan.rows] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("can_be_estimated", [True, False])
@@ -381,15 +367,13 @@ def test_a_plan_is_frozen() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    model = ARCHITECTURES["gpt"].make().cuda()
-    gpt = ARCHITECTURES["gpt"]
-    data = gpt.batch(64)
-    planned(model, gpt.loss_fn, data)  # cuBLAS allocates a workspace the first time, and keeps it
+    model, data = GPT.make().cuda(), GPT.batch(64)
+    planned(model, GPT.loss_fn, data)  # cuBLAS allocates a workspace the first time, and keeps it
     before, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    measured = planned(model, gpt.loss_fn, data, memory=None)
+    measured = planned(model, GPT.loss_fn, data, memory=None)
     assert torch.equal(before, torch.cuda.get_rng_state())
     assert torch.cuda.memory_allocated() == allocated
-    estimated = planned(model, gpt.loss_fn, data, method="estimate")
+    estimated = planned(model, GPT.loss_fn, data, method="estimate")
     assert (measured.method, estimated.method) == ("measure", "estimate")
     assert measured.memory is not None
     assert measured.device.startswith("cuda:0 (")

@@ -3,8 +3,6 @@
 And the room that is kept for the optimizer's state to come while the first sizes are tried.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,11 +1,9 @@
 """The search against machines that are made up: a time for a size, a limit of memory, and both may change."""
 
-from __future__ import annotations
-
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -19,21 +17,14 @@ ALLOWED = 1.10  # of the best candidate's time: what a chosen size may take
 
 @dataclass
 class Machine:
-    """Runs what a search decides.
+    """Runs what a search decides."""
 
-    Attributes:
-        seconds_of: the time of a piece of so many samples.
-        limit: elements that fit into memory.
-        noise: the largest part of itself by which a time is longer than it should be.
-        failures: sizes that did not fit, with the update they were met in.
-    """
-
-    seconds_of: Callable[[int], float] = float
-    limit: float = float("inf")
-    noise: float = 0.0
-    random: random.Random = field(default_factory=lambda: random.Random(0))
+    seconds_of: Callable[[int], float] = float  # the time of a piece of so many samples
+    limit: float = float("inf")  # elements that fit into memory
+    noise: float = 0.0  # the largest part of itself by which a time is longer than it should be
+    random: Random = field(default_factory=lambda: Random(0))
     updates: int = 0
-    failures: list[tuple[int, int]] = field(default_factory=list)
+    failures: list[tuple[int, int]] = field(default_factory=list)  # sizes that did not fit, and in which update
 
     def update(self, search: SizeSearch, rows: int, elements: int = 1) -> Sequence[int]:
         """One update, in as many attempts as it takes; the sizes of the last one."""
@@ -76,10 +67,10 @@ MACHINES: dict[str, Callable[[int], float]] = {
 }
 
 
-def searched(machine: Machine, rows: int, *, updates: int = SEARCHED_UPDATES) -> SizeSearch:
+def searched(machine: Machine, rows: int, *, updates: int = SEARCHED_UPDATES, elements: int = 1) -> SizeSearch:
     search = SizeSearch()
     for _ in range(updates):
-        machine.update(search, rows)
+        machine.update(search, rows, elements)
     return search
 
 
@@ -90,20 +81,14 @@ def candidates(rows: int) -> list[int]:
     return sizes
 
 
-def time_of(sizes: Sequence[int], seconds_of: Callable[[int], float]) -> float:
-    return sum(map(seconds_of, sizes))
-
-
 def time_at(size: int, rows: int, seconds_of: Callable[[int], float]) -> float:
     """A batch in equal pieces of at most a size."""
     pieces = -(-rows // size)
     small, longer = divmod(rows, pieces)
-    return time_of([small + 1] * longer + [small] * (pieces - longer), seconds_of)
+    return longer * seconds_of(small + 1) + (pieces - longer) * seconds_of(small)
 
 
 # --------------------------------------------------------------------------------------------------- the fastest size
-
-
 RUNS = {
     **{f"{rows} rows": (rows, Machine.limit, 0.0, 0) for rows in (4, 8, 32, 100, 256, 1000, 1024)},
     **{f"noise of three percent, {seed}": (256, Machine.limit, 0.03, seed) for seed in range(20)},
@@ -116,13 +101,14 @@ RUNS = {
 def test_three_updates_find_a_size_within_ten_percent_of_the_best(
     name: str, rows: int, limit: float, noise: float, seed: int
 ) -> None:
-    machine = Machine(MACHINES[name], limit=limit, noise=noise, random=random.Random(seed))
+    machine = Machine(MACHINES[name], limit=limit, noise=noise, random=Random(seed))
     search = searched(machine, rows)
     assert not search.wants_times
     sizes = machine.update(search, rows)
     fitting = [size for size in candidates(rows) if size <= limit] or [1]
     assert max(sizes) <= limit
-    assert time_of(sizes, machine.seconds_of) <= ALLOWED * min(time_at(n, rows, machine.seconds_of) for n in fitting)
+    best = min(time_at(n, rows, machine.seconds_of) for n in fitting)
+    assert sum(map(machine.seconds_of, sizes)) <= ALLOWED * best
 
 
 def test_the_first_piece_of_a_size_is_slow_and_is_not_believed() -> None:
@@ -130,13 +116,13 @@ def test_the_first_piece_of_a_size_is_slow_and_is_not_believed() -> None:
     seen: set[int] = set()
 
     def seconds_of(n: int) -> float:
-        first = n not in seen
+        factor = 1.0 if n in seen else 1.5
         seen.add(n)
-        return (1 + n) * (1.5 if first else 1.0)
+        return (1 + n) * factor
 
     machine = Machine(seconds_of)
-    search = searched(machine, 64)
-    assert time_of(machine.update(search, 64), lambda n: 1.0 + n) <= ALLOWED * (1 + 64)
+    sizes = machine.update(searched(machine, 64), 64)
+    assert sum(1.0 + n for n in sizes) <= ALLOWED * (1 + 64)
 
 
 def test_of_two_alike_the_smaller_one() -> None:
@@ -173,7 +159,7 @@ def test_a_short_first_batch_decides_nothing_for_long_ones() -> None:
     machine.update(search, 3)
     for _ in range(40):
         sizes = machine.update(search, 256)
-    assert time_of(sizes, machine.seconds_of) <= ALLOWED * time_at(256, 256, machine.seconds_of)
+    assert sum(map(machine.seconds_of, sizes)) <= ALLOWED * time_at(256, 256, machine.seconds_of)
 
 
 def test_a_short_last_batch_does_not_disturb_the_search() -> None:
@@ -185,8 +171,6 @@ def test_a_short_last_batch_does_not_disturb_the_search() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
-
-
 def test_failures_get_rarer_where_memory_stays_short() -> None:
     machine, search = Machine(lambda n: 5.0 + n, limit=100), SizeSearch()
     for _ in range(10_000):
@@ -217,7 +201,7 @@ def test_the_size_grows_back(
     machine.limit = float("inf")
     for _ in range(2000):
         sizes = machine.update(search, 256)
-    assert time_of(sizes, machine.seconds_of) <= ALLOWED * time_at(best, 256, machine.seconds_of)
+    assert sum(map(machine.seconds_of, sizes)) <= ALLOWED * time_at(best, 256, machine.seconds_of)
     assert best < 256 or sizes == [256]
 
 
@@ -230,22 +214,17 @@ def test_of_memory_only_nothing_is_cut_until_it_fails() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- lengths
-
-
 def test_longer_samples_get_smaller_pieces() -> None:
-    machine, search = Machine(of_cache(16, 2.0)), SizeSearch()
-    for _ in range(4):
-        machine.update(search, 256, elements=100)
+    machine = Machine(of_cache(16, 2.0))
+    search = searched(machine, 256, updates=4, elements=100)
     assert search.fastest == 16 * 100
-    assert max(machine.update(search, 256, elements=400)) == 4
-    assert max(machine.update(search, 256, elements=1600)) == 1
-    assert max(machine.update(search, 256, elements=50)) == 32
+    for elements, size in ((400, 4), (1600, 1), (50, 32)):
+        assert max(machine.update(search, 256, elements)) == size
 
 
 def test_a_longer_length_never_fails_at_what_a_shorter_one_has_shown() -> None:
-    machine, search = Machine(lambda n: 100.0 + n, limit=2000), SizeSearch()
-    for _ in range(4):
-        machine.update(search, 64, elements=100)
+    machine = Machine(lambda n: 100.0 + n, limit=2000)
+    search = searched(machine, 64, updates=4, elements=100)
     before = len(machine.failures)
     assert max(machine.update(search, 64, elements=200)) <= 10
     assert max(machine.update(search, 64, elements=300)) <= 6
@@ -281,8 +260,6 @@ def test_the_size_grows_back_where_no_two_batches_are_of_one_length() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- state
-
-
 @pytest.mark.parametrize("limit", [float("inf"), 20])
 def test_the_state_makes_another_run_go_on(limit: float) -> None:
     machine = Machine(of_cache(64, 1.0), limit=limit)
@@ -313,24 +290,14 @@ def test_a_search_of_memory_only_stays_one() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- always
+# Rows, elements, and a limit with which one sample of the longest fits.
+BATCHES = st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 3, 10, 100]), st.integers(100, 8000))
 
 
-@given(
-    batches=st.lists(
-        st.tuples(
-            st.integers(1, 70),  # rows
-            st.sampled_from([1, 2, 3, 10, 100]),  # elements
-            st.integers(100, 8000),  # limit: one sample of the longest fits
-        ),
-        min_size=1,
-        max_size=60,
-    ),
-    by_time=st.booleans(),
-    seed=st.integers(0, 9),
-)
+@given(batches=st.lists(BATCHES, min_size=1, max_size=60), by_time=st.booleans(), seed=st.integers(0, 9))
 def test_sizes_add_up_and_fit_whatever_happens(batches: list[tuple[int, int, int]], by_time: bool, seed: int) -> None:
     search = SizeSearch() if by_time else SizeSearch.of_memory_only()
-    machine = Machine(lambda n: 5.0 + n, noise=0.5, random=random.Random(seed))
+    machine = Machine(lambda n: 5.0 + n, noise=0.5, random=Random(seed))
     for rows, elements, limit in batches:
         machine.limit = limit
         before = len(machine.failures)

@@ -3,8 +3,6 @@
 Memory runs out where `scarce.Memory` says; times are those of `scarce.Clock` where the sizes have to be known ahead.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import json
@@ -54,10 +52,10 @@ def _quick_collections() -> Iterator[None]:
 class Net(nn.Module):
     """Memory runs out in the middle: in backward the second layer's gradient has been added by then."""
 
-    def __init__(self, memory: Memory, *, where: str = "forward", counts: str = "rows", between: Any = None) -> None:
+    def __init__(self, memory: Memory, *, where: str = "forward", between: Any = None) -> None:
         super().__init__()
         self.first = nn.Linear(FEATURES, 5)
-        self.scarce = Scarce(memory, where=where, counts=counts)
+        self.scarce = Scarce(memory, where=where)
         self.between = nn.Tanh() if between is None else between
         self.second = nn.Linear(5, 1)
         self.double()
@@ -93,44 +91,29 @@ class Run:
         self, *, where: str = "forward", between: Any = None, settled_at: int | None = None, **memory: Any
     ) -> None:
         self.memory = Memory(**memory)
-        self.net = Net(self.memory, where=where, between=between)
-        self.other = copy.deepcopy(self.net)
-        self.other.scarce.memory = Memory()
-        self.optimizer = sgd(self.net)
-        self.step = ga.TrainStep(self.net, self.optimizer, mse)
+        self.trains(Net(self.memory, where=where, between=between), mse)
         if settled_at is not None:
             settled(self.step, rows=settled_at)
 
-    def as_whole(self, batches: Iterable[Batch], **options: Any) -> list[ga.Update]:
+    def trains(self, net: Any, loss: Callable[[nn.Module, Any], Any], **options: Any) -> None:
+        self.net, self.loss = net, loss
+        self.other = copy.deepcopy(net)
+        for layer in self.other.modules():
+            if isinstance(layer, Scarce):
+                layer.memory = Memory()
+        self.optimizer = sgd(net)
+        self.step = ga.TrainStep(net, self.optimizer, loss, **options)
+
+    def as_whole(
+        self, batches: Iterable[Any], *, whole: Callable[[nn.Module, Any], Tensor] | None = None
+    ) -> list[ga.Update]:
         """Trains, and holds every update against the whole batch's, which the copy is trained with."""
-        return trained_as_whole(self.net, mse, batches, other=self.other, step=self.step, **options)
-
-
-def trained_as_whole(
-    net: nn.Module,
-    loss: Any,
-    batches: Iterable[Batch],
-    *,
-    other: nn.Module,
-    step: ga.TrainStep | None = None,
-    whole: Callable[[nn.Module, Any], Tensor] | None = None,
-    limits: tuple[Memory, list[int]] | None = None,
-    **options: Any,
-) -> list[ga.Update]:
-    batches = list(batches)
-    if step is None:
-        step = ga.TrainStep(net, sgd(net), loss, **options)
-
-    def limited() -> Iterator[Batch]:
-        for i, batch in enumerate(batches):
-            if limits is not None:
-                limits[0].limit = limits[1][i]
-            yield batch
-
-    (optimizer,) = step._accumulation.optimizers
-    made, updates = whole_in_hand(step, net, optimizer, limited())
-    assert_same(made, whole_batches(other, sgd(other), batches, whole or loss))
-    return updates
+        taken: list[Any] = []
+        made, updates = whole_in_hand(
+            self.step, self.net, self.optimizer, (taken.append(batch) or batch for batch in batches)
+        )
+        assert_same(made, whole_batches(self.other, sgd(self.other), taken, whole or self.loss))
+        return updates
 
 
 def settled(step: ga.TrainStep, *, rows: int = ROWS, elements: int = FEATURES + 1) -> None:
@@ -140,8 +123,6 @@ def settled(step: ga.TrainStep, *, rows: int = ROWS, elements: int = FEATURES + 
 
 
 # ------------------------------------------------------------------------------------------- the whole batch's update
-
-
 @EITHER
 @settings(max_examples=15)
 @given(data=st.data())
@@ -150,7 +131,7 @@ def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObjec
     limits = data.draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 11, 1000]), min_size=3, max_size=14), label="limits")
     torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
     run = Run(where=where)
-    updates = run.as_whole([make_batch(rows, seed=i) for i in range(len(limits))], limits=(run.memory, limits))
+    updates = run.as_whole(make_batch(rows, seed=i) for i, run.memory.limit in enumerate(limits))
     assert [update.samples for update in updates] == [rows] * len(limits)
     assert [update.weight for update in updates] == [rows] * len(limits)
     assert all(update.micro_batch_size <= limit for update, limit in zip(updates, limits, strict=True))
@@ -195,24 +176,14 @@ def test_however_it_is_said(where: str, error: Callable[[], BaseException]) -> N
 @EITHER
 def test_each_sample_counts_exactly_once(where: str) -> None:
     """Each row has a weight of its own, whose gradient counts how often that row was run."""
-
-    class Counting(nn.Module):
-        def __init__(self, memory: Memory) -> None:
-            super().__init__()
-            self.times = nn.Embedding(ROWS, 1, dtype=torch.float64)
-            self.scarce = Scarce(memory, where=where)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.scarce(self.times(ids)).squeeze(1)
-
-    memory = Memory(limit=5)
-    model = Counting(memory)
-    nn.init.zeros_(model.times.weight)
+    memory, times = Memory(limit=5), nn.Embedding(ROWS, 1, dtype=torch.float64)
+    model = nn.Sequential(times, Scarce(memory, where=where))
+    nn.init.zeros_(times.weight)
     step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda m, ids: m(ids).mean())
     update = step(torch.arange(ROWS))
     assert memory.failures
     assert update.samples == ROWS
-    torch.testing.assert_close(model.times.weight.detach(), torch.full((ROWS, 1), -1 / ROWS, dtype=torch.float64))
+    torch.testing.assert_close(times.weight.detach(), torch.full((ROWS, 1), -1 / ROWS, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -250,37 +221,31 @@ def test_two_passes_with_a_short_last_batch() -> None:
     assert [update.samples for update in updates] == rows
 
 
-def by_length(memory: Memory) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
-    """A model for samples of any length, which needs memory for each element."""
-    model = nn.Sequential(nn.Linear(1, 4), Scarce(memory, counts="elements"), nn.Tanh(), nn.Linear(4, 1)).double()
-    return model, lambda model, batch: model(batch.unsqueeze(2)).mean((1, 2)).square().mean()
+def by_length() -> Run:
+    """A model for samples of any length, which needs memory for each element: 60 fit, of 4 features."""
+    run = Run(limit=4 * 60)
+    scarce = Scarce(run.memory, counts="elements")
+    model = nn.Sequential(nn.Linear(1, 4), scarce, nn.Tanh(), nn.Linear(4, 1)).double()
+    run.trains(model, lambda model, batch: model(batch.unsqueeze(2)).mean((1, 2)).square().mean())
+    return run
 
 
 def test_batches_of_varying_lengths() -> None:
-    memory = Memory(limit=4 * 60)  # 60 elements of 4 features: 6 samples of 10, 2 of 30
-    model, loss = by_length(memory)
-    other = copy.deepcopy(model)
-    other[1].memory = Memory()
-    lengths = [10, 30, 20, 10, 30, 25, 10, 5, 30, 10]
-    batches = [torch.randn(12, length, dtype=torch.float64) for length in lengths]
-    updates = trained_as_whole(model, loss, batches, other=other)
+    lengths = [10, 30, 20, 10, 30, 25, 10, 5, 30, 10]  # 6 samples of 10 fit, 2 of 30
+    updates = by_length().as_whole(torch.randn(12, length, dtype=torch.float64) for length in lengths)
     assert all(update.micro_batch_size * length <= 60 for update, length in zip(updates, lengths, strict=True))
 
 
 def test_what_one_length_has_shown_spares_longer_ones() -> None:
-    memory = Memory(limit=4 * 60)
-    model, loss = by_length(memory)
-    step = ga.TrainStep(model, sgd(model), loss)
+    run = by_length()
     for _ in range(4):
-        step(torch.randn(12, 10, dtype=torch.float64))
-    before = memory.failures
-    step(torch.randn(12, 30, dtype=torch.float64))
-    assert memory.failures == before
+        run.step(torch.randn(12, 10, dtype=torch.float64))
+    before = run.memory.failures
+    run.step(torch.randn(12, 30, dtype=torch.float64))
+    assert run.memory.failures == before
 
 
 # -------------------------------------------------------------------------------------------- random state and buffers
-
-
 class Noise(nn.Module):
     """Draws as many random numbers for a piece however large it is, so that what is drawn tells the pieces."""
 
@@ -397,8 +362,6 @@ def test_where_nothing_is_drawn_the_random_state_stays() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- other ways to be called
-
-
 @EITHER
 def test_backward_adds_to_what_was_there(where: str) -> None:
     run = Run(limit=3, where=where)
@@ -440,23 +403,20 @@ def test_several_terms_whose_weights_are_known_ahead() -> None:
         errors = (model(batch[0]) - batch[1]).square()
         return errors.mean() + errors[batch[1] > 0].mean()
 
-    batches = [make_batch(seed=i) for i in range(4)]
-    trained_as_whole(run.net, loss, batches, other=run.other, whole=whole, weights=weights)
+    run.trains(run.net, loss, weights=weights)
+    run.as_whole((make_batch(seed=i) for i in range(4)), whole=whole)
     assert run.memory.failures
 
 
 def test_weights_of_tokens() -> None:
     run = Run(limit=3)
 
-    def summed(model: nn.Module, batch: Any) -> ga.Loss:
-        counts = batch[1].abs()
-        return ga.Loss.sum((model(batch[0]) * counts).sum(), over=counts.sum())
+    def total(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) * batch[1].abs()).sum()
 
-    def whole(model: nn.Module, batch: Any) -> Tensor:
-        counts = batch[1].abs()
-        return (model(batch[0]) * counts).sum() / counts.sum()
-
-    trained_as_whole(run.net, summed, [make_batch(seed=i) for i in range(4)], other=run.other, whole=whole)
+    run.trains(run.net, lambda model, batch: ga.Loss.sum(total(model, batch), over=batch[1].abs().sum()))
+    batches = [make_batch(seed=i) for i in range(4)]
+    run.as_whole(batches, whole=lambda model, batch: total(model, batch) / batch[1].abs().sum())
     assert run.memory.failures
 
 
@@ -464,10 +424,10 @@ def test_weights_of_tokens() -> None:
 def test_a_scaler(where: str) -> None:
     run = Run(limit=3, where=where)
     scaler = GradScaler("cpu", init_scale=1024.0)
+    run.trains(run.net, mse, scaler=scaler)
     batches = [make_batch(seed=i) for i in range(4)]
-    step = ga.TrainStep(run.net, run.optimizer, mse, scaler=scaler)
     for batch in batches:
-        step(batch)
+        run.step(batch)
     whole_batches(run.other, sgd(run.other), batches, mse)
     assert run.memory.failures
     assert scaler.get_scale() == 1024.0
@@ -489,9 +449,8 @@ def test_clipping_and_a_scheduler_see_one_update() -> None:
 @EITHER
 def test_cut_by_cost(where: str) -> None:
     run = Run(limit=2, where=where)
-    split = ga.split_by_cost(lambda batch: 1 + torch.arange(len(batch[0])) % 5, 40)
-    batches = [make_batch(seed=i) for i in range(3)]
-    updates = trained_as_whole(run.net, mse, batches, other=run.other, split=split)
+    run.trains(run.net, mse, split=ga.split_by_cost(lambda batch: 1 + torch.arange(len(batch[0])) % 5, 40))
+    updates = run.as_whole(make_batch(seed=i) for i in range(3))
     assert run.memory.failures
     assert [update.samples for update in updates] == [ROWS] * 3
     assert updates[-1].micro_batch_size <= 2
@@ -544,8 +503,6 @@ def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what is not repaired
-
-
 @EITHER
 def test_one_sample_that_does_not_fit(where: str) -> None:
     run = Run(where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
@@ -637,8 +594,6 @@ def test_a_loss_without_graph_is_an_error_not_a_smaller_piece() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is pinned
-
-
 class Piece:
     """Lives as long as the failed piece's frames do. A tensor is kept by its graph too, which dies with it."""
 
@@ -662,15 +617,9 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
             del piece
             return value
 
-    kept: list[BaseException] = []
-
-    def error() -> BaseException:
-        raised = torch_error()
-        if is_kept:
-            kept.append(raised)
-        return raised
-
-    memory = Memory(limit=4, error=error)
+    kept = [torch_error() for _ in range(2)]
+    errors = iter(kept)
+    memory = Memory(limit=4, error=lambda: next(errors) if is_kept else torch_error())
     net = Watching(memory, where=where)
     step = ga.TrainStep(net, sgd(net), mse)
     settled(step)
@@ -683,8 +632,6 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
-
-
 def test_sizes_travel_with_the_state() -> None:
     run = Run(limit=5)
     for index in range(4):
@@ -709,16 +656,13 @@ def test_a_state_is_read_with_another_micro_batch_size() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ what is told
-
-
 def test_a_failure_is_told_with_its_size(caplog: pytest.LogCaptureFixture) -> None:
     run = Run(limit=8, settled_at=ROWS)
     with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(Clock()):
         run.step(make_batch())
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any(
-        "out of memory with a micro-batch of 16 samples" in line and "CUDA out of memory" in line for line in told
-    )
+    said = [line for line in told if "out of memory with a micro-batch of 16 samples" in line]
+    assert any("CUDA out of memory" in line for line in said)
 
 
 def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,5 @@
 """Planning leaves nothing but the plan: tensors, gradients, states and flags are as they were, bit by bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -67,7 +65,6 @@ def test_all_is_left_as_it_was(method: str, raises: bool) -> None:
     else:
         assert planned(model, loss_fn, data, optimizer=optimizer, method=method).method == method
     after = state()
-
     assert before[:2] == after[:2]
     assert all(torch.equal(one, other) for one, other in zip(before[2], after[2], strict=True))
     assert model.mask is None

@@ -4,10 +4,10 @@ In memory that stays: right with backwards that write their result over the last
 exact as the whole batch's own gradient, with every optimizer.
 """
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from oracle import (
     parameters_of,
     seen_by,
     whole_batches,
+    whole_in_hand,
 )
 from tasks import MODELS, Batch, make_batch, make_model, pieces
 
@@ -51,8 +52,6 @@ def persistent_step(model: nn.Module, optimizer: Optimizer, loss_fn: Any, **opti
 
 
 # -------------------------------------------------------------------------------------------------------- static memory
-
-
 class Replayed(torch.autograd.Function):
     """A product whose backward writes the weight's gradient into the same memory each time, and returns an alias."""
 
@@ -100,28 +99,26 @@ def squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean()
 
 
+def float_squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
 def inputs() -> list[Tensor]:
     generator = torch.Generator().manual_seed(6)
     return [torch.randn(ROWS, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
-def by_torch(alias: str) -> dict[str, Tensor | None]:
+def by_torch(alias: str, rows: int) -> dict[str, Tensor | None]:
     model = graphed(alias)
-    for piece in inputs()[0].split(4):
+    for piece in inputs()[0].split(rows):
         (squares(model, piece) * len(piece) / ROWS).backward()
-    return gradients_of(model)
-
-
-def whole_gradient() -> dict[str, Tensor | None]:
-    model = graphed()
-    squares(model, inputs()[0]).backward()
     return gradients_of(model)
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_torch_itself_is_wrong(alias: str) -> None:
     with pytest.raises(AssertionError, match="is off by"):
-        assert_same_gradients(by_torch(alias), whole_gradient())
+        assert_same_gradients(by_torch(alias, 4), by_torch("detached", ROWS))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -129,26 +126,22 @@ def test_torch_itself_is_wrong(alias: str) -> None:
 @pytest.mark.parametrize("alias", ALIASES)
 def test_replayed_backwards_add_up(alias: str, persistent: bool, fused: bool) -> None:
     model, expected = graphed(alias), graphed()
-    optimizer, right = sgd(model), sgd(expected)
-    train_step = persistent_step(model, optimizer, squares, fused=fused, persistent_gradients=persistent)
+    train_step = persistent_step(model, sgd(model), squares, fused=fused, persistent_gradients=persistent)
     for x in inputs():
         train_step(x)
-    whole_batches(expected, right, inputs(), squares)
-    if persistent:
+    whole_batches(expected, sgd(expected), inputs(), squares)
+    with nullcontext() if persistent else pytest.raises(AssertionError, match="is off by"):
         assert_same_gradients(parameters_of(model), parameters_of(expected))
-    else:
-        with pytest.raises(AssertionError, match="is off by"):
-            assert_same_gradients(parameters_of(model), parameters_of(expected))
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_so_do_those_of_a_loop_and_of_the_gradient_alone(alias: str) -> None:
     model, expected = graphed(alias), graphed()
-    optimizer, right = sgd(model), sgd(expected)
+    optimizer = sgd(model)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=len(RAGGED), persistent_gradients=True)
     for piece in accumulator.over([piece for x in inputs() for piece in x.split(RAGGED)]):
         accumulator.backward(squares(model, piece))
-    whole_batches(expected, right, inputs(), squares)
+    whole_batches(expected, sgd(expected), inputs(), squares)
     assert_same_gradients(parameters_of(model), parameters_of(expected))
     persistent_step(model, optimizer, squares).backward(inputs()[0])
     squares(expected, inputs()[0]).backward()
@@ -156,8 +149,6 @@ def test_so_do_those_of_a_loop_and_of_the_gradient_alone(alias: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", WAYS)
@@ -202,32 +193,20 @@ class Sometimes(nn.Module):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_parameters_without_a_gradient_are_left_alone(fused: bool) -> None:
-    models: list[nn.Module] = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        models.append(Sometimes().double())
-    model, expected = models
-    optimizer, right = sgd(model), sgd(expected)
+    model = Sometimes().double()
+    expected = copy.deepcopy(model)
+    optimizer = sgd(model)
     whole = [x.abs() if index == 1 else -x.abs() for index, x in enumerate(inputs())]
-    train_step = persistent_step(model, optimizer, squares, fused=fused)
-    found: list[dict[str, Tensor | None]] = []
-    optimizer.register_step_pre_hook(lambda *_: found.append(gradients_of(model)))
-    for x in whole:
-        train_step(x)
-    made = whole_batches(expected, right, whole, squares)
-    for one, other in zip(found, made, strict=True):
-        assert_same_gradients(one, other.gradients)
-    assert found[1]["sometimes.weight"] is None
-    assert_same_gradients(parameters_of(model), parameters_of(expected))
+    made, _ = whole_in_hand(persistent_step(model, optimizer, squares, fused=fused), model, optimizer, whole)
+    assert_same(made, whole_batches(expected, sgd(expected), whole, squares))
+    assert made[1].gradients["sometimes.weight"] is None
 
 
 def test_fp16_scaling_and_a_gradient_that_is_not_finite() -> None:
     model, expected = make_model("mlp"), make_model("mlp")
-    optimizer = sgd(model)
-    spoiled = {name: value.clone() for name, value in BATCHES[1].items()}
+    spoiled = copy.deepcopy(BATCHES[1])
     spoiled["x"][0] = float("inf")
-    scaler = GradScaler("cpu", init_scale=2.0**8)
-    train_step = persistent_step(model, optimizer, mse, scaler=scaler)
+    train_step = persistent_step(model, sgd(model), mse, scaler=GradScaler("cpu", init_scale=2.0**8))
     updates = [train_step(batch) for batch in (BATCHES[0], spoiled, BATCHES[2])]
     assert [bool(update.skipped) for update in updates] == [False, True, False]
     whole_batches(expected, sgd(expected), [BATCHES[0], BATCHES[2]], mse)
@@ -237,19 +216,14 @@ def test_fp16_scaling_and_a_gradient_that_is_not_finite() -> None:
 def test_bf16_is_added_up_in_fp32() -> None:
     model = nn.Linear(6, 6, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters())
-    x = torch.randn(64, 6)
-    seen: dict[bool, Tensor] = {}
+    x = torch.randn(64, 6, dtype=torch.bfloat16)
+    seen: dict[bool, Any] = {}
     start = parameters_of(model)
-
-    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x.bfloat16()).float().square().mean()
-
     for persistent in (True, False):
         model.load_state_dict(start)
         options = {"accumulate_dtype": torch.float32, "persistent_gradients": persistent}
-        train_step = persistent_step(model, optimizer, loss_of, micro_batch_size=1, **options)
+        train_step = persistent_step(model, optimizer, float_squares, micro_batch_size=1, **options)
         train_step.backward(x)
-        assert model.weight.grad is not None
         seen[persistent] = model.weight.grad
         optimizer.zero_grad()
         train_step(x)
@@ -258,8 +232,6 @@ def test_bf16_is_added_up_in_fp32() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
-
-
 def test_the_memory_is_the_same_in_every_window_and_not_the_user_s() -> None:
     model = make_model("mlp")
     model.register_parameter("frozen", nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False))
@@ -307,16 +279,14 @@ def test_a_model_that_was_converted() -> None:
 
 def test_after_a_discarded_window() -> None:
     model, expected = make_model("mlp"), make_model("mlp")
-    optimizer = sgd(model)
-    calls = [0]
+    calls = count(1)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-        calls[0] += 1
-        if calls[0] == 3:
+        if next(calls) == 3:
             raise RuntimeError("broken")
         return mse(model, batch)
 
-    train_step = persistent_step(model, optimizer, loss_of)
+    train_step = persistent_step(model, sgd(model), loss_of)
     with pytest.raises(RuntimeError, match="broken"):
         train_step(BATCHES[0])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -336,8 +306,6 @@ def test_clearing_before_the_first_backward_is_seen() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
-
-
 def test_optimizers_of_sparse_gradients() -> None:
     model = nn.Embedding(3, 2, sparse=True)
     with pytest.raises(ParameterError, match="with SparseAdam"):
@@ -350,22 +318,31 @@ def test_several_processes() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- in fp32
-
-
 SAMPLES, FEATURES, CLASSES = 1024, 16, 5
 # The project's own bound: what adding up may add to the error that the whole batch's gradient has by itself.
 OWN_ERROR = 1.05
 
-Parameters = Any
-OPTIMIZERS: dict[str, Callable[[Parameters], Optimizer]] = {
-    "AdamW, one by one": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=False, fused=False),
-    "AdamW, foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
-    "AdamW, fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
-    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
-    "SGD with momentum, fused": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=True),
-    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
+OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "AdamW, one by one": (torch.optim.AdamW, {"lr": 1e-3, "foreach": False, "fused": False}),
+    "AdamW, foreach": (torch.optim.AdamW, {"lr": 1e-3, "foreach": True}),
+    "AdamW, fused": (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
+    "Adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "SGD": (torch.optim.SGD, {"lr": 1e-2}),
+    "SGD with momentum, fused": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "fused": True}),
+    "Adafactor": (torch.optim.Adafactor, {"lr": 1e-3}),
 }
+
+
+def seen_in_fp32(
+    name: str, size: int, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> tuple[dict[str, Tensor], ga.Update]:
+    """What an optimizer finds in an update whose gradients add up in fp32, and the update."""
+    model = make_half(dtype)
+    kind, its_own = OPTIMIZERS[name]
+    optimizer: Optimizer = kind(model.parameters(), **its_own)
+    with seen_by(optimizer, model) as seen:
+        update = wide_step(model, optimizer, size, **options)(samples_of(dtype))
+    return seen[0], update  # type: ignore[return-value]
 
 
 def make_half(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -416,13 +393,10 @@ def wide_step(model: nn.Module, optimizer: Optimizer, size: int, **options: Any)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_error_is_the_whole_batchs_own(name: str, micro_batches: int, fused: bool) -> None:
     expected, own = whole_gradient_and_error()
-    model = make_half()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    with seen_by(optimizer, model) as seen:
-        update = wide_step(model, optimizer, SAMPLES // micro_batches, fused=fused)(samples_of())
+    seen, update = seen_in_fp32(name, SAMPLES // micro_batches, fused=fused)
     assert update.micro_batches == micro_batches
-    assert all(gradient is not None and gradient.dtype == torch.bfloat16 for gradient in seen[0].values())
-    assert error(seen[0], expected) <= OWN_ERROR * own
+    assert {gradient.dtype for gradient in seen.values()} == {torch.bfloat16}
+    assert error(seen, expected) <= OWN_ERROR * own
 
 
 def test_the_same_sum_in_bf16_is_several_times_worse() -> None:
@@ -454,12 +428,8 @@ def test_your_own_loop(fused: bool) -> None:
 
 def test_it_is_clipped_before_it_is_rounded() -> None:
     expected, own = whole_gradient_and_error()
-    norm = norm_of(expected)
-    model = make_half()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    with seen_by(optimizer, model) as seen:
-        wide_step(model, optimizer, 16, clip_norm=norm / 2)(samples_of())
-    assert error(seen[0], {name: right / 2 for name, right in expected.items()}) <= OWN_ERROR * own
+    seen, _ = seen_in_fp32("AdamW, fused", 16, clip_norm=norm_of(expected) / 2)
+    assert error(seen, {name: right / 2 for name, right in expected.items()}) <= OWN_ERROR * own
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
@@ -467,17 +437,12 @@ def test_it_is_clipped_before_it_is_rounded() -> None:
 def test_fp16_with_a_scaler(name: str, clip_norm: float | None) -> None:
     """Torch's scaler refuses gradients in fp16; sums in fp32 are none."""
     expected, own = whole_gradient_and_error(torch.float16)
-    norm = norm_of(expected)
-    model = make_half(torch.float16)
-    optimizer = OPTIMIZERS[name](model.parameters())
-    scaler = GradScaler("cpu", init_scale=2.0**16)
-    with seen_by(optimizer, model) as seen:
-        # Summed over 64 micro-batches at this scale, fp16 would overflow.
-        update = wide_step(model, optimizer, 16, scaler=scaler, clip_norm=clip_norm)(samples_of(torch.float16))
+    scaler = GradScaler("cpu", init_scale=2.0**16)  # summed over 64 micro-batches at this scale, fp16 would overflow
+    seen, update = seen_in_fp32(name, 16, torch.float16, scaler=scaler, clip_norm=clip_norm)
     assert not update.skipped
-    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / norm_of(expected))
     # A scaled loss loses less to underflow than the whole batch's, so that the bound is one from above.
-    assert error(seen[0], {name: factor * right for name, right in expected.items()}) <= OWN_ERROR * own
+    assert error(seen, {name: factor * right for name, right in expected.items()}) <= OWN_ERROR * own
 
 
 @pytest.mark.parametrize("with_scaler", [True, False], ids=["scaler", "no scaler"])
@@ -543,15 +508,11 @@ def test_the_model_is_left_as_it_was(breaks: bool) -> None:
 
 def assert_follows_the_parameter(model: nn.Module) -> None:
     """Gradients have the parameter's dtype, also after it has been converted."""
-    model.zero_grad()
-    loss_fn(model, samples_of()).backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters()
-    )
-    model.zero_grad()
-    model.float()
-    loss_fn(model, samples_of(torch.float32)).backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    for dtype in (torch.bfloat16, torch.float32):
+        model.zero_grad()
+        model.to(dtype)
+        loss_fn(model, samples_of(dtype)).backward()
+        assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
     model.zero_grad()
     model.bfloat16()
 

@@ -149,8 +149,6 @@ def test_any_floating_dtype(half: torch.dtype) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize("make", [ga.Loss.mean, ga.Loss.sum], ids=["mean", "sum"])
 @pytest.mark.parametrize(
     ("value", "message"),

@@ -97,14 +97,14 @@ def counts(loss: Tensor) -> list[float]:
     return [float(mean.count) for mean in means_in(loss)]
 
 
-@pytest.mark.parametrize("expression", OVER_TARGETS.values(), ids=OVER_TARGETS.keys())
+@pytest.mark.parametrize("expression", OVER_TARGETS.values(), ids=OVER_TARGETS)
 def test_a_mean_over_targets_is_recognised(expression: Expression) -> None:
     case = Case(4, 6, ignored=5)
     assert case.counted == 19
     assert 19 in counts(expression(case))
 
 
-@pytest.mark.parametrize("expression", OVER_ELEMENTS.values(), ids=OVER_ELEMENTS.keys())
+@pytest.mark.parametrize("expression", OVER_ELEMENTS.values(), ids=OVER_ELEMENTS)
 def test_a_mean_over_elements_is_recognised(expression: Expression) -> None:
     assert 4 * 6 * CLASSES in counts(expression(Case(4, 6)))
 
@@ -130,33 +130,24 @@ def test_label_smoothing_and_both_terms_of_a_sum() -> None:
     assert sorted(both) == [19, 168]
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        pytest.param(lambda c: (c.each.reshape(c.samples, -1).sum(1)).mean(), id="sums of samples"),
-        pytest.param(lambda c: c.each.reshape(c.samples, -1).mean(1).mean(), id="means of samples"),
-        pytest.param(lambda c: c.each.sum() / c.samples, id="divided by the samples"),
-        pytest.param(lambda c: batchmean(c), id="batchmean"),
-    ],
-)
-def test_a_mean_over_samples_is_recognised(expression: Expression) -> None:
-    assert counts(expression(Case(4, 6))) == [4]
+OVER_SAMPLES: dict[str, Expression] = {
+    "sums of samples": lambda c: (c.each.reshape(c.samples, -1).sum(1)).mean(),
+    "means of samples": lambda c: c.each.reshape(c.samples, -1).mean(1).mean(),
+    "divided by the samples": lambda c: c.each.sum() / c.samples,
+    "batchmean": batchmean,
+}
+OVER_NOTHING: dict[str, Expression] = {
+    "a parameter": lambda c: torch.ones((), requires_grad=True),
+    "a sum": lambda c: c.flat.sum(),
+    "a norm": lambda c: c.flat.norm(),
+    "sum": lambda c: F.cross_entropy(c.flat, c.labels, reduction="sum"),
+    "a mean over some dimensions": lambda c: c.flat.mean(0).sum(),
+}
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        pytest.param(torch.ones((), requires_grad=True), id="a parameter"),
-        pytest.param(torch.ones(3, requires_grad=True).sum(), id="a sum"),
-        pytest.param(torch.ones(3, requires_grad=True).norm(), id="a norm"),
-        pytest.param(
-            F.cross_entropy(torch.ones(3, 2, requires_grad=True), torch.zeros(3).long(), reduction="sum"), id="sum"
-        ),
-        pytest.param(torch.ones(2, 3, requires_grad=True).mean(0).sum(), id="a mean over some dimensions"),
-    ],
-)
-def test_nothing_is_made_up(loss: Tensor) -> None:
-    assert counts(loss) == []
+@pytest.mark.parametrize("name", [*OVER_SAMPLES, *OVER_NOTHING])
+def test_means_over_samples_are_recognised_and_no_others_made_up(name: str) -> None:
+    assert counts((OVER_SAMPLES | OVER_NOTHING)[name](Case(4, 6))) == ([4] if name in OVER_SAMPLES else [])
 
 
 def test_the_graph_can_still_run_backward() -> None:
@@ -183,8 +174,6 @@ def test_the_walk_is_short() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the guard
-
-
 def check(expression: Expression, cases: Sequence[Case], guard: SampleMeans | None = None) -> None:
     guard = SampleMeans() if guard is None else guard
     for case in cases:
@@ -192,51 +181,67 @@ def check(expression: Expression, cases: Sequence[Case], guard: SampleMeans | No
     guard.window_closed()
 
 
-@pytest.mark.parametrize("expression", OVER_TARGETS.values(), ids=OVER_TARGETS.keys())
+@pytest.mark.parametrize("expression", OVER_TARGETS.values(), ids=OVER_TARGETS)
 def test_ignored_targets_are_an_error(expression: Expression) -> None:
     with pytest.raises(ga.MeanError, match=r"averaged over .*: 24, 19 in micro-batches of 4, 4 samples"):
         check(expression, [Case(4, 6), Case(4, 6, ignored=5)])
 
 
-@pytest.mark.parametrize("expression", ALL.values(), ids=ALL.keys())
+@pytest.mark.parametrize("expression", ALL.values(), ids=ALL)
 def test_padding_to_another_length_is_an_error(expression: Expression) -> None:
     with pytest.raises(ga.MeanError, match=r"averaged over .* in micro-batches of 4, 4 samples"):
         check(expression, [Case(4, 6), Case(4, 8)])
 
 
-@pytest.mark.parametrize("expression", ALL.values(), ids=ALL.keys())
+@pytest.mark.parametrize("expression", ALL.values(), ids=ALL)
 def test_samples_of_equal_length_pass(expression: Expression) -> None:
     check(expression, [Case(4, 6), Case(4, 6), Case(3, 6), Case(1, 6)])
 
 
-def test_class_weights_are_an_error() -> None:
-    def weighted(case: Case) -> Tensor:
-        return F.cross_entropy(case.flat, case.labels, weight=case.class_weights)
-
-    with pytest.raises(ga.MeanError, match=r"the sum of class weights: .* Return the loss .*ga\.criterion"):
-        check(weighted, [Case(4, 6), Case(4, 6, ignored=9)])
+def weighted(case: Case) -> Tensor:
+    return F.cross_entropy(case.flat, case.labels, weight=case.class_weights)
 
 
-def test_equal_class_weights_pass() -> None:
-    check(
-        lambda case: F.cross_entropy(case.flat, case.labels, weight=torch.full((CLASSES,), 0.1)),
+def composite(case: Case) -> Tensor:
+    return case.logits.pow(2).reshape(case.samples, -1).mean(1).mean() + 0.1 * F.cross_entropy(case.flat, case.labels)
+
+
+WRONG: dict[str, tuple[Expression, list[Case], str]] = {
+    "class weights": (
+        weighted,
+        [Case(4, 6), Case(4, 6, ignored=9)],
+        r"the sum of class weights: .* Return the loss .*ga\.criterion",
+    ),
+    "one bad term of several": (
+        composite,
+        [Case(4, 6), Case(4, 6, ignored=7)],
+        "targets that are not ignored: 24, 17",
+    ),
+    "a fixed batch size as divisor": (
+        lambda c: c.each.sum() / 4,
         [Case(4, 6), Case(3, 6)],
-    )
+        "4, 4 in micro-batches of 4, 3 samples",
+    ),
+    "all targets ignored": (OVER_TARGETS["cross_entropy"], [Case(4, 6), Case(4, 6, ignored=24)], "24, 0"),
+    "all ignored at first": (OVER_TARGETS["cross_entropy"], [Case(4, 6, ignored=24), Case(4, 6)], "0, 24"),
+}
 
 
-def test_means_of_samples_pass_whatever_their_length() -> None:
-    check(lambda case: case.each.reshape(case.samples, -1).mean(1).mean(), [Case(4, 6), Case(4, 8), Case(2, 3)])
+@pytest.mark.parametrize(("expression", "cases", "message"), WRONG.values(), ids=WRONG)
+def test_means_over_something_else_are_an_error(expression: Expression, cases: list[Case], message: str) -> None:
+    with pytest.raises(ga.MeanError, match=message):
+        check(expression, cases)
 
 
-@pytest.mark.parametrize(
-    "penalty",
-    [
-        pytest.param(lambda c: c.weight.pow(2).mean(), id="mean of the weights"),
-        pytest.param(lambda c: c.weight.pow(2).sum() / 8, id="a constant divisor"),
-        pytest.param(lambda c: 0.1 * c.weight.abs().mean(dim=(0, 1)), id="mean over dimensions"),
-        pytest.param(lambda c: c.weight.norm(), id="norm"),
-    ],
-)
+PENALTIES: dict[str, Expression] = {
+    "mean of the weights": lambda c: c.weight.pow(2).mean(),
+    "a constant divisor": lambda c: c.weight.pow(2).sum() / 8,
+    "mean over dimensions": lambda c: 0.1 * c.weight.abs().mean(dim=(0, 1)),
+    "norm": lambda c: c.weight.norm(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize(
     "main", [lambda c: c.logits.pow(2).mean(), lambda c: c.each.sum() / c.samples], ids=["mean", "sum"]
 )
@@ -244,34 +249,25 @@ def test_penalties_on_weights_pass(main: Expression, penalty: Expression) -> Non
     check(lambda case: main(case) + penalty(case), [Case(4, 6), Case(4, 6), Case(3, 6)])
 
 
-@pytest.mark.parametrize(
-    "halves", [lambda a, b: (a + b) / 2, lambda a, b: torch.stack([a, b]).mean()], ids=["/ 2", "mean"]
-)
-def test_the_mean_of_two_terms_passes(halves: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """2 is also the number of samples of some of the micro-batches, and has nothing to do with it."""
-    check(lambda case: halves(case.each.mean(), case.logits.pow(2).mean()), [Case(2, 6), Case(2, 6), Case(1, 6)])
+# 2, by which two terms are divided, is also the number of samples of some of the micro-batches.
+RIGHT: dict[str, tuple[Expression, list[Case]]] = {
+    "equal class weights": (
+        lambda c: F.cross_entropy(c.flat, c.labels, weight=torch.full((CLASSES,), 0.1)),
+        [Case(4, 6), Case(3, 6)],
+    ),
+    "means of samples of any length": (OVER_SAMPLES["means of samples"], [Case(4, 6), Case(4, 8), Case(2, 3)]),
+    "a mean over samples and one over as many targets": (composite, [Case(4, 6), Case(3, 6)]),
+    "two terms / 2": (lambda c: (c.each.mean() + c.logits.pow(2).mean()) / 2, [Case(2, 6), Case(2, 6), Case(1, 6)]),
+    "mean of two terms": (
+        lambda c: torch.stack([c.each.mean(), c.logits.pow(2).mean()]).mean(),
+        [Case(2, 6), Case(2, 6), Case(1, 6)],
+    ),
+}
 
 
-def test_one_bad_term_of_several_is_an_error() -> None:
-    def composite(case: Case) -> Tensor:
-        return case.logits.pow(2).reshape(case.samples, -1).mean(1).mean() + 0.1 * F.cross_entropy(
-            case.flat, case.labels
-        )
-
-    check(composite, [Case(4, 6), Case(3, 6)])
-    with pytest.raises(ga.MeanError, match="targets that are not ignored: 24, 17"):
-        check(composite, [Case(4, 6), Case(4, 6, ignored=7)])
-
-
-def test_a_fixed_batch_size_as_divisor_is_an_error() -> None:
-    with pytest.raises(ga.MeanError, match="4, 4 in micro-batches of 4, 3 samples"):
-        check(lambda case: case.each.sum() / 4, [Case(4, 6), Case(3, 6)])
-
-
-def test_all_targets_ignored_is_an_error() -> None:
-    for cases in ([Case(4, 6), Case(4, 6, ignored=24)], [Case(4, 6, ignored=24), Case(4, 6)]):
-        with pytest.raises(ga.MeanError, match=r"24, 0|0, 24"):
-            check(lambda case: F.cross_entropy(case.flat, case.labels), cases)
+@pytest.mark.parametrize(("expression", "cases"), RIGHT.values(), ids=RIGHT)
+def test_means_over_samples_pass(expression: Expression, cases: list[Case]) -> None:
+    check(expression, cases)
 
 
 def test_the_message_has_counts_factor_and_remedy() -> None:
@@ -302,8 +298,6 @@ def test_micro_batches_of_no_samples_are_left_out() -> None:
 
 
 # --------------------------------------------------------------------------------------------- one window after another
-
-
 def test_counts_of_the_data_are_looked_at_in_later_windows_too() -> None:
     guard = SampleMeans()
     expression = OVER_TARGETS["cross_entropy"]
@@ -338,13 +332,9 @@ def test_windows_are_not_compared_with_each_other() -> None:
 # ---------------------------------------------------------------------------------------------------- in both pipelines
 
 
-def pipeline() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Linear(3, CLASSES)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
 def test_two_batches_of_different_length_are_each_exact() -> None:
-    model, optimizer = pipeline()
+    model = nn.Linear(3, CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = ga.TrainStep(model, optimizer, lambda model, x: model(x).pow(2).mean(), micro_batch_size=2)
     for length in (6, 8, 6):
         step.backward(torch.randn(5, length, 3))
@@ -353,7 +343,8 @@ def test_two_batches_of_different_length_are_each_exact() -> None:
 
 
 def test_a_window_that_was_discarded_counts_for_nothing() -> None:
-    model, optimizer = pipeline()
+    model = nn.Linear(3, CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
     loader = [torch.randn(2, 6, 3), torch.randn(2, 8, 3)]
 
@@ -368,21 +359,17 @@ def test_a_window_that_was_discarded_counts_for_nothing() -> None:
     assert accumulator.updates == 2
 
 
-class LikeHuggingFace(nn.Module):
+class LikeHuggingFace(nn.Embedding):
     """Shifts the labels and takes the mean over those that are not ignored, as their causal models do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(CLASSES, CLASSES)
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.embedding(input_ids)
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = super().forward(input_ids)
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, CLASSES).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return {"loss": loss, "logits": logits}
 
 
 def test_what_a_hugging_face_model_returns_with_its_labels() -> None:
-    model = LikeHuggingFace()
+    model = LikeHuggingFace(CLASSES, CLASSES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = ga.TrainStep(model, optimizer, lambda model, batch: model(**batch)["loss"], micro_batch_size=2)
     ids = torch.randint(0, CLASSES, (4, 8))

@@ -67,8 +67,6 @@ def loss_of(parameter: Tensor, slope: float, weight: Any, *, is_mean: bool) -> g
 
 
 # ------------------------------------------------------------------------------------------- the mean, whatever happens
-
-
 @given(
     weights=weights_of_micro_batches,
     kind=st.sampled_from(sorted(as_given)),
@@ -96,11 +94,9 @@ def test_the_gradient_and_the_loss_are_the_whole_batchs(
     normaliser = Normaliser(
         totals={SINGLE: total} if known else None, first_share=first_share, at_least=0.0 if known else at_least
     )
-
     for slope, weight in zip(slopes, given_as, strict=True):
         add(normaliser, loss_of(parameter, slope, weight, is_mean=is_mean))
     normaliser.check_totals()
-
     assert corrected(parameter, normaliser) == pytest.approx(mean, rel=FP64, abs=FP64)
     assert normaliser.means()[SINGLE].item() == pytest.approx(mean, rel=FP64, abs=FP64)
     assert normaliser.weight == pytest.approx(total)
@@ -116,8 +112,6 @@ def test_means_and_sums_of_one_window_mix(weights: list[int], data: st.DataObjec
 
 
 # ----------------------------------------------------------------------------------------------------- what is expected
-
-
 def test_a_whole_number_on_a_device_is_not_divided_in_fp32() -> None:
     """torch's int64 / int64 is fp32. A tensor without data stands for one on a device: neither is read."""
     normaliser = Normaliser(first_share=(1, 3))
@@ -126,28 +120,22 @@ def test_a_whole_number_on_a_device_is_not_divided_in_fp32() -> None:
     assert normaliser.correction.dtype == torch.float64
 
 
-def test_samples_of_a_batch_need_no_correction() -> None:
-    """13 rows as 5 + 5 + 3: the first micro-batch is 5 / 13 of it."""
-    parameter, normaliser = leaf(), Normaliser(first_share=(5, 13))
-    for rows in (5, 5, 3):
-        add(normaliser, ga.Loss.mean(parameter * 2, over=rows))
-    assert normaliser.correction is None
-    assert parameter.grad == 2
-
-
-def test_a_short_window_is_corrected() -> None:
-    parameter, normaliser = leaf(), Normaliser(first_share=(1, 4))
-    add(normaliser, ga.Loss.mean(parameter * 2, over=5))
-    assert parameter.grad == 0.5, "a quarter of what was expected"
-    assert normaliser.correction == 4
-
-
-def test_the_first_micro_batch_that_weighs_something_sets_the_expectation() -> None:
-    parameter, normaliser = leaf(), Normaliser(first_share=(1, 2))
-    add(normaliser, ga.Loss.mean(parameter * float("nan"), over=0))
-    add(normaliser, ga.Loss.mean(parameter * 2, over=5))
-    assert parameter.grad == 1
-    assert normaliser.correction == 2
+@pytest.mark.parametrize(
+    ("first_share", "weights", "gradient", "correction"),
+    [
+        pytest.param((5, 13), [5, 5, 3], 2, None, id="13 rows as 5 + 5 + 3: the first is 5 / 13 of them"),
+        pytest.param((1, 4), [5], 0.5, 4, id="a short window: a quarter of what was expected"),
+        pytest.param((1, 2), [0, 5], 1, 2, id="the first that weighs something sets the expectation"),
+    ],
+)
+def test_what_is_expected(
+    first_share: tuple[int, int], weights: list[int], gradient: float, correction: float | None
+) -> None:
+    parameter, normaliser = leaf(), Normaliser(first_share=first_share)
+    for weight in weights:
+        add(normaliser, loss_of(parameter, 2, weight, is_mean=True))
+    assert parameter.grad == gradient
+    assert normaliser.correction == correction
 
 
 def test_at_least_the_total_of_the_window_before() -> None:
@@ -200,8 +188,6 @@ def test_a_seed_is_never_the_gradient_itself() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the mean
-
-
 def test_losses_are_added_up_in_fp64() -> None:
     """1 + 4,096 x 1e-8: in fp32 every one of the small ones would be lost."""
     normaliser = Normaliser()
@@ -276,8 +262,6 @@ def test_what_is_reported_keeps_no_graph_alive() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- several terms
-
-
 @given(
     weights=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=6).filter(
         lambda pairs: any(a for a, _ in pairs) and any(b for _, b in pairs)
@@ -300,10 +284,8 @@ def test_each_term_is_divided_by_its_own_total(weights: Sequence[tuple[int, int]
 def test_terms_of_one_weight_need_no_totals() -> None:
     parameter, normaliser = leaf(), Normaliser(first_share=(1, 2))
     for tokens in (5, 8):
-        add(
-            normaliser,
-            {"lm": ga.Loss.mean(parameter * 3, over=tokens), "z": ga.Loss.sum(parameter * tokens, over=tokens)},
-        )
+        terms = {"lm": ga.Loss.mean(parameter * 3, over=tokens), "z": ga.Loss.sum(parameter * tokens, over=tokens)}
+        add(normaliser, terms)
     assert corrected(parameter, normaliser) == pytest.approx(4, rel=FP64)
     assert normaliser.weight == 13
 
@@ -318,10 +300,9 @@ def test_terms_of_one_weight_need_no_totals() -> None:
     ids=["different weights", "a sum beside a mean", "a term without a total"],
 )
 def test_terms_that_need_totals(totals: dict[str, int] | None, aux: int | None, message: str) -> None:
+    terms = {"lm": ga.Loss.mean(leaf() * 1, over=7), "aux": ga.Loss.sum(leaf() * 1, over=aux)}
     with pytest.raises(ga.LossError, match=message):
-        Normaliser(totals=totals).seeds(
-            {"lm": ga.Loss.mean(leaf() * 1, over=7), "aux": ga.Loss.sum(leaf() * 1, over=aux)}
-        )
+        Normaliser(totals=totals).seeds(terms)
 
 
 def test_terms_that_change_within_a_window() -> None:
@@ -331,32 +312,29 @@ def test_terms_that_change_within_a_window() -> None:
         normaliser.seeds({"aux": ga.Loss.mean(leaf() * 1, over=3)})
 
 
-@pytest.mark.parametrize("dict_first", [True, False])
-def test_a_single_loss_and_a_dict_in_one_window(dict_first: bool) -> None:
-    normaliser, single, terms = Normaliser(), ga.Loss.mean(leaf() * 1, over=3), {"lm": ga.Loss.mean(leaf() * 1, over=3)}
-    add(normaliser, terms if dict_first else single)
-    with pytest.raises(ga.LossError, match="a single loss, another a dict of terms"):
-        add(normaliser, single if dict_first else terms)
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize("sum_first", [True, False])
-def test_a_sum_and_a_mean_do_not_add_up(sum_first: bool) -> None:
-    normaliser, mean, total = Normaliser(), ga.Loss.mean(leaf() * 1, over=2), ga.Loss.sum(leaf() * 1)
-    add(normaliser, total if sum_first else mean)
-    with pytest.raises(ga.LossError, match="a sum without `over`, another a loss that has a weight"):
-        add(normaliser, mean if sum_first else total)
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: {"lm": ga.Loss.mean(leaf() * 1, over=3)}, "a single loss, another a dict of terms"),
+        (lambda: ga.Loss.sum(leaf() * 1), "a sum without `over`, another a loss that has a weight"),
+    ],
+    ids=["a dict", "a sum"],
+)
+def test_a_mean_does_not_go_with(other: Callable[[], Any], message: str, is_turned: bool) -> None:
+    normaliser, losses = Normaliser(), [ga.Loss.mean(leaf() * 1, over=3), other()]
+    add(normaliser, losses[is_turned])
+    with pytest.raises(ga.LossError, match=message):
+        add(normaliser, losses[not is_turned])
 
 
 @pytest.mark.parametrize(("name", "what"), [(SINGLE, "loss"), ("lm", "term 'lm'")])
 def test_totals_that_the_micro_batches_do_not_add_up_to(name: str, what: str) -> None:
     normaliser = Normaliser(totals={name: 20})
     normaliser.seeds({name: ga.Loss.mean(leaf() * 1, over=15)})
-    with pytest.raises(
-        ga.LossError, match=f"total weight of the {what} was given as 20, .* add up to 15, .* 0.75 times"
-    ):
+    message = f"total weight of the {what} was given as 20, .* add up to 15, .* 0.75 times"
+    with pytest.raises(ga.LossError, match=message):
         normaliser.check_totals()
 
 

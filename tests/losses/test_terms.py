@@ -60,8 +60,6 @@ def test_a_count_of_zero_in_a_tensor_needs_no_graph_either() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

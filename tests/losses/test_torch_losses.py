@@ -1,7 +1,5 @@
 """Every loss of torch, taken apart, against the same loss over the whole batch in float64."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable
@@ -46,7 +44,7 @@ EVERY_FORM = pytest.mark.parametrize(("name", "form"), [(name, form) for name in
 NEEDS_LINEAR_CROSS_ENTROPY = pytest.mark.skipif(
     not HAS_LINEAR_CROSS_ENTROPY, reason="this torch has no LinearCrossEntropyLoss"
 )
-EVERY_CASE = pytest.mark.parametrize("name", CASES)
+
 
 # Torch's own KL divergence, whenever it takes the mean over elements.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss by both:UserWarning")
@@ -78,10 +76,8 @@ def assert_accumulated(loss: Any, parts: list[Inputs], leaves: list[Tensor], exp
 def test_micro_batches_add_up_to_the_whole_batch(name: str, form: str, split: str) -> None:
     case, loss = CASES[name], forms(CASES[name])[form]
     inputs = case.inputs(ROWS)
-    leaves = gradient_leaves(inputs, loss)
     expected = whole_batch(name, form, loss, inputs)
-
-    assert_accumulated(loss, cut(inputs, SPLITS[split], case.rows_at), leaves, expected)
+    assert_accumulated(loss, cut(inputs, SPLITS[split], case.rows_at), gradient_leaves(inputs, loss), expected)
     torch.testing.assert_close(loss(*inputs).value, expected, **EXACT)
 
 
@@ -173,16 +169,12 @@ def test_every_functional_loss_of_torch_has_a_rule() -> None:
 # Loss classes as calls of their functional forms.
 
 
-class Renamed(nn.HuberLoss):
-    pass
-
-
 class Overridden(nn.HuberLoss):
     def forward(self, input, target):  # type: ignore[no-untyped-def]
         return super().forward(input, target)
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("name", CASES)
 def test_a_module_passes_all_that_its_functional_form_requires_and_takes(name: str) -> None:
     """What the function can be told, and the module knows by the same name, is not left to a default."""
     module = CASES[name].module()
@@ -196,9 +188,10 @@ def test_a_module_passes_all_that_its_functional_form_requires_and_takes(name: s
 
 
 def test_a_rule_belongs_to_a_forward() -> None:
+    renamed: type[nn.HuberLoss] = type("Renamed", (nn.HuberLoss,), {})
     replaced = nn.HuberLoss()
     replaced.forward = lambda input, target: input  # pyright: ignore[reportAttributeAccessIssue]
-    assert rule_of(Renamed()) is rule_of(nn.HuberLoss()) is RULES[F.huber_loss]
+    assert rule_of(renamed()) is rule_of(nn.HuberLoss()) is RULES[F.huber_loss]
     assert all(rule_of(module) is None for module in (Overridden(), nn.ReLU(), replaced))
     assert torch_class_of(Overridden()) is torch_class_of(nn.HuberLoss()) is nn.HuberLoss
     assert torch_class_of(nn.ReLU()) is None
@@ -275,8 +268,7 @@ def test_a_byte_is_never_the_negative_index_that_is_ignored() -> None:
 )
 def test_one_sample_without_a_batch(loss: nn.Module, inputs: Callable[[], Inputs], weight: float) -> None:
     given = inputs()
-    micro = criterion(loss)(*given)
-    expected = loss(*given)
+    micro, expected = criterion(loss)(*given), loss(*given)
     assert micro.weight == weight
     torch.testing.assert_close(micro.value, getattr(expected, "loss", expected), **EXACT)
 
@@ -355,9 +347,8 @@ def test_a_float16_sum_beyond_65504_is_finite(loss: nn.Module, inputs: Callable[
     micro = criterion(loss)(x, y)
     assert micro.total > 65504
     # Each loss is rounded to float16: 2**-11. Torch's own mean of the 70,000 cross entropies is inf / inf.
-    torch.testing.assert_close(
-        micro.value, loss(x.float(), y.float() if y.is_floating_point() else y), rtol=2**-10, atol=0
-    )
+    expected = loss(x.float(), y.float() if y.is_floating_point() else y)
+    torch.testing.assert_close(micro.value, expected, rtol=2**-10, atol=0)
     assert torch.autograd.grad(micro.value, x)[0].isfinite().all()
 
 

@@ -3,8 +3,6 @@
 At the end, how micro-batches of a case are cut and added up.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -104,14 +102,15 @@ def simple(
     return Case(module=lambda: module(**options), function=functools.partial(function, **options), inputs=inputs)
 
 
+kl_div = functools.partial(simple, nn.KLDivLoss, F.kl_div)
+poisson = functools.partial(simple, nn.PoissonNLLLoss, F.poisson_nll_loss)
+with_logits = functools.partial(simple, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, pair(share))
+
+
 def sequences(rows: int) -> Inputs:
     """Targets of 0 to 4 labels, and inputs of which some are too short for them."""
     lengths = torch.randint(0, 5, (rows,))
     return output(9, rows, CLASSES), torch.randint(1, CLASSES, (rows, 4)), torch.randint(3, 10, (rows,)), lengths
-
-
-def kl_div(target: Callable[..., Tensor], **options: Any) -> Case:
-    return simple(nn.KLDivLoss, F.kl_div, pair(target, inputs=log_shares), **options)
 
 
 def gaussian(inputs: Callable[[int], Inputs], **options: Any) -> Case:
@@ -131,10 +130,6 @@ def one_label(rows: int) -> Inputs:
     return output(rows, CLASSES), torch.randint(0, CLASSES, (rows,))
 
 
-def many_labels(rows: int) -> Inputs:
-    return output(rows, CLASSES), torch.randint(-1, CLASSES, (rows, CLASSES))
-
-
 three_rows = three(lambda rows: output(rows, 3), 3)
 
 CASES = {
@@ -143,35 +138,29 @@ CASES = {
     "SmoothL1": simple(nn.SmoothL1Loss, F.smooth_l1_loss, pair(output), beta=0.3),
     "SmoothL1 of L1": simple(nn.SmoothL1Loss, F.smooth_l1_loss, pair(output), beta=0.0),
     "Huber": simple(nn.HuberLoss, F.huber_loss, pair(output), delta=0.7),
-    "PoissonNLL": simple(nn.PoissonNLLLoss, F.poisson_nll_loss, pair(positive), full=True),
-    "PoissonNLL no log": simple(
-        nn.PoissonNLLLoss, F.poisson_nll_loss, pair(positive, inputs=positive), log_input=False, eps=1e-3
-    ),
-    "PoissonNLL broadcast": simple(
-        nn.PoissonNLLLoss, F.poisson_nll_loss, lambda rows: (output(rows, 1), positive(rows, 3))
-    ),
+    "PoissonNLL": poisson(pair(positive), full=True),
+    "PoissonNLL no log": poisson(pair(positive, inputs=positive), log_input=False, eps=1e-3),
+    "PoissonNLL broadcast": poisson(lambda rows: (output(rows, 1), positive(rows, 3))),
     "GaussianNLL": gaussian(three(lambda rows: positive(rows, 3), 3), full=True),
     "GaussianNLL one variance": gaussian(three(positive, 3)),
     "BCE": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share)),
     "BCE weight": simple(nn.BCELoss, F.binary_cross_entropy, pair(share, inputs=learned_share), weight=ROW_WEIGHTS),
-    "BCEWithLogits": simple(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, pair(share)),
-    "BCEWithLogits weights": simple(
-        nn.BCEWithLogitsLoss,
-        F.binary_cross_entropy_with_logits,
-        pair(share),
-        weight=ROW_WEIGHTS,
-        pos_weight=ROW_WEIGHTS.flip(0),
-    ),
-    "KLDiv": kl_div(share),
-    "KLDiv batchmean": kl_div(share, reduction="batchmean"),
-    "KLDiv log": kl_div(log_shares, log_target=True),
-    "KLDiv batchmean log": kl_div(log_shares, log_target=True, reduction="batchmean"),
+    "BCEWithLogits": with_logits(),
+    "BCEWithLogits weights": with_logits(weight=ROW_WEIGHTS, pos_weight=ROW_WEIGHTS.flip(0)),
+    "KLDiv": kl_div(pair(share, inputs=log_shares)),
+    "KLDiv batchmean": kl_div(pair(share, inputs=log_shares), reduction="batchmean"),
+    "KLDiv log": kl_div(pair(log_shares, inputs=log_shares), log_target=True),
+    "KLDiv batchmean log": kl_div(pair(log_shares, inputs=log_shares), log_target=True, reduction="batchmean"),
     "HingeEmbedding": simple(nn.HingeEmbeddingLoss, F.hinge_embedding_loss, pair(sign), margin=0.8),
     "MarginRanking": simple(nn.MarginRankingLoss, F.margin_ranking_loss, three(sign), margin=0.3),
     "CosineEmbedding": simple(nn.CosineEmbeddingLoss, F.cosine_embedding_loss, three(sign, 3), margin=0.1),
     "SoftMargin": simple(nn.SoftMarginLoss, F.soft_margin_loss, pair(sign)),
     "MultiMargin": simple(nn.MultiMarginLoss, F.multi_margin_loss, one_label, p=2, margin=0.9, weight=CLASS_WEIGHTS),
-    "MultiLabelMargin": simple(nn.MultiLabelMarginLoss, F.multilabel_margin_loss, many_labels),
+    "MultiLabelMargin": simple(
+        nn.MultiLabelMarginLoss,
+        F.multilabel_margin_loss,
+        lambda rows: (output(rows, CLASSES), torch.randint(-1, CLASSES, (rows, CLASSES))),
+    ),
     "MultiLabelSoftMargin": simple(
         nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss, pair(share), weight=ROW_WEIGHTS
     ),

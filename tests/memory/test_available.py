@@ -1,7 +1,5 @@
 """What is left of the host's memory, whoever limits it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

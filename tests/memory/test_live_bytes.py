@@ -1,9 +1,9 @@
 """Bytes counted op by op: exact for real and fake tensors, whatever keeps them alive."""
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 
 import pytest
@@ -21,10 +21,7 @@ KB = 1000  # bytes of 250 floats
 @pytest.fixture(params=["real", "fake"])
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything that is counted is counted for both kinds of tensors."""
-    if request.param == "fake":
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield request.param
-    else:
+    with FakeTensorMode(allow_non_fake_inputs=True) if request.param == "fake" else nullcontext():
         yield request.param
 
 
@@ -55,8 +52,7 @@ def storage_given_back(live: LiveBytes) -> Tensor:
 
 
 def storage_taken_again(live: LiveBytes) -> Tensor:
-    x = vector()
-    x.untyped_storage().resize_(0)
+    x = storage_given_back(live)
     vector()
     x.untyped_storage().resize_(KB)
     return x
@@ -94,11 +90,7 @@ PROGRAMS: dict[str, tuple[Callable[[LiveBytes], object], int, int]] = {
     "data replaced": (data_replaced, 2 * KB, 3 * KB),
     "two outputs": (lambda live: torch.max(torch.zeros(10, 25), dim=1), 120, KB + 120),  # 10 floats and 10 int64
     "a list of outputs": (lambda live: torch._foreach_add([vector(), vector()], 1), 2 * KB, 4 * KB),
-    "dtypes": (
-        lambda live: [torch.zeros(10, dtype=dtype) for dtype in DTYPES],
-        10 * (1 + 2 + 8 + 8),
-        10 * (1 + 2 + 8 + 8),
-    ),
+    "dtypes": (lambda live: [torch.zeros(10, dtype=dtype) for dtype in DTYPES], 190, 190),  # 10 of 1 + 2 + 8 + 8 bytes
     "a cycle": (cycle, 0, KB),
     "numbers": (lambda live: torch.tensor([1.0] * 250), KB, KB),
 }
@@ -147,9 +139,7 @@ def test_checkpointing_keeps_less() -> None:
             assert live.current == 0
         return live.peak
 
-    plain = peak(reentrant=None)
-    assert peak(reentrant=False) < 0.8 * plain
-    assert peak(reentrant=True) < 0.8 * plain
+    assert max(peak(reentrant=False), peak(reentrant=True)) < 0.8 * peak(reentrant=None)
 
 
 def test_autocast() -> None:
@@ -245,11 +235,9 @@ def test_tensors_freed_in_another_thread() -> None:
             while graphs:
                 graphs.pop()
 
-        threads = [threading.Thread(target=consume) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(4):
+                threads.submit(consume)
         assert live.current == 0
         assert live.peak == 50 * (2 * KB + 4) + KB
 
@@ -301,10 +289,8 @@ def test_the_peak_outlives_the_meter() -> None:
 
 def test_gradients_in_two_ways_are_the_same() -> None:
     """Counting changes no number."""
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Dropout(), nn.ReLU(), nn.Linear(30, 1))
     x = torch.randn(8, 20)
-
     gradients = []
     for mode in (nullcontext, LiveBytes):
         torch.manual_seed(1)

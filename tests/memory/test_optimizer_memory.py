@@ -73,13 +73,11 @@ def test_the_first_step(name: str) -> None:
     optimizer = OPTIMIZERS[name](own)
     before = [parameter.detach().clone() for parameter in own]
     counted = optimizer_memory([optimizer])
-
     assert not any(len(state) for state in optimizer.state.values())
     assert all(torch.equal(one, other) for one, other in zip(before, own, strict=True))
     assert all(type(parameter) is nn.Parameter for group in optimizer.param_groups for parameter in group["params"])
     assert all(parameter.grad is None for parameter in own)
-    state, step = true_memory(optimizer, own)
-    assert counted == OptimizerMemory(state, step)
+    assert counted == OptimizerMemory(*true_memory(optimizer, own))
 
 
 def test_after_a_step_the_state_is_the_same() -> None:
@@ -88,7 +86,6 @@ def test_after_a_step_the_state_is_the_same() -> None:
     counted = optimizer_memory([optimizer])
     true_memory(optimizer, own)
     steps = [optimizer.state[parameter]["step"].clone() for parameter in own]
-
     assert optimizer_memory([optimizer]) == counted
     assert steps == [optimizer.state[parameter]["step"] for parameter in own]
 
@@ -124,6 +121,5 @@ def test_on_cuda_all_parameters_are_taken_at_once() -> None:
     there = optimizer_memory([torch.optim.Adam(own)], device=torch.device("cpu"), as_on_cuda=True)
     assert (here.state, here.step) == (there.state, 40 * 30 * 4 * 2)
     assert there.step == sum(parameter.nbytes for parameter in own)
-    chosen = [torch.optim.Adam(own, foreach=False), torch.optim.Adam(own, fused=True)]
-    for optimizer in chosen:
+    for optimizer in (torch.optim.Adam(own, foreach=False), torch.optim.Adam(own, fused=True)):
         assert optimizer_memory([optimizer]) == optimizer_memory([optimizer], as_on_cuda=True)

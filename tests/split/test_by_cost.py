@@ -123,10 +123,6 @@ class Recurrent(nn.Module):
         return self.head(self.gru(batch["x"])[0])
 
 
-def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> ga.Loss:
-    return ga.criterion(nn.CrossEntropyLoss())(model(batch).transpose(1, 2), batch["labels"])
-
-
 @pytest.mark.parametrize("max_rows", [1_000, 3])
 @pytest.mark.parametrize(
     ("make", "left"),
@@ -142,13 +138,10 @@ def test_the_gradient_is_the_whole_padded_batch_s(make: Callable[[], nn.Module],
 
     def seen(model: nn.Module, micro_batch: dict[str, Tensor]) -> ga.Loss:
         widths.append(micro_batch["ids"].shape[1])
-        return loss_fn(model, micro_batch)
+        return ga.criterion(nn.CrossEntropyLoss())(model(micro_batch).transpose(1, 2), micro_batch["labels"])
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ga.TrainStep(
-        model, optimizer, seen, micro_batch_size=max_rows, split=ga.split_by_cost(tokens, 128, piece_cost=8)
-    ).backward(batch)
-
+    optimizer, split = torch.optim.SGD(model.parameters(), lr=0.1), ga.split_by_cost(tokens, 128, piece_cost=8)
+    ga.TrainStep(model, optimizer, seen, micro_batch_size=max_rows, split=split).backward(batch)
     assert_same_gradients(gradients_of(model), gradients_of(whole))
     assert len(set(widths)) > 2
     assert max(widths) < batch["ids"].shape[1]
@@ -185,8 +178,7 @@ def test_a_smaller_size_and_fewer_rows() -> None:
 
 
 def test_untrimmed() -> None:
-    batch = make_batch(torch.tensor([3, 5, 2, 9]))
-    split = ga.split_by_cost(tokens, 10, trim=False)
+    batch, split = make_batch(torch.tensor([3, 5, 2, 9])), ga.split_by_cost(tokens, 10, trim=False)
     assert {split.cut(batch, piece)["ids"].shape[1] for piece in split.plan(batch, 10)} == {11}
 
 
@@ -266,10 +258,9 @@ def test_it_says_once_why_nothing_is_trimmed(
 )
 def test_costs_that_are_none(costs: Any, message: str) -> None:
     split = ga.split_by_cost(lambda batch: costs, 10)
-    with pytest.raises(ga.BatchError, match=message):
-        split.plan(torch.zeros(3, 2), 10)
-    with pytest.raises(ga.BatchError, match=message):
-        split.largest(torch.zeros(3, 2))
+    for ask in (lambda batch: split.plan(batch, 10), split.largest):
+        with pytest.raises(ga.BatchError, match=message):
+            ask(torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -291,8 +282,7 @@ def test_options_that_make_no_pieces(options: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize(("size", "max_rows"), [(0, None), (10, 0)])
 def test_sizes_below_one(size: int, max_rows: int | None) -> None:
-    message = rf"size={size}, max_rows={max_rows}: a micro-batch has at least one sample"
-    with pytest.raises(ga.WindowError, match=message):
+    with pytest.raises(ga.WindowError, match=rf"size={size}, max_rows={max_rows}: a micro-batch has at least one"):
         ga.split_by_cost(lambda batch: batch, 10).plan(torch.ones(3), size, max_rows=max_rows)
 
 

@@ -51,9 +51,7 @@ def test_the_pieces_are_the_batch(rows: int, micro_batch_size: int) -> None:
     x, y = torch.arange(rows * 2).reshape(rows, 2), torch.arange(rows)
     batch: dict[str, Any] = {"x": x, "rest": (y, [f"row {i}" for i in range(rows)], "shared")}
     split = ga.split_by_samples()
-
     pieces = [split.cut(batch, piece) for piece in split.plan(batch, micro_batch_size)]
-
     assert torch.equal(torch.cat([piece["x"] for piece in pieces]), x)
     assert torch.equal(torch.cat([piece["rest"][0] for piece in pieces]), y)
     assert [name for piece in pieces for name in piece["rest"][1]] == batch["rest"][1]

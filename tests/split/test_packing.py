@@ -40,7 +40,6 @@ def divisions(rows: list[int]) -> Iterator[list[list[int]]]:
 )
 def test_no_division_is_better(costs: list[float], size: int, piece_cost: float, max_rows: int) -> None:
     packed = pack(costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
-
     best = min(
         total(pieces, costs, piece_cost)
         for pieces in divisions(list(range(len(costs))))
@@ -52,7 +51,6 @@ def test_no_division_is_better(costs: list[float], size: int, piece_cost: float,
 @given(st.lists(costs, min_size=1, max_size=120), st.integers(1, 500), st.sampled_from([0, 2, 90]), st.integers(1, 50))
 def test_every_row_once_within_the_budget(costs: list[float], size: int, piece_cost: float, max_rows: int) -> None:
     packed = pack(costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
-
     assert sorted(row for piece in packed for row in piece) == list(range(len(costs)))
     assert all(len(piece) <= max_rows and fits(piece, costs, size, max_rows) for piece in packed)
     assert all(piece == sorted(piece) for piece in packed)
@@ -62,10 +60,8 @@ def test_every_row_once_within_the_budget(costs: list[float], size: int, piece_c
 
 def by_trying_all_starts(costs: list[float], size: float, piece_cost: float, max_rows: int) -> float:
     """The same dynamic program without its queue: rows squared, obviously right."""
-    ascending = sorted(costs)
     best = [0.0]
-    for stop in range(1, len(costs) + 1):
-        cost = ascending[stop - 1]
+    for stop, cost in enumerate(sorted(costs), 1):
         best.append(
             min(
                 best[start] + (stop - start) * cost + piece_cost
@@ -131,7 +127,6 @@ def test_the_gradient_goes_back_to_each_piece() -> None:
 
 
 def test_outputs_that_are_no_one_tensor() -> None:
-    with pytest.raises(
-        ga.BatchError, match=r"shape \(2, 4\) in one micro-batch and \(3, 4\) in another.*pooled over its length"
-    ):
+    message = r"shape \(2, 4\) in one micro-batch and \(3, 4\) in another.*pooled over its length"
+    with pytest.raises(ga.BatchError, match=message):
         restore_order([slice(0, 1), slice(1, 2)], [torch.zeros(1, 3, 4), torch.zeros(1, 2, 4)])

@@ -1,9 +1,9 @@
 """Padding: trimmed in every field where it is certain, on its own side, and left alone where it is not."""
 
-from collections import UserDict
+from collections import UserDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import make_dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,13 +60,10 @@ def cut(batch: Any, costs: list[float], rows: list[int]) -> Any:
 @pytest.mark.parametrize("name", everything())
 def test_every_field_by_name(name: str, left: bool) -> None:
     batch = everything(left=left)
-    field = batch[name]
-
     piece = cut(batch, [float(length) for length in LENGTHS], PIECE)[name]
-
-    expected = field[PIECE]
-    for dim in range(1, field.dim()):
-        if field.shape[dim] == WIDTH:
+    expected = batch[name][PIECE]
+    for dim in range(1, expected.dim()):
+        if expected.shape[dim] == WIDTH:
             expected = expected.narrow(dim, WIDTH - 3 if left else 0, 3)
     assert torch.equal(piece, expected)
     assert piece.is_contiguous()
@@ -162,15 +159,8 @@ def test_large_fields_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert cut(batch, list(LENGTHS), PIECE)["square"].shape == (2, 3, 3)
 
 
-class Pair(NamedTuple):
-    ids: Any
-    rest: Any
-
-
-@dataclass
-class Inputs:
-    ids: Any
-    rest: Any
+Pair = namedtuple("Pair", ["ids", "rest"])
+Inputs = make_dataclass("Inputs", ["ids", "rest"])
 
 
 @pytest.mark.parametrize(
@@ -211,13 +201,8 @@ def prompts(counts: Tensor) -> dict[str, Tensor]:
     return {"ids": ids, "labels": torch.where(counts, ids, -100)}
 
 
-def changed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    batch["features"][1, 5, 2] = 1e-9
-    return batch
-
-
-def repeating_once(x: Tensor) -> Tensor:
-    x[0, 1] = x[0, 0]
+def changed(x: Tensor, at: tuple[int, ...], value: Any) -> Tensor:
+    x[at] = value
     return x
 
 
@@ -247,7 +232,10 @@ UNCERTAIN: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
     "other costs, and a mask": lambda: (only("ids", "mask"), OTHER_COSTS),
     "costs all alike": lambda: (only("ids", "mask"), [1.0] * 6),
     "one field is as wide and not padded": lambda: ({**everything(), "classes": torch.randn(6, WIDTH)}, LENGTHS),
-    "one value past the lengths": lambda: (changed(everything()), LENGTHS),
+    "one value past the lengths": lambda: (
+        {**everything(), "features": changed(everything()["features"], (1, 5, 2), 1e-9)},
+        LENGTHS,
+    ),
     "an image as wide": lambda: ({**everything(), "image": torch.rand(6, 1, WIDTH, WIDTH)}, LENGTHS),
     "a full sample that is cheaper than others": lambda: (everything([5, 2, WIDTH, 3]), [5, 2, 4, 3]),
     "a sample that is all padding but not free": lambda: (only("ids", lengths=[5, 0, 7, 3]), [5, 4, 7, 3]),
@@ -279,7 +267,7 @@ UNCERTAIN: dict[str, Callable[[], tuple[Any, list[Any]]]] = {
         OTHER_COSTS,
     ),
     "unpadded; the cheapest has runs of two and of one": lambda: (
-        {"x": repeating_once(torch.randn(6, WIDTH))},
+        {"x": changed(torch.arange(6.0 * WIDTH).view(6, WIDTH), (0, 1), 0.0)},
         [WIDTH - 1, *[WIDTH] * 5],
     ),
 }

@@ -4,8 +4,6 @@ Each case has a model, a loss, and the weights that are to be added up in place.
 added up, by torch and by the library, in float64.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable
@@ -78,24 +76,14 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.table(words))))
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.layer(x)))
+def twice() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH)
+    return nn.Sequential(layer, nn.Tanh(), layer)
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(2, WIDTH, 3))
-        self.back = nn.Parameter(torch.randn(2, WIDTH, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        both = x.unsqueeze(0).repeat(2, 1, 1)
-        return torch.bmm(torch.tanh(torch.bmm(both, self.w)), self.back.transpose(-1, 1))
+def experts(model: Any, x: Tensor) -> Tensor:
+    hidden = torch.tanh(torch.bmm(x.unsqueeze(0).repeat(2, 1, 1), model[0]))
+    return torch.bmm(hidden, model[1].transpose(-1, 1))
 
 
 def frozen(model: nn.Module, *names: str) -> nn.Module:
@@ -106,6 +94,10 @@ def frozen(model: nn.Module, *names: str) -> nn.Module:
 
 def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(model, x, use_reentrant=False)
+
+
+def adjacent(matrix: Callable[[], Tensor]) -> Forward:
+    return lambda m, x: checkpoint(lambda x: (matrix() @ m.w) * x[:, :4], x, use_reentrant=False)
 
 
 def nested(model: Any, x: Tensor) -> Tensor:
@@ -127,11 +119,10 @@ def hooked_output(model: Any, x: Tensor) -> Tensor:
     return model[2](hidden)
 
 
-def hooked_modules(model: nn.Module) -> nn.Module:
-    for module in model:  # type: ignore[attr-defined]
-        module.register_full_backward_hook(
-            lambda module, before, after: (2 * before[0],) if before[0] is not None else None
-        )
+def hooked_modules() -> nn.Module:
+    model = layers()
+    for module in model:
+        module.register_full_backward_hook(lambda _, before, __: None if before[0] is None else (2 * before[0],))
     return model
 
 
@@ -140,8 +131,9 @@ def over_samples(model: nn.Module, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda one: torch.func.functional_call(model, parameters, (one,)))(x)
 
 
-def patched(model: Any) -> nn.Module:
+def patched() -> nn.Module:
     """Somebody else's layer in place of torch's, calling what it replaces."""
+    model: Any = layers()
     original = model[0].forward
     model[0].forward = lambda x: 2 * original(x)
     return model
@@ -149,6 +141,7 @@ def patched(model: Any) -> nn.Module:
 
 BOTH = frozenset({"0.weight", "2.weight"})
 W = frozenset({"w"})
+ATTENTION = frozenset({"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"})
 NONE: frozenset[str] = frozenset()
 
 
@@ -160,15 +153,18 @@ def on_matrix(forward: Forward, in_place: frozenset[str] = W, make: Callable[[],
     return Case(make=make, forward=forward, in_place=in_place)
 
 
-def on_words(make: Callable[[], nn.Module], *in_place: str) -> Case:
-    return Case(make=make, reads="words", in_place=frozenset(in_place))
+def on_list(forward: Forward, *shapes: tuple[int, ...]) -> Case:
+    in_place = frozenset(map(str, range(len(shapes))))
+    return Case(make=lambda: nn.ParameterList(map(torch.randn, shapes)), forward=forward, in_place=in_place)
+
+
+def on_words(make: Callable[[], nn.Module], *in_place: str, forward: Forward = Case.forward) -> Case:
+    return Case(make=make, forward=forward, reads="words", in_place=frozenset(in_place))
 
 
 IN_PLACE: dict[str, Case] = {
     "linear": Case(make=layers, in_place=BOTH),
-    "linear without bias, so that the first is on the way to nothing": Case(
-        make=lambda: layers(bias=False), in_place=BOTH
-    ),
+    "no bias, so that the first is on the way to nothing": Case(make=lambda: layers(bias=False), in_place=BOTH),
     "one sample without a batch": on_layers(lambda m, x: m(x[0])),
     "three dimensions": on_layers(lambda m, x: m(x.expand(2, ROWS, WIDTH))),
     "four dimensions": on_layers(lambda m, x: m(x.expand(2, 3, ROWS, WIDTH) + 1)),
@@ -189,15 +185,11 @@ IN_PLACE: dict[str, Case] = {
     "addmm, as HF's Conv1D": on_matrix(lambda m, x: torch.addmm(m.b, x, m.w)),
     "addmm with factors": on_matrix(lambda m, x: torch.addmm(m.b, x, m.w, alpha=0.3, beta=2)),
     "parameter with strides": on_matrix(lambda m, x: torch.tanh(x @ m.w), make=lambda: Matrix(transposed=True)),
-    "both factors are weights": Case(
-        make=lambda: nn.ParameterList([torch.randn(WIDTH, 3), torch.randn(3, 2)]),
-        forward=lambda m, x: x @ (m[0] @ m[1]),
-        in_place=frozenset({"0", "1"}),
-    ),
+    "both factors are weights": on_list(lambda m, x: x @ (m[0] @ m[1]), (WIDTH, 3), (3, 2)),
     "a matrix times itself": on_matrix(lambda m, x: x @ (m.w @ m.w), make=lambda: Matrix(WIDTH, WIDTH)),
     "cast": on_matrix(lambda m, x: x.float() @ m.w.float()),
-    "experts": Case(make=Experts, in_place=frozenset({"w", "back"})),
-    "used twice": Case(make=Twice, in_place=frozenset({"layer.weight"})),
+    "experts": on_list(experts, (2, WIDTH, 3), (2, WIDTH, 3)),
+    "used twice": Case(make=twice, in_place=frozenset({"0.weight"})),
     "embedding": on_words(lambda: nn.Embedding(WORDS, 4), "weight"),
     "embedding with padding": on_words(lambda: nn.Embedding(WORDS, 4, padding_idx=2), "weight"),
     "embedding with padding counted from the end": on_words(lambda: nn.Embedding(WORDS, 4, padding_idx=-1), "weight"),
@@ -205,34 +197,22 @@ IN_PLACE: dict[str, Case] = {
     "attention": Case(
         make=lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
         forward=lambda m, x: m(x[None, :, :4]),
-        in_place=frozenset(
-            {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
-        ),
+        in_place=ATTENTION,
     ),
-    "recurrent, with one use for each step": Case(
-        make=lambda: nn.LSTM(WIDTH, 3),
-        forward=lambda m, x: m(x)[0],
-        in_place=frozenset({"weight_ih_l0", "weight_hh_l0"}),
+    "recurrent, with one use for each step": on_matrix(
+        lambda m, x: m(x)[0], frozenset({"weight_ih_l0", "weight_hh_l0"}), lambda: nn.LSTM(WIDTH, 3)
     ),
     "over samples by vmap": on_layers(over_samples),
     "checkpoint": on_layers(checkpointed),
     "checkpoint, input with gradient": on_layers(lambda m, x: checkpointed(m, x.requires_grad_())),
     "checkpoint of a checkpoint": on_layers(nested),
-    "sparse adjacency under a checkpoint": on_matrix(
-        lambda m, x: checkpoint(lambda x: (ADJACENCY @ m.w) * x[:, :4], x, use_reentrant=False)
-    ),
-    "compressed sparse adjacency under a checkpoint": on_matrix(
-        lambda m, x: checkpoint(lambda x: (ADJACENCY.to_sparse_csr() @ m.w) * x[:, :4], x, use_reentrant=False)
-    ),
+    "sparse adjacency under a checkpoint": on_matrix(adjacent(lambda: ADJACENCY)),
+    "compressed sparse adjacency under a checkpoint": on_matrix(adjacent(ADJACENCY.to_sparse_csr)),
     "checkpoint without early stop": on_layers(not_stopped_early),
-    "checkpointed embedding": Case(
-        make=Tied, forward=checkpointed, reads="words", in_place=frozenset({"table.weight", "body.weight"})
-    ),
+    "checkpointed embedding": on_words(Tied, "table.weight", "body.weight", forward=checkpointed),
     "hooks on outputs": on_layers(hooked_output),
-    "hooks on modules": Case(
-        make=lambda: hooked_modules(layers()), forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH
-    ),
-    "patched forward": Case(make=lambda: patched(layers()), in_place=BOTH),
+    "hooks on modules": Case(make=hooked_modules, forward=lambda m, x: m(x.requires_grad_()), in_place=BOTH),
+    "patched forward": Case(make=patched, in_place=BOTH),
 }
 
 
@@ -254,29 +234,24 @@ class Kind(nn.Parameter):
     """A parameter of another class than torch's."""
 
 
-class OfAKind(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = Kind(torch.randn(WIDTH, 4))
-
-
-def hooked(model: nn.Module) -> nn.Module:
-    model.get_parameter("0.weight").register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+def of_a_kind() -> nn.Module:
+    model = Matrix()
+    model.w = Kind(model.w)
     return model
 
 
-def penalised(model: nn.Module, x: Tensor) -> Tensor:
+def hooked() -> nn.Module:
+    model = layers()
+    model[0].weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    return model
+
+
+def penalised(model: Any, x: Tensor, *, of_weight: bool = False) -> Tensor:
     """A gradient penalty: the loss contains a gradient."""
     x = x.clone().requires_grad_()
     out = model(x)
-    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    return torch.cat([out.flatten(), gradient.flatten()])
-
-
-def with_weight_gradient(model: Any, x: Tensor) -> Tensor:
-    """The loss contains the gradient of a weight."""
-    out = model(x)
-    (gradient,) = torch.autograd.grad(out.square().sum(), model[0].weight, create_graph=True)
+    value, variable = (out.square(), model[0].weight) if of_weight else (out, x)
+    (gradient,) = torch.autograd.grad(value.sum(), variable, create_graph=True)
     return torch.cat([out.flatten(), gradient.flatten()])
 
 
@@ -299,10 +274,10 @@ ASIDE: dict[str, Case] = {
     ),
     "orthogonal": Case(make=lambda: parametrizations.orthogonal(nn.Linear(WIDTH, 4)), in_place=NONE),
     "masked": on_matrix(lambda m, x: x @ (m.w * (m.w > 0)), NONE),
-    "hook on the weight": Case(make=lambda: hooked(layers()), in_place=frozenset({"2.weight"})),
-    "parameter of another class": Case(make=OfAKind, forward=lambda m, x: x @ m.w, in_place=NONE),
+    "hook on the weight": Case(make=hooked, in_place=frozenset({"2.weight"})),
+    "parameter of another class": on_matrix(lambda m, x: x @ m.w, NONE, of_a_kind),
     "gradient penalty": on_layers(penalised),
-    "gradient of a weight in the loss": on_layers(with_weight_gradient),
+    "gradient of a weight in the loss": on_layers(lambda m, x: penalised(m, x, of_weight=True)),
     "function of its own": on_matrix(lambda m, x: Doubled.apply(x, m.w), NONE),
     "weight decay in the loss": on_matrix(lambda m, x: torch.cat([(x @ m.w).flatten(), m.w.flatten()]), NONE),
     "part of a weight": on_matrix(lambda m, x: x @ m.w[:, 1:], NONE),
@@ -326,9 +301,7 @@ ASIDE: dict[str, Case] = {
     "embedding scaled by frequency": on_words(lambda: nn.Embedding(WORDS, 4, scale_grad_by_freq=True)),
     "bag of embeddings": on_words(lambda: nn.EmbeddingBag(WORDS, 4)),
     "sparse input": on_matrix(lambda m, x: torch.sparse.mm(x.to_sparse(), m.w), NONE),
-    "convolution": Case(
-        make=lambda: nn.Conv1d(1, 3, 2, stride=2, padding=1), forward=lambda m, x: m(x[:, None]), in_place=NONE
-    ),
+    "convolution": on_matrix(lambda m, x: m(x[:, None]), NONE, lambda: nn.Conv1d(1, 3, 2, stride=2, padding=1)),
     "saved tensors given out once": on_layers(offloaded, NONE),
     "reentrant checkpoint": on_layers(
         lambda m, x: m[2](checkpoint(m[:2], x.requires_grad_(), use_reentrant=True)), NONE
@@ -349,7 +322,6 @@ def test_the_gradient_is_torchs(name: str) -> None:
     for seed in (1, 2):
         case.forward(model, case.data(seed)).pow(2).sum().backward()
     expected = gradients_of(model)
-
     model.zero_grad()
     gradients = GradientSum(model.named_parameters(), fused=True)
     gradients.begin()
@@ -380,8 +352,6 @@ def run(model: nn.Module, loss: Tensor) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what must still be
-
-
 def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     model = Tied().double()
     seen: list[Tensor] = []
@@ -395,7 +365,6 @@ def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     model(words).pow(2).sum().backward()
     expected = seen.pop()
     model.zero_grad()
-
     run(model, model(words).pow(2).sum())
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], expected)
@@ -425,36 +394,29 @@ def test_a_weight_without_any_gradient_from_a_use() -> None:
 
 def test_gradients_of_other_models_are_left_alone() -> None:
     generator, discriminator = nn.Linear(WIDTH, 4).double(), nn.Linear(4, 1).double()
-    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
-    loss = discriminator(generator(x)).sum()
-    loss.backward()
+    gradients = GradientSum(generator.named_parameters(), fused=True)
+    loss = discriminator(generator(torch.randn(ROWS, WIDTH, dtype=torch.float64))).sum()
+    loss.backward(retain_graph=True)
     expected = gradients_of(generator)
     generator.zero_grad()
     discriminator.zero_grad()
-
-    gradients = GradientSum(generator.named_parameters(), fused=True)
-    loss = discriminator(generator(x)).sum()
     gradients.add((loss,), (torch.ones_like(loss),))
     assert_same_gradients(gradients_of(generator), expected)
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
 def test_several_roots_one_of_them_a_parameter() -> None:
+    model = nn.Linear(WIDTH, 2).double()
     scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-    model = nn.ModuleDict({"layer": nn.Linear(WIDTH, 2).double()})
     model.register_parameter("scale", scale)
-    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
-    out = model["layer"](x)
-    fused = fused_backward(model)
-    seed = torch.ones((), dtype=torch.float64)
+    out = model(torch.randn(ROWS, WIDTH, dtype=torch.float64))
     roots = (out.pow(2).sum(), out.sum(), scale)
-    assert fused.run(roots, (seed, -seed, 3 * seed), None, read_graph(roots))
-    found = gradients_of(model)
-
+    (roots[0] - roots[1] + 3 * scale).backward(retain_graph=True)
+    expected = gradients_of(model)
     model.zero_grad()
-    out = model["layer"](x)
-    (out.pow(2).sum() - out.sum() + 3 * scale).backward()
-    assert_same_gradients(found, gradients_of(model))
+    seed = torch.ones((), dtype=torch.float64)
+    assert fused_backward(model).run(roots, (seed, -seed, 3 * seed), None, read_graph(roots))
+    assert_same_gradients(gradients_of(model), expected)
 
 
 def test_a_backward_that_fails_leaves_no_hook_behind() -> None:
@@ -464,9 +426,8 @@ def test_a_backward_that_fails_leaves_no_hook_behind() -> None:
     model = layers().double()
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
     hidden = model[0](x)
-    broken = model[2](With.apply(hidden, breaks)).sum()
     with pytest.raises(MisuseError, match="broken"):
-        run(model, broken)
+        run(model, model[2](With.apply(hidden, breaks)).sum())
     model.zero_grad()
     hidden.sum().backward()  # hidden's own node still has its graph, and must not add up twice
     torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(6, WIDTH))
@@ -485,8 +446,7 @@ def test_a_graph_that_is_gone_is_torchs_error() -> None:
 def test_a_gradient_that_cannot_be_added_to_in_place_is_left_to_torch() -> None:
     model = nn.Embedding(WORDS, 4)
     model.weight.grad = torch.ones(WORDS, 4).to_sparse()
-    loss = model(torch.tensor([1])).sum()
-    assert in_place(model, loss) == NONE
+    assert in_place(model, model(torch.tensor([1])).sum()) == NONE
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside of autocast", "outside"])
@@ -525,8 +485,7 @@ def test_in_a_thread_of_the_engine_the_casts_are_left_alone() -> None:
 
 def test_inside_of_autocast_a_layer_that_is_not_cast_keeps_its_precision() -> None:
     model = nn.Linear(WIDTH, 4, bias=False)
-    x = torch.randn(ROWS, WIDTH)
-    loss = model(x).pow(2).sum()
+    loss = model(torch.randn(ROWS, WIDTH)).pow(2).sum()
     loss.backward(retain_graph=True)
     expected = gradients_of(model)
     model.zero_grad()

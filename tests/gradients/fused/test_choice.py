@@ -1,7 +1,5 @@
 """The option ``fused``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

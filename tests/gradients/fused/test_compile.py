@@ -1,7 +1,5 @@
 """``torch.compile``: compiled models train as they are, and a smaller last micro-batch costs no compilation more."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -33,7 +31,6 @@ def test_the_gradient_is_the_whole_batchs_and_sizes_compile_at_most_twice(
     batch = torch.randn(ROWS, FEATURES, dtype=torch.float64), torch.randint(3, (ROWS,))
     whole = make()
     loss_fn(whole, batch).backward()
-
     model = make()
     compilations: list[torch.fx.GraphModule] = []
 
