@@ -25,7 +25,6 @@ from normed import (
     classes_loss,
     make_batches,
     make_network,
-    sgd,
     trained,
 )
 from oracle import assert_same_gradients
@@ -211,11 +210,3 @@ def test_groups_of_less_than_two_are_refused(samples: Any) -> None:
 def test_groups_that_would_be_cut_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ga.WindowError, match=message):
         trained(make_network("residual"), [], batch_norm=ga.GhostBatch(4), **options)
-
-
-def test_compiled_layers_are_refused() -> None:
-    model = make_network("residual")
-    compiled: Any = torch.compile(model, backend="eager")
-    step = ga.TrainStep(compiled, sgd(model), classes_loss, micro_batch_size=4, batch_norm=ga.GhostBatch(4))
-    with pytest.raises(ga.UnsupportedError, match=r"ga.GhostBatch has to see every BatchNorm call"):
-        step(make_batches(1)[0])
