@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from gradaccum.split.by_samples import split_by_groups
@@ -18,6 +17,7 @@ from normed import (
     NORMED,
     ROWS,
     Batch,
+    Checkpointed,
     ResNet,
     Twice,
     assert_like_whole,
@@ -27,7 +27,7 @@ from normed import (
     make_network,
     trained,
 )
-from oracle import assert_same_gradients
+from oracle import assert_same_gradients, parameters_of
 from scarce import Memory, Scarce
 
 NETWORKS = ["residual", "branching", "cumulative", "1d and 3d", "derived", "half frozen", "neither", "synchronised"]
@@ -79,8 +79,6 @@ def test_running_statistics_advance_once_from_the_merged_groups(
 
 
 def test_a_layer_used_twice_counts_twice() -> None:
-    torch.manual_seed(0)
-
     class Apart(Twice):
         """Without the call that has two rows for each sample."""
 
@@ -100,22 +98,14 @@ def test_rows_that_are_not_samples_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [4, ROWS])
 def test_in_a_checkpoint(size: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = ResNet(blocks=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.net, x, use_reentrant=False)
-
     torch.manual_seed(0)
-    model = Net().double()
-    straight = copy.deepcopy(model.net)
+    straight = ResNet(blocks=1).double()
+    model = Checkpointed(copy.deepcopy(straight))
     batches = make_batches(2)
-    made, _ = trained(model, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
-    trained(straight, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
-    for name, parameter in straight.named_parameters():
-        torch.testing.assert_close(made[-1].parameters[f"net.{name}"], parameter.detach(), rtol=NORMED, atol=NORMED)
+    for one in (model, straight):
+        trained(one, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
+    made = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    torch.testing.assert_close(made, parameters_of(straight), rtol=NORMED, atol=NORMED)
     assert_same_gradients(buffers_of(model.net), buffers_of(straight), tolerance=NORMED)
 
 
