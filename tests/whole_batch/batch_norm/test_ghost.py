@@ -33,20 +33,18 @@ from scarce import Memory, Scarce
 NETWORKS = ["residual", "branching", "cumulative", "1d and 3d", "derived", "half frozen", "neither", "synchronised"]
 
 
-def by_group(samples: int) -> Any:
-    """The loss of a batch whose groups are forwarded one by one, by plain torch."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        sizes = ga.GhostBatch(samples).group_sizes(len(batch[1]))
-        outputs = torch.cat([model(group) for group in batch[0].split(sizes)])
-        return F.cross_entropy(outputs, batch[1])
-
-    return loss
+def by_group(model: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """The outputs of a batch whose groups are forwarded one by one, by plain torch."""
+    return torch.cat([model(group) for group in x.split(ga.GhostBatch(samples).group_sizes(len(x)))])
 
 
 def assert_like_groups(model: nn.Module, batches: list[Batch], samples: int, **options: Any) -> list[ga.Update]:
     """Without buffers: torch advances them with every group."""
-    groups = {"batch_norm": ga.GhostBatch(samples), "whole_loss": by_group(samples), "buffers": False}
+
+    def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(by_group(model, batch[0], samples), batch[1])
+
+    groups = {"batch_norm": ga.GhostBatch(samples), "whole_loss": whole_loss, "buffers": False}
     return assert_like_whole(model, batches, **{**groups, **options})
 
 
@@ -119,8 +117,7 @@ def test_a_loss_over_the_batch_too(size: int, kept_graphs: int | None) -> None:
         return F.cross_entropy(5 * z @ z.t(), batch[1])
 
     def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
-        sizes = ga.GhostBatch(4).group_sizes(len(batch[1]))
-        return batch_loss(torch.cat([F.normalize(model(group), dim=1) for group in batch[0].split(sizes)]), batch)
+        return batch_loss(F.normalize(by_group(model, batch[0], 4), dim=1), batch)
 
     model = make_network("residual")
     plain = copy.deepcopy(model)
