@@ -89,6 +89,18 @@ def contrastive(outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
     return (F.cross_entropy(similar, labels) + F.cross_entropy(similar.T, labels)) / 2
 
 
+class Temperature(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        one, other = outputs
+        return F.cross_entropy(one @ other.T * self.log_scale.exp(), torch.arange(len(one)))
+
+
 def supervised_contrastive(output: Tensor, batch: Batch) -> Tensor:
     """Khosla et al. 2020, over samples that have a partner."""
     similar = output @ output.T / 0.2

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from oracle import Made, assert_same, assert_same_gradients, whole_batches, whole_in_hand
@@ -29,13 +31,11 @@ Batch = tuple[Tensor, Tensor]
 
 def make_batches(count: int, rows: int = ROWS, *, dtype: torch.dtype = torch.float64) -> list[Batch]:
     made = torch.Generator().manual_seed(rows)
-    return [
-        (
-            torch.randn(rows, 3, SIDE, SIDE, generator=made, dtype=dtype) * 2 + 1,
-            torch.randint(0, CLASSES, (rows,), generator=made),
-        )
-        for _ in range(count)
-    ]
+    batches: list[Batch] = []
+    for _ in range(count):
+        x = torch.randn(rows, 3, SIDE, SIDE, generator=made, dtype=dtype) * 2 + 1
+        batches.append((x, torch.randint(0, CLASSES, (rows,), generator=made)))
+    return batches
 
 
 def classes_loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -67,6 +67,17 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dropout(self.blocks(F.relu(self.bn(self.stem(x)))).mean((2, 3))))
+
+
+class Checkpointed(nn.Module):
+    """A network that runs again in the backward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=False)
 
 
 class Branching(nn.Module):
@@ -139,29 +150,27 @@ def half_frozen() -> nn.Module:
     return model
 
 
+def materialised() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Linear(5, CLASSES))
+    model(torch.randn(3, 3, SIDE, SIDE))
+    return model
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": ResNet,
     "branching": Branching,
     "used twice": Twice,
     "used twice, cumulative": lambda: Twice(momentum=None),
     "1d and 3d": Steps,
-    "cumulative": lambda: ResNet(blocks=1, norm=lambda channels: nn.BatchNorm2d(channels, momentum=None)),
-    "no affine": lambda: ResNet(blocks=1, norm=lambda channels: nn.BatchNorm2d(channels, affine=False)),
-    "no tracking": lambda: ResNet(blocks=1, norm=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)),
-    "neither": lambda: ResNet(
-        blocks=2, norm=lambda channels: nn.BatchNorm2d(channels, affine=False, track_running_stats=False)
-    ),
+    "cumulative": lambda: ResNet(blocks=1, norm=partial(nn.BatchNorm2d, momentum=None)),
+    "no affine": lambda: ResNet(blocks=1, norm=partial(nn.BatchNorm2d, affine=False)),
+    "no tracking": lambda: ResNet(blocks=1, norm=partial(nn.BatchNorm2d, track_running_stats=False)),
+    "neither": lambda: ResNet(blocks=2, norm=partial(nn.BatchNorm2d, affine=False, track_running_stats=False)),
     "synchronised": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(ResNet(blocks=1)),
     "derived": lambda: ResNet(blocks=1, norm=WithActivation),
     "half frozen": half_frozen,
-    "materialised": lambda: _materialised(),
+    "materialised": materialised,
 }
-
-
-def _materialised() -> nn.Module:
-    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Linear(5, CLASSES))
-    model(torch.randn(3, 3, SIDE, SIDE))
-    return model
 
 
 def make_network(name: str) -> nn.Module:

@@ -6,6 +6,7 @@ An entry makes everything anew: the model, the loss function, a batch, and the s
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -72,8 +73,15 @@ def pairs() -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def classes(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+def cross_entropy(**options: Any) -> LossFunction:
+    return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], **options)
+
+
+_WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
+classes = cross_entropy()
+weighted = cross_entropy(weight=_WEIGHTS)
+weighted_smoothed = cross_entropy(weight=_WEIGHTS, label_smoothing=0.1)
+plain_sum = cross_entropy(reduction="sum")
 
 
 def squares(model: Any, batch: Any) -> Tensor:
@@ -93,21 +101,6 @@ def masked_mean(model: Any, batch: Any) -> Tensor:
     return losses.sum() / (batch[1] != -100).sum()
 
 
-_WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
-
-
-def weighted(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], weight=_WEIGHTS)
-
-
-def weighted_smoothed(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], weight=_WEIGHTS, label_smoothing=0.1)
-
-
-def plain_sum(model: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-
 def sum_of_means(model: Any, batch: Any) -> ga.Loss:
     return ga.Loss.sum(classes(model, batch))  # a mean, called a sum: what `loss.backward()` in a loop does
 
@@ -121,11 +114,6 @@ def dice(model: Any, batch: Any) -> Tensor:
     return 1 - (2 * (chances * targets).sum(0) / (chances + targets).sum(0)).mean()
 
 
-def contrastive(model: Any, batch: Any) -> Tensor:
-    one, other = F.normalize(model(batch[0]), dim=1), F.normalize(model(batch[1]), dim=1)
-    return F.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))
-
-
 def outputs(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return model(batch[0]), model(batch[1])
 
@@ -133,6 +121,10 @@ def outputs(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
 def contrastive_of(outputs: tuple[Tensor, Tensor], batch: Any) -> Tensor:
     one, other = F.normalize(outputs[0], dim=1), F.normalize(outputs[1], dim=1)
     return F.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))
+
+
+def contrastive(model: Any, batch: Any) -> Tensor:
+    return contrastive_of(outputs(model, batch), batch)
 
 
 def hardest(model: Any, batch: Any) -> Tensor:
@@ -209,18 +201,10 @@ class Residual(nn.Module):
         return x + F.relu(self.norm(self.conv(x)))
 
 
-class ResidualNetwork(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-        self.blocks = nn.ModuleList([Residual(), Residual()])
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean((2, 3)))
+def residual() -> nn.Module:
+    layers = {"stem": nn.Conv2d(3, 4, 3), "blocks": nn.Sequential(Residual(), Residual())}
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "head": nn.Linear(4, CLASSES)}
+    return nn.Sequential(OrderedDict({**layers, **head}))
 
 
 class MinibatchDeviation(nn.Module):
@@ -389,7 +373,7 @@ EXACT: dict[str, Case] = {
         mlp,
         lambda model, batch: ga.criterion(nn.CrossEntropyLoss(_WEIGHTS.to(batch[0].dtype)))(model(batch[0]), batch[1]),
     ),
-    "label smoothing": case(mlp, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)),
+    "label smoothing": case(mlp, cross_entropy(label_smoothing=0.1)),
     "sum, told": case(mlp, lambda model, batch: ga.Loss.sum(plain_sum(model, batch))),
     "two terms": case(_TOKENS, two_terms, sequences, **_TOLD),
     "penalty on weights": case(mlp, penalised),
@@ -414,7 +398,7 @@ INEXACT: dict[str, Case] = {
     ),
     "batch norm in functional code": case(NormalisesByHand, classes, None, ("batch-norm", "NormalisesByHand")),
     "residual": case(
-        ResidualNetwork, classes, images, ("batch-norm", "blocks.0.norm"), ("batch-norm", "blocks.1.norm")
+        residual, classes, images, ("batch-norm", "blocks.0.norm"), ("batch-norm", "blocks.1.norm")
     ),
     "instance norm with statistics": case(
         lambda: convolution(nn.InstanceNorm2d(4, track_running_stats=True)), classes, images, ("buffer", "1")

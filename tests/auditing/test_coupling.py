@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,25 +44,33 @@ class ByAPart(nn.Module):
         return x * (1 + self.part * (x.detach().sum() % 7))
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (lambda: zoo.mlp(nn.LayerNorm(8), nn.Dropout(0.5)), {}),
-        (lambda: zoo.mlp(nn.BatchNorm1d(8)), {"1": True}),
-        (
-            lambda: zoo.mlp(nn.BatchNorm1d(8), zoo.BatchAttention(), nn.BatchNorm1d(8)),
-            {"1": True, "2": False, "3": True},
-        ),
-        (lambda: nn.Sequential(nn.Sequential(Outer())), {"0.0": False}),
-        (lambda: zoo.mlp(zoo.Experts(0.5)), {"1": False}),
-        (lambda: zoo.mlp(zoo.Experts(2.0)), {}),
-        (zoo.NormalisesByHand, {"NormalisesByHand": True}),
-        (zoo.frozen_statistics, {}),
-    ],
-    ids=["none", "one", "three", "inside", "overflow", "room", "functional", "frozen"],
-)
-def test_modules(model: object, expected: dict[str, bool]) -> None:
-    assert coupled(model()) == expected  # type: ignore[operator]
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, bool]]] = {
+    "none": (lambda: zoo.mlp(nn.LayerNorm(8), nn.Dropout(0.5)), {}),
+    "one": (lambda: zoo.mlp(nn.BatchNorm1d(8)), {"1": True}),
+    "three": (
+        lambda: zoo.mlp(nn.BatchNorm1d(8), zoo.BatchAttention(), nn.BatchNorm1d(8)),
+        {"1": True, "2": False, "3": True},
+    ),
+    "inside": (lambda: nn.Sequential(nn.Sequential(Outer())), {"0.0": False}),
+    "overflow": (lambda: zoo.mlp(zoo.Experts(0.5)), {"1": False}),
+    "room": (lambda: zoo.mlp(zoo.Experts(2.0)), {}),
+    "functional": (zoo.NormalisesByHand, {"NormalisesByHand": True}),
+    "frozen": (zoo.frozen_statistics, {}),
+    "a feature as long as the batch": (
+        lambda: nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), nn.Softmax(1), nn.Linear(zoo.ROWS, zoo.CLASSES)),
+        {},
+    ),
+    "as long, and over the batch": (
+        lambda: nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), zoo.SoftmaxOverBatch()),
+        {"1": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "expected"), MODELS.values(), ids=MODELS.keys())
+def test_modules(model: Callable[[], nn.Module], expected: dict[str, bool]) -> None:
+    assert coupled(model()) == expected
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(
@@ -108,10 +118,3 @@ def test_code_around_the_model() -> None:
         return nn.functional.cross_entropy(model(x - x.mean(0)), y)
 
     assert coupled(zoo.mlp(), loss_fn) == {"": False}
-
-
-def test_a_feature_as_long_as_the_batch_is_not_taken_for_it() -> None:
-    model = nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), nn.Softmax(1), nn.Linear(zoo.ROWS, zoo.CLASSES))
-    assert coupled(model) == {}
-    assert coupled(nn.Sequential(nn.Linear(zoo.FEATURES, zoo.ROWS), zoo.SoftmaxOverBatch())) == {"1": False}
-    assert torch.is_grad_enabled()

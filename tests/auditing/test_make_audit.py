@@ -152,8 +152,8 @@ def test_dropout_is_replayed_when_activations_are_computed_again(reentrant: bool
 
 
 def test_a_compiled_model() -> None:
-    model = torch.compile(zoo.mlp(nn.Dropout(0.5)), backend="eager")
-    assert ga.audit(model, zoo.classes, zoo.vectors(), 4).exact  # type: ignore[arg-type]
+    model: Any = torch.compile(zoo.mlp(nn.Dropout(0.5)), backend="eager")
+    assert ga.audit(model, zoo.classes, zoo.vectors(), 4).exact
 
 
 def test_several_models() -> None:
@@ -216,23 +216,20 @@ def test_the_report_is_frozen() -> None:
         report.exact = False  # type: ignore[misc]
 
 
-MISUSE: list[tuple[Any, type[Exception], str]] = [
-    (lambda: ga.audit(zoo.mlp(), zoo.classes, zoo.vectors(), 0), ga.WindowError, "micro_batch_size=0: it is"),
-    (lambda: ga.audit(zoo.mlp(), None, zoo.vectors()), ga.WindowError, r"Pass loss_fn\(model, micro_batch\)"),
-    (lambda: ga.audit(zoo.mlp(), zoo.classes, zoo.vectors(), forward=zoo.outputs), ga.WindowError, "say two things"),
-    (lambda: ga.audit(zoo.mlp(), zoo.classes, zoo.vectors(1)), ga.BatchError, "has 1 row, which cannot be cut"),
-    (lambda: ga.audit("model", zoo.classes, zoo.vectors()), ga.ParameterError, "must be a torch Module"),  # type: ignore[arg-type]
-    (
-        lambda: ga.audit(zoo.mlp().requires_grad_(False), zoo.classes, zoo.vectors()),
-        ga.ParameterError,
-        "none of the 4 parameters requires a gradient",
-    ),
-    (lambda: ga.audit(nn.LazyLinear(3), zoo.classes, zoo.vectors()), ga.ParameterError, "have no shape yet"),
-    (lambda: ga.audit(zoo.mlp(), lambda model, batch: model(batch[0]), zoo.vectors()), ga.LossError, "shape"),
+MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"micro_batch_size": 0}, ga.WindowError, "micro_batch_size=0: it is"),
+    ({"loss_fn": None}, ga.WindowError, r"Pass loss_fn\(model, micro_batch\)"),
+    ({"forward": zoo.outputs}, ga.WindowError, "say two things"),
+    ({"batch": zoo.vectors(1)}, ga.BatchError, "has 1 row, which cannot be cut"),
+    ({"model": "model"}, ga.ParameterError, "must be a torch Module"),
+    ({"model": zoo.mlp().requires_grad_(False)}, ga.ParameterError, "none of the 4 parameters requires a gradient"),
+    ({"model": nn.LazyLinear(3)}, ga.ParameterError, "have no shape yet"),
+    ({"loss_fn": lambda model, batch: model(batch[0])}, ga.LossError, "shape"),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), MISUSE)
-def test_misuse(call: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "error", "message"), MISUSE)
+def test_misuse(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    right = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
     with pytest.raises(error, match=message):
-        call()
+        ga.audit(**{**right, **arguments})

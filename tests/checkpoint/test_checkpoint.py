@@ -19,7 +19,7 @@ import gradaccum as ga
 from gradaccum.checkpoint import files
 from oracle import assert_same_gradients
 from ranks import SRC, TESTS, results_of
-from wrapping import wrapped
+from wrapping import full_tensor, wrapped
 
 SECONDS = 120
 
@@ -31,10 +31,8 @@ class Parts:
         torch.manual_seed(0)
         inputs = torch.randn(23, 4, dtype=torch.float64)
         data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-        self.model: nn.Module = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.2), nn.Linear(5, 1)).double()
-        self.plain = self.model
-        if wrap is not None:
-            self.model = wrap(self.model)
+        self.plain = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.2), nn.Linear(5, 1)).double()
+        self.model: nn.Module = self.plain if wrap is None else wrap(self.plain)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5, gamma=0.5)
         self.step = ga.TrainStep(
@@ -60,10 +58,7 @@ class Parts:
                     return
 
     def parameters(self) -> dict[str, Tensor]:
-        return {
-            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-            for name, p in self.plain.named_parameters()
-        }
+        return {name: full_tensor(parameter).detach().clone() for name, parameter in self.plain.named_parameters()}
 
     def assert_same(self, whole: Parts, *, tolerance: float) -> None:
         assert_same_gradients(self.parameters(), whole.parameters(), tolerance=tolerance)
@@ -164,12 +159,18 @@ def test_nothing_but_data_is_loaded(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- several processes
-def resumes(rank: int, world_size: int, folder: str, how: str, updates: int, dropout: bool) -> Any:
-    wrap = fully_shard if how == "FSDP2" else lambda model: wrapped(model, how)
-    parts = Parts(Path(folder), wrap=wrap, micro_batch_size=1 + world_size)
-    for module in parts.plain.modules():
-        if isinstance(module, nn.Dropout) and not dropout:
+def no_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def resumes(rank: int, world_size: int, folder: str, how: str, updates: int) -> Any:
+    def wrap(model: nn.Module) -> nn.Module:
+        return fully_shard(no_dropout(model)) if how == "FSDP2" else wrapped(no_dropout(model), how)
+
+    parts = Parts(Path(folder), wrap=wrap, micro_batch_size=1 + world_size)
     parts.checkpoint.load()
     parts.train(updates)
     return parts.parameters(), parts.history.state_dict()
@@ -180,17 +181,10 @@ def test_goes_on_with_another_number_of_processes(tmp_path: Path, how: str) -> N
     whole = Parts(tmp_path / "whole", wrap=no_dropout)
     whole.train(7)
     for world_size, updates in ((2, 3), (1, 7)):
-        results = results_of(resumes, world_size, str(tmp_path / "stopped"), how, updates, False)
+        results = results_of(resumes, world_size, str(tmp_path / "stopped"), how, updates)
     for parameters, history in results:
         assert_same_gradients(parameters, whole.parameters())
         assert_same_history(history, whole, tolerance=1e-12)
-
-
-def no_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -207,6 +201,7 @@ import test_checkpoint
 import torch.distributed as dist
 folder, what, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 is_equal = what == "equal"
+wrap = None if is_equal else test_checkpoint.no_dropout
 chance = random.Random(0)
 
 warm = test_checkpoint.Parts(folder / "warm")  # what torch imports when it is first asked for
@@ -220,7 +215,7 @@ def run(size, updates, kill, rank, world_size):
     if world_size > 1:
         store = dist.FileStore(str(folder.parent / f"store-{{kill}}"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    parts = test_checkpoint.Parts(folder, micro_batch_size=size, wrap=None if is_equal else test_checkpoint.no_dropout)
+    parts = test_checkpoint.Parts(folder, micro_batch_size=size, wrap=wrap)
     parts.checkpoint.load()
     parts.train(updates)
     os._exit(0)
@@ -240,7 +235,7 @@ for kill in range(kills):
         os.kill(child, signal.SIGKILL)
     for child in children:
         os.waitpid(child, 0)
-parts = test_checkpoint.Parts(folder, micro_batch_size=2, wrap=None if is_equal else test_checkpoint.no_dropout)
+parts = test_checkpoint.Parts(folder, micro_batch_size=2, wrap=wrap)
 parts.checkpoint.load()
 print(parts.step.updates)
 """
@@ -248,19 +243,18 @@ print(parts.step.updates)
 
 @pytest.mark.parametrize("sizes", ["equal", "changing", "processes"])
 def test_killed_twenty_times(tmp_path: Path, sizes: str) -> None:
-    is_equal = sizes == "equal"
+    wrap, tolerance = (None, 0.0) if sizes == "equal" else (no_dropout, 1e-12)
     script = _KILLER.format(tests=str(TESTS), here=str(Path(__file__).parent))
     command = [sys.executable, "-c", script, str(tmp_path / "killed"), sizes, "20"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, env={"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
-    )
+    environment = {"PYTHONPATH": str(SRC), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert done.returncode == 0, done.stderr
     updates = int(done.stdout)
     assert updates >= 20  # in several epochs
-    killed = Parts(tmp_path / "killed", wrap=None if is_equal else no_dropout)
+    killed = Parts(tmp_path / "killed", wrap=wrap)
     killed.checkpoint.load()
     assert killed.step.updates == updates
 
-    whole = Parts(tmp_path / "whole", wrap=None if is_equal else no_dropout)
+    whole = Parts(tmp_path / "whole", wrap=wrap)
     whole.train(updates)
-    killed.assert_same(whole, tolerance=0.0 if is_equal else 1e-12)
+    killed.assert_same(whole, tolerance=tolerance)

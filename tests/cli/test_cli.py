@@ -67,17 +67,6 @@ def test_a_wrong_command_could_not_run(arguments: str, message: str, target: str
     assert message in done.error
 
 
-@pytest.mark.parametrize("module", ["typer", "rich"])
-def test_a_missing_extra_is_named(module: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command) -> None:
-    monkeypatch.delitem(sys.modules, "gradaccum.cli.app", raising=False)
-    monkeypatch.setitem(sys.modules, module, None)
-    done = gradaccum("demo")
-    assert (done.status, done.out) == (2, "")
-    assert done.err == (
-        f"gradaccum: The command line needs {module!r}, which is not installed. Type: pip install 'gradaccum[cli]'\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -122,21 +111,23 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "module", "extra"),
+    ("arguments", "module", "what", "extra"),
     [
-        ("demo --plot a.png", "matplotlib", "plot"),
-        ("audit a.py:f --html a.html", "jinja2", "cli"),
-        ("plan a.py:f --html a.html", "jinja2", "cli"),
+        ("demo", "typer", "command line", "cli"),
+        ("demo", "rich", "command line", "cli"),
+        ("demo --plot a.png", "matplotlib", "option --plot", "plot"),
+        ("audit a.py:f --html a.html", "jinja2", "option --html", "cli"),
+        ("plan a.py:f --html a.html", "jinja2", "option --html", "cli"),
     ],
 )
-def test_what_an_option_needs_is_named_before_the_work(
-    arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+def test_a_missing_extra_is_named_before_the_work(
+    arguments: str, module: str, what: str, extra: str, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
 ) -> None:
     monkeypatch.setattr(importlib.import_module("gradaccum.cli.demo"), "tasks", lambda: pytest.fail("the work began"))
+    monkeypatch.delitem(sys.modules, "gradaccum.cli.app", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     done = gradaccum(*arguments.split())
     assert (done.status, done.out) == (2, "")
     assert done.err == (
-        f"gradaccum: The option {arguments.split()[-2]} needs {module!r}, which is not installed. "
-        f"Type: pip install 'gradaccum[{extra}]'\n"
+        f"gradaccum: The {what} needs {module!r}, which is not installed. Type: pip install 'gradaccum[{extra}]'\n"
     )

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import gradaccum as ga
 from gradaccum.sync import faults
 from gradaccum.sync.faults import Whereabouts
-from oracle import assert_same_gradients, gradients_of, parameters_of, whole_batches
+from oracle import assert_same_gradients, gradients_of, own_loop, parameters_of, whole_batches
 from ranks import results_of, run_ranks
 from tasks import LOSSES, Batch, make_batch, make_model, pieces
 from wrapping import sgd, wrapped
@@ -69,15 +69,12 @@ def twice(step: ga.TrainStep, batch: Batch) -> None:
 def one_raises_in_its_loop(rank: int, world_size: int) -> None:
     """The same in one's own loop, where a loss is refused."""
     model = make_model("mlp")
-    accumulator = ga.Accumulator(model, sgd(model), micro_batches=2)
+    optimizer = sgd(model)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
     stream = [make_batch(3, seed=rank), make_batch(2, seed=rank)]
+    loss = (lambda model, batch: model(batch)) if rank == 1 else CASE.for_library
     with pytest.raises(ga.LossError if rank == 1 else ga.RankError, match=r"shape \(3, 4, 3\)|rank 1: LossError"):
-        train(accumulator, model, stream, spoilt=rank == 1)
-
-
-def train(accumulator: ga.Accumulator, model: nn.Module, stream: list[Batch], *, spoilt: bool) -> None:
-    for batch in accumulator.over(stream):
-        accumulator.backward(model(batch) if spoilt else CASE.for_library(model, batch))
+        own_loop(accumulator, model, optimizer, [stream], loss)
 
 
 def one_runs_out_of_memory(rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,17 +40,15 @@ def full(model: nn.Module) -> dict[str, Tensor]:
     return {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
 
 
+def nested(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return Nested().to(dtype)
+
+
 def check(
-    rank: int,
-    world_size: int,
-    model: nn.Module,
-    loss_name: str,
-    shares: list[list[int]],
-    *,
-    replicas: int = 1,
-    **options: Any,
+    rank: int, world_size: int, model: nn.Module, loss: str, shares: list[list[int]], replicas: int = 1, **options: Any
 ) -> None:
-    case = LOSSES[loss_name]
+    case = LOSSES[loss]
     batches = [make_batch(sum(sizes), seed=i) for i, sizes in enumerate(shares)]
     own = [pieces(batch, sizes)[rank] for batch, sizes in zip(batches, shares, strict=True)]
     alone = copy.deepcopy(model)
@@ -68,10 +67,6 @@ def check(
 
 
 def every_share(rank: int, world_size: int) -> None:
-    def nested() -> nn.Module:
-        torch.manual_seed(0)
-        return Nested().double()
-
     for shares in SHARES[world_size].values():
         for replicas in (1, 2) if world_size == 4 else (1,):
             for sync in ("auto", "last", "every")[: 3 if world_size == 2 or replicas == 2 else 1]:
@@ -96,8 +91,7 @@ def every_pass(rank: int, world_size: int) -> None:
     for rows in PASSES.values():
         for sync in ("auto", "last"):
             streams, batches = windows(rows)
-            torch.manual_seed(0)
-            model = Nested().double()
+            model = nested()
             alone = copy.deepcopy(model)
             expected = whole_batches(alone, sgd(alone), batches, case.for_oracle)
             model = sharded(model, world_size)
@@ -119,7 +113,7 @@ def every_pass(rank: int, world_size: int) -> None:
 
 
 def refused(rank: int, world_size: int) -> None:
-    model = sharded(Nested().double(), world_size)
+    model = sharded(nested(), world_size)
     with pytest.raises(ga.UnsupportedError, match='tail="drop" with FSDP2'):
         ga.Accumulator(model, sgd(model), micro_batches=2, tail="drop")
     with pytest.raises(ga.UnsupportedError, match='sync="never" leaves'):
@@ -131,8 +125,7 @@ def refused(rank: int, world_size: int) -> None:
 
 def in_single_precision(rank: int, world_size: int) -> tuple[nn.Module, Batch, dict[str, Tensor]]:
     """A sharded model in fp32, this rank's share of a batch, and the parameters after an update with all of it."""
-    torch.manual_seed(0)
-    model = Nested()
+    model = nested(torch.float32)
     alone = copy.deepcopy(model)
     batch = {name: value.float() if value.is_floating_point() else value for name, value in make_batch(13).items()}
     expected = whole_batches(alone, sgd(alone), [batch], LOSSES["plain mean"].for_oracle)
@@ -155,7 +148,7 @@ def single_precision(rank: int, world_size: int) -> None:
 
 def not_finite(rank: int, world_size: int) -> None:
     """A gradient that is not finite in one shard skips the update on all processes."""
-    model = sharded(Nested().double(), world_size)
+    model = sharded(nested(), world_size)
     before = full(model)
     step = ga.TrainStep(model, sgd(model), LOSSES["plain mean"].for_library, micro_batch_size=2)
     batch = make_batch(4, seed=rank)
@@ -177,13 +170,6 @@ def scaled(rank: int, world_size: int) -> None:
     assert_same_gradients(full(model), expected, tolerance=SINGLE)
 
 
-def test_own_loop() -> None:
-    results_of(every_pass, 2)
-
-
-def test_every_share_on_two() -> None:
-    results_of(every_share, 2)
-
-
-def test_every_share_on_four() -> None:
-    results_of(every_share, 4)
+@pytest.mark.parametrize(("run", "world_size"), [(every_pass, 2), (every_share, 2), (every_share, 4)])
+def test_all(run: Callable[[int, int], None], world_size: int) -> None:
+    results_of(run, world_size)

@@ -50,13 +50,10 @@ def test_proportions() -> None:
     assert [len(shares[1]) for shares in epochs(2, proportions=[1, 0])] == [0] * 10
 
 
-@given(
-    updates=st.integers(0, 17),
-    before=st.integers(1, 4),
-    after=st.integers(1, 4),
-    drop_last=st.booleans(),
-    ahead=st.integers(0, 3),
-)
+FEW = st.integers(1, 4)
+
+
+@given(updates=st.integers(0, 17), before=FEW, after=FEW, drop_last=st.booleans(), ahead=st.integers(0, 3))
 def test_goes_on_with_another_number_of_processes(
     updates: int, before: int, after: int, drop_last: bool, ahead: int
 ) -> None:

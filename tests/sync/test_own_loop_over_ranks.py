@@ -71,12 +71,9 @@ def counts_samples(rank: int) -> None:
     """``batch_size`` is that of all processes: 13 samples are 7 and 6."""
     stream = [make_batch(rows, seed=rank) for rows in ((3, 4), (6,))[rank]]
     model = make_model("mlp")
-    accumulator = ga.Accumulator(model, sgd(model), batch_size=13)
-    updates = [
-        update
-        for batch in accumulator.over(stream)
-        if (update := accumulator.backward(LOSSES["plain mean"].for_library(model, batch)))
-    ]
+    optimizer = sgd(model)
+    accumulator = ga.Accumulator(model, optimizer, batch_size=13)
+    _, updates = own_loop(accumulator, model, optimizer, [stream], LOSSES["plain mean"].for_library)
     assert [(update.samples, update.micro_batches) for update in updates] == [(13, 3)]
 
 
@@ -104,10 +101,8 @@ def several_passes(rank: int) -> None:
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     accumulator = ga.Accumulator(model, optimizer, micro_batches=1, scheduler=scheduler, clip_norm=1.0)
-    for epoch in range(3):
-        stream = [make_batch(2, seed=epoch)] * (1 + (rank + epoch) % 2)
-        for batch in accumulator.over(stream):
-            accumulator.backward(LOSSES["plain mean"].for_library(model, batch))
+    passes = [[make_batch(2, seed=epoch)] * (1 + (rank + epoch) % 2) for epoch in range(3)]
+    own_loop(accumulator, model, optimizer, passes, LOSSES["plain mean"].for_library)
     assert accumulator.updates == 6
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**6
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
-from coupled import COUPLED, Batch, model_for
+from coupled import COUPLED, Batch, Temperature, model_for
 from normed import classes_loss, make_batches, make_network
 from oracle import assert_same_gradients, gradients_of
 from ranks import results_of, run_ranks
@@ -20,18 +19,6 @@ from wrapping import full_tensor, sgd, sharded, wrapped
 
 EXACT = 1e-10  # of the largest component
 SHARES = {2: [[7, 6], [12, 1], [13, 0], [0, 13]], 3: [[6, 2, 5], [0, 4, 9]], 4: [[3, 0, 9, 1]]}
-
-
-class Temperature(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-
-    def forward(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        one, other = outputs
-        return F.cross_entropy(one @ other.T * self.log_scale.exp(), torch.arange(len(one)))
 
 
 def check_losses(rank: int, world_size: int, how: str) -> list[float]:

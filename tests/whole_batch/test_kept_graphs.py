@@ -20,23 +20,21 @@ def deciding(monkeypatch: pytest.MonkeyPatch, left: int | None) -> KeptGraphs:
 
 
 @pytest.mark.parametrize(
-    ("room", "number"),
+    ("left", "number"),
     [
-        (4000, 4),  # all
-        (3999, 2),  # 1,000 for the one that runs again, and 2,999 for those that are kept
-        (2000, 1),
-        (1999, 0),
-        (0, 0),
-        (-5000, 0),
+        (GRADIENTS + 2 * 4000, 4),  # all
+        (GRADIENTS + 2 * 3999, 2),  # 1,000 for the one that runs again, and 2,999 for those that are kept
+        (GRADIENTS + 2 * 2000, 1),
+        (GRADIENTS + 2 * 1999, 0),
+        (GRADIENTS, 0),
+        (GRADIENTS - 2 * 5000, 0),
+        (None, 4),  # where nobody tells
     ],
 )
-def test_as_many_as_fit_beside_one_that_runs_again(monkeypatch: pytest.MonkeyPatch, room: int, number: int) -> None:
-    kept = deciding(monkeypatch, GRADIENTS + 2 * room)
-    assert kept.number([10, 10, 10, 10], CPU) == number
-
-
-def test_where_nobody_tells_all_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert deciding(monkeypatch, None).number([10, 10], CPU) == 2
+def test_as_many_as_fit_beside_one_that_runs_again(
+    monkeypatch: pytest.MonkeyPatch, left: int | None, number: int
+) -> None:
+    assert deciding(monkeypatch, left).number([10, 10, 10, 10], CPU) == number
 
 
 def test_a_number_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradaccum as ga
-from coupled import COUPLED, ROWS, Batch, Coupled, Encoder, contrastive, model_for
+from coupled import COUPLED, ROWS, Batch, Coupled, Encoder, Temperature, contrastive, model_for
 from oracle import assert_same_gradients, gradients_of
 from scarce import Memory, Scarce
 
@@ -43,15 +42,20 @@ def train_step(model: nn.Module, case: Coupled, **options: Any) -> ga.TrainStep:
     )
 
 
+def assert_like_whole(case: Coupled, model: nn.Module, library_case: Coupled | None = None, **options: Any) -> ga.Loss:
+    """The gradient and the loss are those of the whole batch; the library may be told the case in another way."""
+    expected, expected_loss = whole(model, case)
+    loss = train_step(model, library_case or case, **options).backward(case.batch)
+    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
+    torch.testing.assert_close(loss.value, expected_loss, rtol=EXACT, atol=EXACT)
+    return loss
+
+
 @CASES
 @pytest.mark.parametrize("kept", [None, 0, 1, 3], ids=lambda kept: f"kept {kept}")
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 12, ROWS, "auto"], ids=str)
 def test_equals_the_whole_batch(case: Coupled, size: Any, kept: int | None) -> None:
-    model = model_for(case)
-    expected, expected_loss = whole(model, case)
-    loss = train_step(model, case, micro_batch_size=size, kept_graphs=kept).backward(case.batch)
-    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
-    torch.testing.assert_close(loss.value, expected_loss, rtol=EXACT, atol=EXACT)
+    assert_like_whole(case, model_for(case), micro_batch_size=size, kept_graphs=kept)
 
 
 @CASES
@@ -74,10 +78,7 @@ def test_any_cut(rows: int, size: int, kept: int, seed: int) -> None:
     torch.manual_seed(seed)
     batch = {"x": torch.randn(rows, 3, dtype=torch.float64), "second": torch.randn(rows, 3, dtype=torch.float64)}
     case = dataclasses.replace(COUPLED["contrastive"], batch=batch)
-    model = model_for(case)
-    expected, _ = whole(model, case)
-    train_step(model, case, micro_batch_size=size, kept_graphs=kept).backward(batch)
-    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
+    assert_like_whole(case, model_for(case), micro_batch_size=size, kept_graphs=kept)
 
 
 def test_updates_follow_the_whole_batchs() -> None:
@@ -247,11 +248,8 @@ def test_autocast(kept: int, is_outside: bool) -> None:
 
 def test_a_scaled_loss() -> None:
     case = COUPLED["contrastive"]
-    model = model_for(case)
-    expected, _ = whole(model, case)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    train_step(model, case, micro_batch_size=4, kept_graphs=1, scaler=scaler).backward(case.batch)
-    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
+    assert_like_whole(case, model_for(case), micro_batch_size=4, kept_graphs=1, scaler=scaler)
 
 
 # ---------------------------------------------------------------------------------------------------- what is not alike
@@ -300,18 +298,6 @@ def test_what_is_not_finite_is_skipped_not_a_difference() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- outputs and losses
-class Temperature(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-
-    def forward(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        one, other = outputs
-        return F.cross_entropy(one @ other.T * self.log_scale.exp(), torch.arange(len(one)))
-
-
 @pytest.mark.parametrize("kept", [0, 2, None])
 @pytest.mark.parametrize("is_passed", [True, False], ids=["passed as a model", "found"])
 def test_the_loss_may_own_parameters(kept: int | None, is_passed: bool) -> None:
@@ -355,10 +341,7 @@ def test_nested_outputs_and_outputs_that_the_loss_ignores(kept: int | None) -> N
         return contrastive((outputs.vectors, outputs.others["pair"][0]), batch)
 
     nested = dataclasses.replace(case, forward=forward, batch_loss=batch_loss)
-    model = model_for(case)
-    expected, _ = whole(model, case)
-    train_step(model, nested, micro_batch_size=4, kept_graphs=kept).backward(case.batch)
-    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
+    assert_like_whole(case, model_for(case), nested, micro_batch_size=4, kept_graphs=kept)
 
 
 def test_several_terms_each_over_its_own_whole() -> None:
@@ -370,14 +353,13 @@ def test_several_terms_each_over_its_own_whole() -> None:
             "size": ga.Loss.sum(outputs[0].square().sum(), over=outputs[0].numel()),
         }
 
-    model = model_for(case)
-    twin = copy.deepcopy(model)
-    outputs = case.forward(twin, case.batch)
-    (contrastive(outputs, case.batch) + outputs[0].square().mean()).backward()
-    step = train_step(model, dataclasses.replace(case, batch_loss=batch_loss), micro_batch_size=4)
-    loss = step.backward(case.batch)
-    assert_same_gradients(gradients_of(model), gradients_of(twin), tolerance=EXACT)
-    parts = step(case.batch).losses if not model.zero_grad() else {}
+    def sum_of_terms(outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        return contrastive(outputs, batch) + outputs[0].square().mean()
+
+    model, terms = model_for(case), dataclasses.replace(case, batch_loss=batch_loss)
+    loss = assert_like_whole(dataclasses.replace(case, batch_loss=sum_of_terms), model, terms, micro_batch_size=4)
+    model.zero_grad()
+    parts = train_step(model, terms, micro_batch_size=4)(case.batch).losses
     assert set(parts) == {"pairs", "size"}
     torch.testing.assert_close(loss.value, parts["pairs"] + parts["size"], rtol=EXACT, atol=EXACT)
 
@@ -385,11 +367,8 @@ def test_several_terms_each_over_its_own_whole() -> None:
 def test_samples_packed_by_cost_come_back_in_the_batchs_order() -> None:
     """Labels would be paired with other samples' outputs otherwise."""
     case = COUPLED["Cox"]
-    model = model_for(case)
-    expected, _ = whole(model, case)
     split = ga.split_by_cost(lambda batch: (batch["time"] * 10).long() + 1, 20)
-    train_step(model, case, micro_batch_size=5, split=split, kept_graphs=1).backward(case.batch)
-    assert_same_gradients(gradients_of(model), expected, tolerance=EXACT)
+    assert_like_whole(case, model_for(case), micro_batch_size=5, split=split, kept_graphs=1)
 
 
 def test_statistics_in_half_precision_are_added_up_in_fp32() -> None:
@@ -419,10 +398,7 @@ def test_in_a_gan_only_the_own_models_get_gradients() -> None:
     case = dataclasses.replace(case, forward=lambda generator, batch: critic(generator(batch["x"])))
     train_step(generator, case, micro_batch_size=4, kept_graphs=2).backward(case.batch)
     assert all(parameter.grad is None for parameter in critic.parameters())
-    twin = copy.deepcopy(generator)
-    twin.zero_grad()
-    case.batch_loss(critic(twin(case.batch["x"])), case.batch).backward()
-    assert_same_gradients(gradients_of(generator), gradients_of(twin), tolerance=EXACT)
+    assert_same_gradients(gradients_of(generator), whole(generator, case)[0], tolerance=EXACT)
 
 
 # ------------------------------------------------------------------------------------------------------- out of memory
@@ -483,50 +459,42 @@ def _step(**options: Any) -> ga.TrainStep:
 FORWARD: dict[str, Any] = {"forward": lambda model, x: model(x), "batch_loss": lambda y, x: y.square().mean()}
 
 
-@pytest.mark.parametrize("size", [2, 5], ids=["in pieces", "whole"])
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        (lambda model, x: torch.cat([model(x), model(x)]), r"shape \((4|10), 2\) .* micro-batch of (2|5)"),
-        (lambda model, x: model(x).mean(), r"shape \(\) \(output 0\)"),
-        (lambda model, x: 3.0, "returned no tensor"),
-    ],
-    ids=["two views", "a mean", "a number"],
-)
-def test_outputs_that_cannot_be_joined(forward: Any, message: str, size: int) -> None:
-    with pytest.raises(ga.BatchError, match=message):
-        _step(**{**FORWARD, "forward": forward, "micro_batch_size": size})(torch.randn(5, 3))
+TWICE: dict[str, Any] = {"forward": lambda model, x: torch.cat([model(x), model(x)])}
+MEAN: dict[str, Any] = {"forward": lambda model, x: model(x).mean()}
+NUMBER: dict[str, Any] = {"forward": lambda model, x: 3.0}
+WIDTH: dict[str, Any] = {"forward": lambda model, x: model(x)[:, : len(x) - 1]}
+SEVERAL: dict[str, Any] = {"forward": lambda model, x: (model(x),) * len(x)}
+
+MISUSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "two views, in pieces": (TWICE, ga.BatchError, r"shape \(4, 2\) .* micro-batch of 2"),
+    "two views, whole": ({**TWICE, "micro_batch_size": 5}, ga.BatchError, r"shape \(10, 2\) .* micro-batch of 5"),
+    "a mean, in pieces": (MEAN, ga.BatchError, r"shape \(\) \(output 0\)"),
+    "a mean, whole": ({**MEAN, "micro_batch_size": 5}, ga.BatchError, r"shape \(\) \(output 0\)"),
+    "a number, in pieces": (NUMBER, ga.BatchError, "returned no tensor"),
+    "a number, whole": ({**NUMBER, "micro_batch_size": 5}, ga.BatchError, "returned no tensor"),
+    "width": ({**WIDTH, "micro_batch_size": 3}, ga.BatchError, "Output 0 has rows of shape"),
+    "number of outputs": (
+        {**SEVERAL, "batch_loss": lambda y, x: y[0].sum(), "micro_batch_size": 3},
+        ga.BatchError,
+        "2 tensors for one micro-batch and 3 for another|3 tensors",
+    ),
+    "rows instead of sums": (
+        {"combine": "sum", "micro_batch_size": 3},
+        ga.BatchError,
+        r"Statistic 0 has shape \(2, 2\) in one",
+    ),
+    "a loss of rows": ({"batch_loss": lambda y, x: y}, ga.LossError, r"shape \(5, 2\)"),
+    "a loss that is a float": ({"batch_loss": lambda y, x: y.mean().item()}, ga.LossError, "is a float"),
+    "a loss without a graph": ({"batch_loss": lambda y, x: y.mean().detach()}, ga.LossError, "has no graph"),
+    "outputs without a graph": (
+        {"forward": lambda model, x: model(x).detach()},
+        ga.LossError,
+        "0 of 2 trainable parameters got a gradient",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("forward", "combine", "message"),
-    [
-        (lambda model, x: model(x)[:, : len(x) - 1], "concat", "Output 0 has rows of shape"),
-        (lambda model, x: (model(x),) * len(x), "concat", "2 tensors for one micro-batch and 3 for another|3 tensors"),
-        (lambda model, x: model(x), "sum", r"Statistic 0 has shape \(2, 2\) in one"),
-    ],
-    ids=["width", "number", "rows instead of sums"],
-)
-def test_outputs_that_differ_between_micro_batches(forward: Any, combine: str, message: str) -> None:
-    step = _step(forward=forward, combine=combine, batch_loss=lambda y, x: y.sum(), micro_batch_size=3)
-    with pytest.raises(ga.BatchError, match=message):
-        step(torch.cat([torch.randn(5, 3)]))
-
-
-@pytest.mark.parametrize(
-    ("batch_loss", "message"),
-    [
-        (lambda y, x: y, r"shape \(5, 2\)"),
-        (lambda y, x: y.mean().item(), "is a float"),
-        (lambda y, x: y.mean().detach(), "has no graph"),
-    ],
-)
-def test_losses_that_are_none(batch_loss: Any, message: str) -> None:
-    with pytest.raises(ga.LossError, match=message):
-        _step(**{**FORWARD, "batch_loss": batch_loss})(torch.randn(5, 3))
-
-
-def test_outputs_without_a_graph() -> None:
-    step = _step(**{**FORWARD, "forward": lambda model, x: model(x).detach()})
-    with pytest.raises(ga.LossError, match="0 of 2 trainable parameters got a gradient"):
-        step(torch.randn(5, 3))
+@pytest.mark.parametrize(("options", "error", "message"), MISUSE.values(), ids=MISUSE.keys())
+def test_misuse(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _step(**{**FORWARD, **options})(torch.randn(5, 3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -30,13 +29,13 @@ def run(exact: Exact, layer: Callable[[Tensor], Tensor], pieces: Sequence[Tensor
     return Conductor(CPU, [], run_one).run(len(pieces))
 
 
-def layer_and_pieces(rows: int = 7) -> tuple[nn.BatchNorm1d, tuple[Tensor, ...]]:
-    return nn.BatchNorm1d(3).double(), torch.randn(rows, 3, dtype=torch.float64).split(3)
+def layer_and_pieces() -> tuple[nn.BatchNorm1d, nn.BatchNorm1d, tuple[Tensor, ...]]:
+    """A layer, another like it, and a batch in three pieces."""
+    return nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double(), torch.randn(7, 3, dtype=torch.float64).split(3)
 
 
 def test_outputs_and_buffers() -> None:
-    layer, pieces = layer_and_pieces()
-    expected = nn.BatchNorm1d(3).double()
+    layer, expected, pieces = layer_and_pieces()
     exact = Exact([layer])
     with exact.held():
         outputs = run(exact, layer, pieces)
@@ -47,20 +46,20 @@ def test_outputs_and_buffers() -> None:
 
 
 def test_a_failure_leaves_buffers_as_they_were() -> None:
-    layer, pieces = layer_and_pieces()
+    layer, new, pieces = layer_and_pieces()
+
+    def fail_after(_: list[Tensor]) -> None:
+        raise ga.LossError("mine")
+
     exact = Exact([layer])
     with pytest.raises(ga.LossError, match="mine"), exact.held():
-        _fail_after(run(exact, layer, pieces))
-    assert_same_gradients(buffers_of(layer), buffers_of(nn.BatchNorm1d(3).double()), tolerance=0)
-
-
-def _fail_after(_: list[Tensor]) -> None:
-    raise ga.LossError("mine")
+        fail_after(run(exact, layer, pieces))
+    assert_same_gradients(buffers_of(layer), buffers_of(new), tolerance=0)
 
 
 def test_a_call_again_takes_the_statistics_that_it_had() -> None:
     """Of a layer that is used twice, by its own mean: here each piece's, in an order of its own."""
-    layer, pieces = layer_and_pieces()
+    layer, other, pieces = layer_and_pieces()
     exact = Exact([layer])
     with exact.held():
         outputs = run(exact, lambda x: torch.stack([layer(x), layer(x.exp())]), pieces)
@@ -68,22 +67,19 @@ def test_a_call_again_takes_the_statistics_that_it_had() -> None:
             for index in (1, 0, 2):
                 torch.testing.assert_close(layer(pieces[index].exp()), outputs[index][1], rtol=NORMED, atol=NORMED)
                 torch.testing.assert_close(layer(pieces[index]), outputs[index][0], rtol=NORMED, atol=NORMED)
-            other = nn.BatchNorm1d(3).double()
             assert torch.equal(other(pieces[0]), nn.BatchNorm1d(3).double()(pieces[0]))  # a stranger's
     assert int(layer.num_batches_tracked) == 2  # type: ignore[arg-type]
 
 
 def test_across_ranks() -> None:
     """Two processes, here one after the other: each merges its own pieces, and then both."""
-    x = torch.randn(11, 3, dtype=torch.float64)
-    mine, theirs = x[:7], x[7:]
-    layer = nn.BatchNorm1d(3).double()
-    expected = nn.BatchNorm1d(3).double()
+    layer, expected, pieces = layer_and_pieces()
+    theirs = torch.randn(4, 3, dtype=torch.float64)
     other = Share(count=4, mean=theirs.mean(0), var=theirs.var(0, correction=0))
     exact = Exact([layer], across_ranks=lambda share: [share, other])
     with exact.held():
-        outputs = run(exact, layer, mine.split(3))
-    torch.testing.assert_close(torch.cat(outputs), expected(x)[:7], rtol=NORMED, atol=NORMED)
+        outputs = run(exact, layer, pieces)
+    torch.testing.assert_close(torch.cat(outputs), expected(torch.cat([*pieces, theirs]))[:7], rtol=NORMED, atol=NORMED)
     assert_same_gradients(buffers_of(layer), buffers_of(expected), tolerance=NORMED)
 
 
@@ -95,16 +91,11 @@ def test_a_batch_of_one_value_is_refused() -> None:
 
 
 def test_a_batch_in_one_piece_advances_once_behind_a_checkpoint() -> None:
-    layer = nn.BatchNorm1d(3).double()
-    expected = nn.BatchNorm1d(3).double()
+    layer, expected, _ = layer_and_pieces()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-
-    def run_one(x: Any) -> Tensor:
-        return checkpoint(layer, x, use_reentrant=False)
-
     whole = Whole([layer])
     with whole.held():
-        output = whole.forward(run_one)(x)
+        output = whole.forward(lambda x: checkpoint(layer, x, use_reentrant=False))(x)
         (gradient,) = torch.autograd.grad(output.exp().sum(), x)
     (right,) = torch.autograd.grad(expected(x).exp().sum(), x)
     torch.testing.assert_close(gradient, right, rtol=NORMED, atol=NORMED)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from gradaccum.split.by_samples import split_by_groups
@@ -18,6 +17,7 @@ from normed import (
     NORMED,
     ROWS,
     Batch,
+    Checkpointed,
     ResNet,
     Twice,
     assert_like_whole,
@@ -25,29 +25,26 @@ from normed import (
     classes_loss,
     make_batches,
     make_network,
-    sgd,
     trained,
 )
-from oracle import assert_same_gradients
+from oracle import assert_same_gradients, parameters_of
 from scarce import Memory, Scarce
 
 NETWORKS = ["residual", "branching", "cumulative", "1d and 3d", "derived", "half frozen", "neither", "synchronised"]
 
 
-def by_group(samples: int) -> Any:
-    """The loss of a batch whose groups are forwarded one by one, by plain torch."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        sizes = ga.GhostBatch(samples).group_sizes(len(batch[1]))
-        outputs = torch.cat([model(group) for group in batch[0].split(sizes)])
-        return F.cross_entropy(outputs, batch[1])
-
-    return loss
+def by_group(model: nn.Module, x: Tensor, samples: int) -> Tensor:
+    """The outputs of a batch whose groups are forwarded one by one, by plain torch."""
+    return torch.cat([model(group) for group in x.split(ga.GhostBatch(samples).group_sizes(len(x)))])
 
 
 def assert_like_groups(model: nn.Module, batches: list[Batch], samples: int, **options: Any) -> list[ga.Update]:
     """Without buffers: torch advances them with every group."""
-    groups = {"batch_norm": ga.GhostBatch(samples), "whole_loss": by_group(samples), "buffers": False}
+
+    def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(by_group(model, batch[0], samples), batch[1])
+
+    groups = {"batch_norm": ga.GhostBatch(samples), "whole_loss": whole_loss, "buffers": False}
     return assert_like_whole(model, batches, **{**groups, **options})
 
 
@@ -80,8 +77,6 @@ def test_running_statistics_advance_once_from_the_merged_groups(
 
 
 def test_a_layer_used_twice_counts_twice() -> None:
-    torch.manual_seed(0)
-
     class Apart(Twice):
         """Without the call that has two rows for each sample."""
 
@@ -101,22 +96,14 @@ def test_rows_that_are_not_samples_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [4, ROWS])
 def test_in_a_checkpoint(size: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = ResNet(blocks=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.net, x, use_reentrant=False)
-
     torch.manual_seed(0)
-    model = Net().double()
-    straight = copy.deepcopy(model.net)
+    straight = ResNet(blocks=1).double()
+    model = Checkpointed(copy.deepcopy(straight))
     batches = make_batches(2)
-    made, _ = trained(model, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
-    trained(straight, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
-    for name, parameter in straight.named_parameters():
-        torch.testing.assert_close(made[-1].parameters[f"net.{name}"], parameter.detach(), rtol=NORMED, atol=NORMED)
+    for one in (model, straight):
+        trained(one, batches, micro_batch_size=size, batch_norm=ga.GhostBatch(4))
+    made = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    torch.testing.assert_close(made, parameters_of(straight), rtol=NORMED, atol=NORMED)
     assert_same_gradients(buffers_of(model.net), buffers_of(straight), tolerance=NORMED)
 
 
@@ -130,8 +117,7 @@ def test_a_loss_over_the_batch_too(size: int, kept_graphs: int | None) -> None:
         return F.cross_entropy(5 * z @ z.t(), batch[1])
 
     def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
-        sizes = ga.GhostBatch(4).group_sizes(len(batch[1]))
-        return batch_loss(torch.cat([F.normalize(model(group), dim=1) for group in batch[0].split(sizes)]), batch)
+        return batch_loss(F.normalize(by_group(model, batch[0], 4), dim=1), batch)
 
     model = make_network("residual")
     plain = copy.deepcopy(model)
@@ -211,11 +197,3 @@ def test_groups_of_less_than_two_are_refused(samples: Any) -> None:
 def test_groups_that_would_be_cut_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ga.WindowError, match=message):
         trained(make_network("residual"), [], batch_norm=ga.GhostBatch(4), **options)
-
-
-def test_compiled_layers_are_refused() -> None:
-    model = make_network("residual")
-    compiled: Any = torch.compile(model, backend="eager")
-    step = ga.TrainStep(compiled, sgd(model), classes_loss, micro_batch_size=4, batch_norm=ga.GhostBatch(4))
-    with pytest.raises(ga.UnsupportedError, match=r"ga.GhostBatch has to see every BatchNorm call"):
-        step(make_batches(1)[0])

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
 from gradaccum.whole_batch.batch_norm.layers import Call, Layers, batch_norms, refuse_unseen
 from normed import (
     ROWS,
     Batch,
+    Checkpointed,
     ResNet,
     WithActivation,
     assert_like_whole,
@@ -31,7 +31,7 @@ def call_of(layer: nn.modules.batchnorm._BatchNorm) -> Call:
     return Call(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, 0.1, 1e-5)
 
 
-def test_names() -> None:
+def test_names_and_keys() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(2, affine=False)))
     untracked = nn.BatchNorm1d(2, track_running_stats=False)
     layers = Layers([model, nn.Sequential(untracked), nn.BatchNorm1d(3)])
@@ -44,12 +44,8 @@ def test_names() -> None:
     assert layers.may_have(call_of(nameless))
     assert not layers.may_have(call_of(nn.BatchNorm1d(2)))
     assert len(batch_norms([model, untracked])) == 3
-
-
-def test_keys_tell_layers_apart() -> None:
-    one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    layers = Layers([nn.Sequential(one, other)])
-    assert layers.key(call_of(one)) == layers.key(call_of(one)) != layers.key(call_of(other))
+    one, other = (layers.key(call_of(layer)) for layer in model[1])
+    assert one == layers.key(call_of(model[1][0])) != other
 
 
 def test_compiled_parts_without_batch_norm_are_fine() -> None:
@@ -112,15 +108,7 @@ def test_dropout_stays_on() -> None:
 
 
 def test_a_checkpoint_runs_again_with_the_same_statistics() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = settled("residual")
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.net, x, use_reentrant=False)
-
-    model = Net()
+    model = Checkpointed(settled("residual"))
     whole = in_evaluation(copy.deepcopy(model))
     assert_like_whole(model, make_batches(2), whole=whole, micro_batch_size=4, batch_norm="frozen")
 

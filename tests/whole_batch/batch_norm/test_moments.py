@@ -67,15 +67,11 @@ def test_merging_does_not_cancel() -> None:
     assert ((naive - expected).abs() / expected).max() > 1
 
 
-def test_one_value_has_no_variance() -> None:
-    mean, var = moments(torch.tensor([[1.0, 2.0]]))
-    assert mean.tolist() == [1, 2]
+@pytest.mark.parametrize(("values", "expected"), [(torch.tensor([[1.0, 2.0]]), [1, 2]), (torch.zeros(0, 2, 3), [0, 0])])
+def test_one_value_and_none_have_no_variance(values: Tensor, expected: list[int]) -> None:
+    mean, var = moments(values)
+    assert mean.tolist() == expected
     assert var.tolist() == [0, 0]
-
-
-def test_no_values() -> None:
-    mean, var = moments(torch.zeros(0, 2, 3))
-    assert mean.tolist() == var.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

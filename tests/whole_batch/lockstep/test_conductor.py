@@ -20,7 +20,7 @@ import gradaccum as ga
 from gradaccum.whole_batch.batch_norm.exact import Exact
 from gradaccum.whole_batch.lockstep.conductor import Abandoned, Conductor, Member
 from normed import Batch, ResNet, buffers_of, classes_loss, make_batches, make_network, sgd, trained
-from oracle import parameters_of
+from oracle import assert_same_gradients, parameters_of, whole_batches
 from scarce import Memory, Scarce
 
 SECONDS = 30.0  # after which a test that should be over in one is interrupted
@@ -39,8 +39,12 @@ def deadline() -> Iterator[None]:
     timer.join()
 
 
-def threads_of_lockstep() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("gradaccum")]
+def assert_no_thread_of_lockstep() -> None:
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gradaccum")]
+
+
+def exact_step(model: nn.Module, loss: Any = classes_loss, **options: Any) -> ga.TrainStep:
+    return ga.TrainStep(model, sgd(model), loss, batch_norm="exact", **options)
 
 
 # ----------------------------------------------------------------------------------------------------------- the baton
@@ -101,16 +105,16 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("at", [0, 2, 3])
 def test_a_micro_batch_that_raises_ends_all_with_its_own_error(at: int, behind: bool, error: BaseException) -> None:
     model = Failing(at, error, behind=behind).double()
-    step = ga.TrainStep(model, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
+    step = exact_step(model, micro_batch_size=4)
     parameters, buffers, random_state = parameters_of(model), buffers_of(model), torch.get_rng_state()
     with pytest.raises(type(error)) as caught:
         step(make_batches(1)[0])
     assert caught.value is error
     assert any("raise self.error" in (frame.line or "") for frame in traceback.extract_tb(caught.value.__traceback__))
-    assert threads_of_lockstep() == []
+    assert_no_thread_of_lockstep()
     assert model.cleaned == (4 if behind else at + 1)
-    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
-    assert all(torch.equal(now, parameters[name]) for name, now in parameters_of(model).items())
+    assert_same_gradients(buffers_of(model), buffers, tolerance=0)
+    assert_same_gradients(parameters_of(model), parameters, tolerance=0)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
     model.at = -1
@@ -119,7 +123,7 @@ def test_a_micro_batch_that_raises_ends_all_with_its_own_error(at: int, behind: 
 
 def test_an_error_in_the_backward() -> None:
     model = make_network("residual")
-    step = ga.TrainStep(model, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
+    step = exact_step(model, micro_batch_size=4)
     buffers = buffers_of(model)
 
     def fail(_: Tensor) -> None:
@@ -129,7 +133,7 @@ def test_an_error_in_the_backward() -> None:
     with pytest.raises(ValueError, match="in the backward"):
         step(make_batches(1)[0])
     hook.remove()
-    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
+    assert_same_gradients(buffers_of(model), buffers, tolerance=0)
     assert step(make_batches(1)[0]).index == 1
 
 
@@ -146,15 +150,15 @@ def test_an_interrupt_while_a_micro_batch_runs() -> None:
             _thread.interrupt_main()
         return classes_loss(model, batch)
 
-    step = ga.TrainStep(model, sgd(model), loss, micro_batch_size=2, batch_norm="exact")
+    step = exact_step(model, loss, micro_batch_size=2)
     buffers = buffers_of(model)
     try:
         with pytest.raises(KeyboardInterrupt):
             step(make_batches(1)[0])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert threads_of_lockstep() == []
-    assert all(torch.equal(now, buffers[name]) for name, now in buffers_of(model).items())
+    assert_no_thread_of_lockstep()
+    assert_same_gradients(buffers_of(model), buffers, tolerance=0)
     assert step(make_batches(1)[0]).index == 1
 
 
@@ -176,7 +180,7 @@ def test_a_micro_batch_that_catches_everything_ends_too() -> None:
 
     with pytest.raises(ValueError, match="mine"):
         trained(Stubborn().double(), make_batches(1), micro_batch_size=4)
-    assert threads_of_lockstep() == []
+    assert_no_thread_of_lockstep()
 
 
 def test_abandoned_is_nobodys_exception() -> None:
@@ -212,7 +216,7 @@ class Skipping(nn.Module):
 def test_different_paths_are_refused(at_the_end: bool, message: str) -> None:
     with pytest.raises(ga.UnsupportedError, match=message):
         trained(Skipping(at_the_end=at_the_end).double(), make_batches(1), micro_batch_size=4)  # 4, 3, 3, 3
-    assert threads_of_lockstep() == []
+    assert_no_thread_of_lockstep()
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -236,8 +240,15 @@ def test_create_graph_is_refused() -> None:
             torch.autograd.grad(output.square().sum(), layer.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("compiled", ["whole", "in place", "part", "scripted"])
-def test_compiled_layers_are_refused(compiled: str) -> None:
+@pytest.mark.parametrize(
+    ("compiled", "batch_norm"),
+    [
+        *((compiled, "exact") for compiled in ("whole", "in place", "part", "scripted")),
+        ("whole", ga.GhostBatch(4)),
+    ],
+    ids=str,
+)
+def test_compiled_layers_are_refused(compiled: str, batch_norm: Any) -> None:
     model: Any = make_network("residual")
     named = model
     if compiled == "whole":
@@ -249,8 +260,9 @@ def test_compiled_layers_are_refused(compiled: str) -> None:
     else:
         with pytest.warns(DeprecationWarning, match="script"):
             model.bn = torch.jit.script(model.bn)
-    step = ga.TrainStep(named, sgd(model), classes_loss, micro_batch_size=4, batch_norm="exact")
-    with pytest.raises(ga.UnsupportedError, match=r"has to see every BatchNorm call, and .* is run by torch\."):
+    step = ga.TrainStep(named, sgd(model), classes_loss, micro_batch_size=4, batch_norm=batch_norm)
+    by = "batch_norm=" if batch_norm == "exact" else "ga.GhostBatch"
+    with pytest.raises(ga.UnsupportedError, match=rf"{by}.* has to see every BatchNorm call, and .* is run by torch\."):
         step(make_batches(1)[0])
 
 
@@ -279,35 +291,19 @@ def test_a_thread_of_the_users_is_refused() -> None:
 def test_out_of_memory_is_a_transaction(where: str, at: int) -> None:
     torch.manual_seed(0)
     memory = Memory(limit=5)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1),
-        nn.BatchNorm2d(4),
-        Scarce(memory, where=where),
-        nn.Conv2d(4, 4, 1),
-        nn.BatchNorm2d(4),
-        nn.Flatten(),
-        nn.Linear(4 * 36, 4),
-    ).double()
+    last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Scarce(memory, where=where), last).double()
     whole = copy.deepcopy(model)
     whole[2] = nn.Identity()
-    optimizer = sgd(model)
-    step = ga.TrainStep(model, optimizer, classes_loss, batch_norm="exact")
-    other = sgd(whole)
-    for batch in make_batches(3):
-        update = step(batch)
-        other.zero_grad()
-        classes_loss(whole, batch).backward()
-        other.step()
-        assert update.micro_batch_size <= 5
+    step, batches = exact_step(model), make_batches(3)
+    for batch in batches:
+        assert step(batch).micro_batch_size <= 5
         memory.countdown = at
     assert memory.failures >= 2
-    for ours, theirs in zip(
-        [*parameters_of(model).values(), *buffers_of(model).values()],
-        [*parameters_of(whole).values(), *buffers_of(whole).values()],
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert threads_of_lockstep() == []
+    whole_batches(whole, sgd(whole), batches, classes_loss)
+    ours, theirs = parameters_of(model) | buffers_of(model), parameters_of(whole) | buffers_of(whole)
+    torch.testing.assert_close(list(ours.values()), list(theirs.values()), rtol=1e-10, atol=1e-12)
+    assert_no_thread_of_lockstep()
 
 
 def test_out_of_memory_frees_what_the_micro_batches_held() -> None:
@@ -328,11 +324,11 @@ def test_out_of_memory_frees_what_the_micro_batches_held() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(Watched(), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).double()
-    ga.TrainStep(model, sgd(model), classes_loss, batch_norm="exact")(make_batches(1)[0])
+    exact_step(model)(make_batches(1)[0])
     assert seen[0] == 0
 
 
 def test_where_one_sample_does_not_fit() -> None:
     model = nn.Sequential(Scarce(Memory(limit=0)), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).double()
     with pytest.raises(ga.DoesNotFitError, match=r'In lockstep the activations of all .* activations="host"'):
-        ga.TrainStep(model, sgd(model), classes_loss, batch_norm="exact")(make_batches(1)[0])
+        exact_step(model)(make_batches(1)[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,39 +59,30 @@ class Contrastive(nn.Module):
         return F.cross_entropy(one @ other.t(), target)
 
 
-class Checkpointed(nn.Module):
+class Checkpointed(BetweenSamples):
     """Gathers twice inside of one checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = BetweenSamples()
+        self.bn = nn.Identity()  # instead of buffers, which torch would advance twice in the oracle
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "minibatch std": MinibatchStd,
-    "between samples": BetweenSamples,
-    "checkpointed": Checkpointed,
-}
+WITHOUT_BATCH_NORM: dict[str, Any] = {"batch_norm": "micro", "lockstep": True}
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, ROWS])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_whole_batch(name: str, size: int) -> None:
+@pytest.mark.parametrize("model", [MinibatchStd, BetweenSamples, Checkpointed])
+def test_the_whole_batch(model: type[nn.Module], size: int) -> None:
     torch.manual_seed(0)
-    model = MODELS[name]().double()
-    if name == "checkpointed":
-        model.inner.bn = nn.Identity()  # whose buffers torch would advance twice in the oracle
-    assert_like_whole(model, make_batches(2), micro_batch_size=size, batch_norm="exact")
+    assert_like_whole(model().double(), make_batches(2), micro_batch_size=size, batch_norm="exact")
 
 
 @pytest.mark.parametrize("size", [1, 4, ROWS])
 def test_lockstep_without_batch_norm(size: int) -> None:
-    assert_like_whole(
-        MinibatchStd().double(), make_batches(2), micro_batch_size=size, batch_norm="micro", lockstep=True
-    )
+    assert_like_whole(MinibatchStd().double(), make_batches(2), micro_batch_size=size, **WITHOUT_BATCH_NORM)
 
 
 @pytest.mark.parametrize("size", [1, 4, ROWS])
@@ -102,7 +92,7 @@ def test_contrastive_inside_of_the_model(size: int) -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return model(batch[0], batch[2])
 
-    assert_like_whole(Contrastive().double(), batches, loss, micro_batch_size=size, batch_norm="micro", lockstep=True)
+    assert_like_whole(Contrastive().double(), batches, loss, micro_batch_size=size, **WITHOUT_BATCH_NORM)
 
 
 def test_the_batchs_order_where_samples_are_packed() -> None:
@@ -112,14 +102,10 @@ def test_the_batchs_order_where_samples_are_packed() -> None:
         order.append(ga.gather(batch[2]))
         return classes_loss(model, batch)
 
-    def cost(batch: Any) -> Tensor:
-        return 1 + batch[2] % 5
-
     batches = [(x, y, torch.arange(ROWS)) for x, y in make_batches(2)]
-    split = ga.split_by_cost(cost, 15, trim=False)
-    updates = assert_like_whole(
-        BetweenSamples().double(), batches, loss, micro_batch_size=4, split=split, whole_loss=classes_loss
-    )
+    split = ga.split_by_cost(lambda batch: 1 + batch[2] % 5, 15, trim=False)
+    options: dict[str, Any] = {"micro_batch_size": 4, "split": split}
+    updates = assert_like_whole(BetweenSamples().double(), batches, loss, whole_loss=classes_loss, **options)
     assert updates[0].micro_batches > 3
     assert all(torch.equal(one, torch.arange(ROWS)) for one in order)
 
@@ -127,7 +113,6 @@ def test_the_batchs_order_where_samples_are_packed() -> None:
 def test_outside_it_returns_its_argument() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     assert ga.gather(x) is x
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     model = nn.Linear(1, 1)
     optimizer = sgd(model)
     seen: list[tuple[int, int]] = []
@@ -136,9 +121,8 @@ def test_outside_it_returns_its_argument() -> None:
         seen.append((len(x), len(ga.gather(x))))
         return model(x).mean()
 
-    ga.TrainStep(model, optimizer, loss, micro_batch_size=2)(torch.ones(5, 1))
-    ga.TrainStep(model, optimizer, loss, micro_batch_size=5, lockstep=True)(torch.ones(5, 1))
-    ga.TrainStep(model, optimizer, loss, micro_batch_size=2, lockstep=True)(torch.ones(5, 1))
+    for size, lockstep in ((2, False), (5, True), (2, True)):
+        ga.TrainStep(model, optimizer, loss, micro_batch_size=size, lockstep=lockstep)(torch.ones(5, 1))
     assert seen == [(2, 2), (2, 2), (1, 1), (5, 5), (2, 5), (2, 5), (1, 5)]
 
 
@@ -152,12 +136,9 @@ def test_without_a_graph() -> None:
     ga.TrainStep(model, sgd(model), loss, micro_batch_size=2, lockstep=True)(torch.ones(5, 1))
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [(torch.ones(()), "ga.gather got a 0-d tensor"), ([torch.ones(3)], "ga.gather got a list")],
-)
-def test_what_has_no_rows_is_refused(value: Any, message: str) -> None:
-    with pytest.raises(ga.BatchError, match=message):
+@pytest.mark.parametrize(("value", "kind"), [(torch.ones(()), "0-d tensor"), ([torch.ones(3)], "list")])
+def test_what_has_no_rows_is_refused(value: Any, kind: str) -> None:
+    with pytest.raises(ga.BatchError, match=f"ga.gather got a {kind}"):
         ga.gather(value)
 
 
@@ -181,28 +162,32 @@ def test_rows_that_cannot_be_joined_are_refused(rows: Any, options: dict[str, An
         trained(nn.Linear(4, 1).double(), make_batches(1), loss, micro_batch_size=4, lockstep=True, **options)
 
 
-def test_a_reentrant_checkpoint_is_refused() -> None:
-    class Reentrant(BetweenSamples):
-        def attend(self, hidden: Tensor) -> Tensor:
-            return checkpoint(super().attend, hidden, use_reentrant=True)
-
-    with pytest.raises(ga.UnsupportedError, match=r"ga.gather ran without a graph .* reentrant"):
-        trained(Reentrant().double(), make_batches(1), micro_batch_size=4)
+class Reentrant(BetweenSamples):
+    def attend(self, hidden: Tensor) -> Tensor:
+        return checkpoint(super().attend, hidden, use_reentrant=True)
 
 
-def test_a_checkpoint_that_brings_something_else_is_refused() -> None:
-    class Drifting(BetweenSamples):
-        calls = 0
+class Drifting(BetweenSamples):
+    calls = 0
 
-        def attend(self, hidden: Tensor) -> Tensor:
-            return checkpoint(self.drift, hidden, use_reentrant=False)
+    def attend(self, hidden: Tensor) -> Tensor:
+        return checkpoint(self.drift, hidden, use_reentrant=False)
 
-        def drift(self, hidden: Tensor) -> Tensor:
-            self.calls += 1
-            return super().attend(hidden * self.calls)
+    def drift(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return super().attend(hidden * self.calls)
 
-    with pytest.raises(ga.UnsupportedError, match="with other values than in the forward"):
-        trained(Drifting().double(), make_batches(1), micro_batch_size=4)
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Reentrant, r"ga.gather ran without a graph .* reentrant"),
+        (Drifting, "with other values than in the forward"),
+    ],
+)
+def test_checkpoints_that_cannot_gather_again_are_refused(model: type[nn.Module], message: str) -> None:
+    with pytest.raises(ga.UnsupportedError, match=message):
+        trained(model().double(), make_batches(1), micro_batch_size=4)
 
 
 def test_exactness_is_not_by_accident() -> None:

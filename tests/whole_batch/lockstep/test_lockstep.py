@@ -32,19 +32,18 @@ from normed import (
 )
 from oracle import assert_same, assert_same_gradients, whole_batches
 
-
 # ------------------------------------------------------------------------------------------------------ the whole batch
-@pytest.mark.parametrize("size", [1, 2, 5, 12, ROWS])
-@pytest.mark.parametrize("name", NETWORKS)
+SIZES: list[tuple[str, int]] = [
+    *((name, size) for name in NETWORKS for size in (1, 2, 5, 12, ROWS)),
+    *(("residual", size) for size in (3, 4, *range(6, 12))),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_the_whole_batch_over_several_updates(name: str, size: int) -> None:
     updates = assert_like_whole(make_network(name), make_batches(3), micro_batch_size=size)
     assert [update.micro_batches for update in updates] == [-(-ROWS // size)] * 3
     assert [update.samples for update in updates] == [ROWS] * 3
-
-
-@pytest.mark.parametrize("size", range(1, ROWS + 1))
-def test_every_size(size: int) -> None:
-    assert_like_whole(make_network("residual"), make_batches(2), micro_batch_size=size)
 
 
 @pytest.mark.parametrize("name", ["residual", "branching", "used twice"])
@@ -53,9 +52,8 @@ def test_without_it_the_gradient_is_another(name: str) -> None:
     assert furthest(make_network(name), make_batches(1), micro_batch_size=4) < NORMED
 
 
-@pytest.mark.parametrize("activations", ["device", "host", "recompute"])
-def test_wherever_activations_wait(activations: str) -> None:
-    assert_like_whole(make_network("residual"), make_batches(3), micro_batch_size=4, activations=activations)
+def test_activations_that_are_recomputed() -> None:  # on the host: test_activations
+    assert_like_whole(make_network("residual"), make_batches(3), micro_batch_size=4, activations="recompute")
 
 
 @pytest.mark.parametrize("size", [5, ROWS])
@@ -153,16 +151,12 @@ def test_a_loss_over_the_batch_too(size: int, combine: str) -> None:
         z = outputs["z"]
         return F.cross_entropy(5 * z @ z.t(), batch[1]) if combine == "concat" else z.square().sum().sqrt()
 
-    assert_like_whole(
-        make_network("residual"),
-        make_batches(2),
-        None,
-        whole_loss=lambda model, batch: batch_loss(forward(model, batch), batch),
-        forward=forward,
-        batch_loss=batch_loss,
-        combine=combine,
-        micro_batch_size=size,
-    )
+    def whole_loss(model: nn.Module, batch: Batch) -> Tensor:
+        return batch_loss(forward(model, batch), batch)
+
+    options: dict[str, Any] = {"forward": forward, "batch_loss": batch_loss, "combine": combine}
+    model, batches = make_network("residual"), make_batches(2)
+    assert_like_whole(model, batches, None, whole_loss=whole_loss, micro_batch_size=size, **options)
 
 
 # ---------------------------------------------------------------------------------------- precision, conditions

@@ -51,11 +51,8 @@ def test_nothing_set() -> None:
 def test_all_of_it(is_cached: bool) -> None:
     token = VARIABLE.set("set")
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast("cpu", dtype=torch.float16, cache_enabled=is_cached),
-            torch.device("meta"),
-        ):
+        autocast = torch.autocast("cpu", dtype=torch.float16, cache_enabled=is_cached)
+        with torch.no_grad(), autocast, torch.device("meta"):
             here = described()
             assert in_another_thread(described) == here
         assert here == {
@@ -211,18 +208,14 @@ def test_features_kept_on_the_module(size: int) -> None:
     assert_like_whole(Skips().double(), make_batches(2), micro_batch_size=size)
 
 
-def test_the_last_micro_batchs_stay() -> None:
+def test_the_last_micro_batchs_stay_and_modules_are_as_they_were() -> None:
+    before = nn.Module.__setattr__, nn.Module.__delattr__
     model = Skips().double()
     trained(model, make_batches(1), micro_batch_size=4)
     assert model.kept is not None
     assert len(model.kept) == 3
     assert model.calls == 4
     assert not hasattr(model, "size")
-
-
-def test_modules_are_as_they_were() -> None:
-    before = nn.Module.__setattr__, nn.Module.__delattr__
-    trained(Skips().double(), make_batches(1), micro_batch_size=4)
     assert (nn.Module.__setattr__, nn.Module.__delattr__) == before
 
 
