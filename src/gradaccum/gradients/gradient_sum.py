@@ -55,6 +55,7 @@ class GradientSum:
         self._persistent = PersistentGradients(self.parameters) if persistent else None
         self._has_shards = has_shards
         self._reads_all = self._is_to_be_read = True
+        self._is_open = False
         self._reaches_others = False
         self._own = frozenset(id(parameter) for parameter in self.parameters)
         self._watched: nn.Parameter | None = None
@@ -71,7 +72,7 @@ class GradientSum:
             MisuseError: a gradient is there already, which the window would be added to.
         """
         self.check_empty()
-        self._is_to_be_read = True
+        self._is_open = self._is_to_be_read = True
         if self._wide is not None:
             self._wide.begin()
         if self._persistent is not None:  # after the sums have their dtype
@@ -108,6 +109,7 @@ class GradientSum:
         *,
         also: Sequence[Tensor] = (),
         only: Sequence[Tensor] | None = None,
+        reads: bool = False,
     ) -> None:
         """Runs the backward of one micro-batch.
 
@@ -116,6 +118,7 @@ class GradientSum:
             seeds: the gradients it starts with.
             also: leaves besides the parameters that get gradients.
             only: the leaves that get gradients, where these are not the parameters.
+            reads: whether the graph is read whatever has been read before: it is of another kind.
 
         Raises:
             MisuseError: the gradients were changed since the micro-batch before.
@@ -124,7 +127,7 @@ class GradientSum:
         self._check_unchanged()
         inputs: Sequence[Tensor] | None = only
         if only is None and not self._has_shards:
-            graph = read_graph(roots) if self._fused is not None or self._is_to_be_read else None
+            graph = read_graph(roots) if reads or self._fused is not None or self._is_to_be_read else None
             if graph is not None:
                 self._look_for_others(graph)
             if self._reaches_others:
@@ -196,7 +199,8 @@ class GradientSum:
         """
         if self._fused is not None:
             self._fused.end(keeps_memory=keeps_memory and self._wide is None and self._persistent is None)
-        self._reads_all = False
+        if self._is_open:
+            self._is_open = self._reads_all = False
         for parameter in self.parameters:
             parameter.grad = None
         if self._wide is not None:

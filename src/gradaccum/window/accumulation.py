@@ -222,7 +222,7 @@ class Accumulation:
     def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Runs the backward of outputs whose gradients are known, seeded and scaled already."""
         if outputs:
-            self._gradients.add(tuple(outputs), tuple(gradients))
+            self._gradients.add(tuple(outputs), tuple(gradients), reads=True)
 
     def count(self, samples: int | None) -> None:
         """Counts a micro-batch that went into the window."""
