@@ -1,7 +1,5 @@
 """Small models of the kinds that people train, each with a batch and a loss, for tests of what memory they take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

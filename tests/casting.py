@@ -1,7 +1,5 @@
 """Weights under autocast: a small model, losses with and without torch's cache of casts, and what can be seen of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

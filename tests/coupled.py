@@ -4,8 +4,6 @@ Each is a `Coupled`: what a model's outputs are for a micro-batch, the loss over
 The oracle runs the very same functions on the whole batch: ``batch_loss(forward(model, batch), batch)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

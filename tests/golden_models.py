@@ -3,8 +3,6 @@
 All numbers are drawn by `uniform`. Whatever is changed here changes the fingerprint, the recorded bits, or both.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable

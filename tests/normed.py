@@ -3,8 +3,6 @@
 Every network maps ``[rows, 3, 8, 8]`` (or a flattened part of it) to ``[rows, CLASSES]``.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ Both sides leave a list of `Made`, one for each update, and `assert_same` compar
 parameters after Adam or clipping hide a constant factor.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Pairs of inputs and targets, a small model and its loss: what the tests of both ways to train share."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

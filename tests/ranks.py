@@ -5,8 +5,6 @@ gloo process group. What it returns comes back by rank. Python starts once for e
 seconds; so tests run several checks in one case.
 """
 
-from __future__ import annotations
-
 import pickle
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Memory that runs out on purpose: layers that raise what torch raises, and a clock for how long a piece took."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Each model maps a batch to ``[rows, TIME, CLASSES]``, so that every loss goes wi
 twice: as a user returns it for a micro-batch, and as plain torch computes it for the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Your own loop, by name: windows, tails, streams that stop, misuse, several models, states."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import warnings
@@ -135,8 +133,6 @@ def test_samples_that_cannot_be_counted() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ nothing to learn from
-
-
 def test_a_micro_batch_that_is_left_out() -> None:
     model, _, accumulator = make_accumulator(micro_batches=3)
     batch = (ALL_X[:4], ALL_Y[:4])
@@ -171,8 +167,6 @@ def test_a_window_that_weighs_nothing_makes_no_update(over: Any, caplog: pytest.
 
 
 # ------------------------------------------------------------------------------------------------------ loops that stop
-
-
 def test_break_inside_a_window_says_what_is_lost() -> None:
     model, _, accumulator = make_accumulator(micro_batches=3)
 
@@ -278,8 +272,6 @@ def test_a_new_pass_ends_the_one_before() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- states
-
-
 def test_a_state_is_counted_on_from() -> None:
     model, _, before = make_accumulator(micro_batches=3)
     train(before, model, pairs(2, 1, 2, 3))

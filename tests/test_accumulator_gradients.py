@@ -1,7 +1,5 @@
 """Gradients that the user's own code leaves, changes or looks at, and those of models that are somebody else's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What would make an update of your own loop another than the batch's: an error with the line and the way out."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -106,8 +104,6 @@ def test_between_windows_calls_by_hand_are_free() -> None:
 
 
 # ------------------------------------------------------------------------------------------ too often, too rarely, open
-
-
 @pytest.mark.parametrize("at", [1, 3])
 def test_backward_twice_for_one_micro_batch(at: int) -> None:
     setup = Setup()

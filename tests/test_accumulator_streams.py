@@ -1,7 +1,5 @@
 """One pass over a stream: what is asked of it, when, and what becomes of its errors and of what was read ahead."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The whole batch in hand, by name: nested batches, what is refused, what an error leaves behind."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc
@@ -141,8 +139,6 @@ def test_an_optimizer_that_fails_leaves_nothing_behind() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what else it does
-
-
 def test_weights_are_counted_once_for_the_batch_and_once_for_each_micro_batch() -> None:
     seen: list[int] = []
 

@@ -1,7 +1,5 @@
 """``TrainStep.backward``: the gradient alone, for closures, for two gradients an update, for looking at it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

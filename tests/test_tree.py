@@ -173,8 +173,6 @@ def test_hugging_face(which: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- what has rows and what not
-
-
 def test_index_tensors_take_rows_in_their_order() -> None:
     x, y = example()
     batch = {"x": x, "y": y, "names": list("abcde"), "pair": tuple("vwxyz"), "array": y.numpy()}
@@ -243,8 +241,6 @@ def test_slices_are_views_with_a_graph() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
     ("batch", "one", "other"),
     [
@@ -275,8 +271,6 @@ def test_no_rows_at_all_is_a_count_too() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- properties
-
-
 def leaves_of(batch: Any) -> list[Any]:
     """What is in a batch, by hand: the slow and obvious way, for the nestings made below."""
     if isinstance(batch, dict):

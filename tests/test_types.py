@@ -37,8 +37,6 @@ def trained() -> ga.Update:
 
 
 # --------------------------------------------------------------------------------------------------- computed when read
-
-
 def test_computed_once_when_it_is_first_read() -> None:
     calls: list[Tensor] = []
 
@@ -70,8 +68,6 @@ def test_an_attribute_that_it_has_not(trained: ga.Update) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- frozen
-
-
 @pytest.mark.parametrize("name", ["index", "loss", "skipped", "weight", "anything"])
 def test_it_is_frozen(trained: ga.Update, name: str) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -88,8 +84,6 @@ def test_it_is_true_also_when_skipped_and_equal_to_itself_only(trained: ga.Updat
 
 
 # -------------------------------------------------------------------------------------------------------------- as_dict
-
-
 def test_as_dict_has_plain_numbers_and_leaves_out_what_is_none(trained: ga.Update) -> None:
     numbers = trained.as_dict()
     assert set(numbers) == {"index", "loss", "weight", "grad_norm", "skipped", "samples", "micro_batches",
@@ -124,8 +118,6 @@ def test_as_dict_reads_tensors_and_a_sum_has_no_weight() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- copies
-
-
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda update: pickle.loads(pickle.dumps(update))],
                          ids=["copy", "deepcopy", "pickle"])  # fmt: skip
 @pytest.mark.parametrize("read_before", [False, True])

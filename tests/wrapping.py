@@ -1,7 +1,5 @@
 """Models as they are wrapped for several processes, one that does not use all of itself, and each process's data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

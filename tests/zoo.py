@@ -3,8 +3,6 @@
 An entry makes everything anew: the model, the loss function, a batch, and the size of the micro-batches.
 """
 
-from __future__ import annotations
-
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -50,8 +48,6 @@ def case(model: Any, loss: Any, batch: Any = None, *culprits: tuple[str, str], *
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
-
-
 def vectors(rows: int = ROWS) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, FEATURES), torch.arange(rows) % CLASSES
 
@@ -71,8 +67,6 @@ def pairs() -> tuple[Tensor, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-
-
 def cross_entropy(**options: Any) -> LossFunction:
     return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], **options)
 
@@ -179,8 +173,6 @@ def autocast(model: Any, batch: Any) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- models
-
-
 def mlp(*between: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), *between, nn.Tanh(), nn.Linear(8, CLASSES))
 

@@ -1,7 +1,5 @@
 """What a person reads: within 80 columns, the answer first, like culprits together."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

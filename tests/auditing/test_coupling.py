@@ -1,7 +1,5 @@
 """Modules that couple samples are named, the innermost ones, all of them, and no others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Shares solved from gradients: on outputs and on parameters alike, and what they turn out to be."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ga.audit` on the zoo: right about what is exact, and about who is to blame where it is not."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models that nobody here wrote, from a configuration and without weights: BERT, GPT-2, ResNet, CLIP."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

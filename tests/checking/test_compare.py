@@ -1,7 +1,5 @@
 """Each verdict by name, and the error over all parameters."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """An audit leaves nothing behind: model, buffers, gradients, batch and random state are as they were, bit by bit."""
 
-from __future__ import annotations
-
 import logging
 import random
 import warnings

@@ -1,7 +1,5 @@
 """A micro-batch draws its own rows of what the whole batch draws; what belongs to no row is drawn anew and reported."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

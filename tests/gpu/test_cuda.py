@@ -1,7 +1,5 @@
 """On a GPU: the same exactness, the same random numbers, and no wait for the device inside a step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -121,8 +119,6 @@ def test_criterion_with_weights_that_stay_on_the_device(way: str, clip_norm: flo
 
 
 # ----------------------------------------------------------------------------------------- batches that lie on the host
-
-
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, ROWS])
 def test_a_batch_on_the_host_is_moved_piece_by_piece(micro_batch_size: int, pinned: bool) -> None:
@@ -166,8 +162,6 @@ def test_the_device_holds_micro_batches_not_the_batch() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
-
-
 @EVERY_WAY
 def test_dropout_draws_what_a_loop_by_hand_would(way: str) -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double().to(CUDA)
@@ -192,8 +186,6 @@ def test_dropout_draws_what_a_loop_by_hand_would(way: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- no wait for the device
-
-
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 @pytest.mark.parametrize("weighted", ["host", "device"])
 def test_no_wait_in_your_own_loop(weighted: str, clip_norm: float | None) -> None:
@@ -255,8 +247,6 @@ def test_a_fused_optimizer_skips_by_itself_without_a_wait(clip_norm: float | Non
 
 
 # ------------------------------------------------------------------------------------------------------ mixed precision
-
-
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,7 +1,5 @@
 """On a GPU: gradients of real CUDA graphs, which torch.compile replays, add up in memory that stays."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

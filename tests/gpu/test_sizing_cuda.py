@@ -1,7 +1,5 @@
 """On a GPU whose memory is capped: batches that cannot fit are trained, again and again, and nothing piles up."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Iterator

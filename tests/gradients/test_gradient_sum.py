@@ -137,8 +137,6 @@ def test_gradients_of_zero_are_removed() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- nobody else's
-
-
 def replace(model: nn.Module) -> None:
     for parameter in model.parameters():
         assert parameter.grad is not None

@@ -330,8 +330,6 @@ def test_windows_are_not_compared_with_each_other() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- in both pipelines
-
-
 def test_two_batches_of_different_length_are_each_exact() -> None:
     model = nn.Linear(3, CLASSES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,7 +1,5 @@
 """Every path is the whole batch in float64: models x losses x splits x tails x windows x optimizers."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -17,8 +17,6 @@ This adds what is missing. It changes nothing that is there: numbers out of tole
 fingerprint are refused. Where other bits are intended, delete the case, or its hashes, from ``golden.json`` first.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -71,8 +69,6 @@ BF16 = 1e-2
 
 
 # ----------------------------------------------------------------------------------------------------- what is recorded
-
-
 class Record:
     """Collects what each update did to the parameters and buffers of a module."""
 
@@ -109,8 +105,6 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 # ---------------------------------------------------------------------------------------- own loops and whole batches
-
-
 def ragged(make: Callable[..., Batch] = points, dtype: torch.dtype = torch.float64) -> list[list[Batch]]:
     """One pass over micro-batches of four sizes."""
     return [[piece for batch in batches(make, dtype) for piece in pieces(batch, RAGGED)]]
@@ -180,8 +174,6 @@ def gradient_only() -> Record:
 
 
 # --------------------------------------------------------------------------------------------------- losses and options
-
-
 def mse(model: nn.Module, batch: Batch) -> Tensor:
     return F.mse_loss(model(batch), batch["target"])
 
@@ -318,8 +310,6 @@ def one_thread() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------- compare and record
-
-
 def golden() -> dict[str, Any]:
     return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"machines": {}, "cases": {}}
 

@@ -1,7 +1,5 @@
 """Random BatchNorm networks, shapes and sizes against the whole batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

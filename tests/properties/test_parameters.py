@@ -1,7 +1,5 @@
 """Parameters of every kind, whose gradients reach ``.grad`` in a way of their own, against the whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The real dtypes against the whole batch in float64; and gradients that are not finite, which leave no trace."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

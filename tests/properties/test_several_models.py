@@ -1,7 +1,5 @@
 """Several models and optimizers: trained together by one accumulator, or two accumulators that share a pass (a GAN)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Under autocast a forward never sees a parameter as it was before a change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """What a thousand ranks send, counted with torch's fake process group, in which all do as this one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from unittest import mock
 

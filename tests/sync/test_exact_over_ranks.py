@@ -4,8 +4,6 @@ Every rank trains with its shares and, beside that, one copy of the model on the
 tolerance is the oracle's own for one process: W processes add the same numbers in another order.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 from unittest import mock

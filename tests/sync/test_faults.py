@@ -1,7 +1,5 @@
 """One rank raises, runs out of memory, or is killed: the others end with an error that says so, and none waits."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os

@@ -1,7 +1,5 @@
 """FSDP2 on two and four real processes: shards, nested modules, and a mesh with replicas."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Global batches are the same for every number of processes."""
 
-from __future__ import annotations
-
 import itertools
 
 import hypothesis.strategies as st

@@ -1,7 +1,5 @@
 """Messages arrive as they were sent, all of one length, and are refused where they are not for the same thing."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """The loop of the README on several processes, whose loaders need not have equally much."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from functools import partial

@@ -1,7 +1,5 @@
 """Losses and layers over the whole batch, where the batch is spread over processes."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

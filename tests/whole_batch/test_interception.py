@@ -1,7 +1,5 @@
 """Batch norms handed over: to whom, from which thread, and that torch is as it was."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from typing import Any

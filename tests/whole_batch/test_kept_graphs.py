@@ -1,7 +1,5 @@
 """How many graphs are kept, by what is left of the device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The options that choose a runner: what is refused at construction, who warns, what the plan line says."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Losses over the whole batch: in micro-batches they give its gradient, whatever is kept and whatever runs again."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import random

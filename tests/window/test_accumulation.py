@@ -50,8 +50,6 @@ def clean(model: nn.Module, accumulation: Accumulation) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- one window
-
-
 def test_counters_and_the_window_so_far() -> None:
     model, accumulation = made()
     for index in (1, 2):
@@ -87,8 +85,6 @@ def test_the_total_of_the_window_before_is_expected_again() -> None:
 
 
 # ----------------------------------------------------------------------------------------- nothing is left of a failure
-
-
 def fails_in_the_loss(model: nn.Module) -> Any:
     return losses(model, data(2)[0])  # not reduced
 
@@ -122,8 +118,6 @@ def test_a_micro_batch_that_fails_discards_its_window(
 
 
 # ----------------------------------------------------------------------------------- parameters that no optimizer holds
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_parameters_left_out_of_the_optimizer_change_nothing(scaled: bool) -> None:
     """They get gradients that nobody unscales; the norm is of those that are trained."""
@@ -159,8 +153,6 @@ def test_a_bad_gradient_outside_of_the_optimizer_does_no_harm() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the gradient, no update
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_closed_into_grad(scaled: bool) -> None:
     model, accumulation = made(scaler=GradScaler("cpu", init_scale=1024.0) if scaled else None, clip_norm=1e-9)
@@ -184,8 +176,6 @@ def test_closed_into_grad(scaled: bool) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
-
-
 @pytest.mark.parametrize("bad", [-1, "7", torch.ones(3), float("nan"), None, {"lm": -1}], ids=repr)
 def test_weights_that_are_no_counts(bad: Any) -> None:
     with pytest.raises(ga.LossError, match="weights="):

@@ -1,7 +1,5 @@
 """Checks that run before each call of a method of one object."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Compiled models, handed over as they are: one compilation for micro-batches of every size, and the same gradients."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -90,8 +88,6 @@ COMPILE: dict[str, Compile] = {
 
 
 # -------------------------------------------------------------------------------------------------------- whole batches
-
-
 @pytest.mark.parametrize("fused", ["auto", True, False])
 @pytest.mark.parametrize("compile_", COMPILE)
 def test_a_batch_is_compiled_for_once(compile_: str, fused: Any, backend: Compilations) -> None:
@@ -174,8 +170,6 @@ def test_what_is_not_seen_is_left_to_torch_and_so_is_what_the_user_wants_otherwi
 
 
 # ------------------------------------------------------------------------------------------------------------ own loops
-
-
 def loader_of(batch: Batch, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*batch), **options)
 
@@ -259,8 +253,6 @@ def test_a_list_with_a_broken_micro_batch_fails_in_its_place(backend: Compilatio
 
 
 # --------------------------------------------------------------------------------------------- what else is handed over
-
-
 def test_the_wrapper_is_the_model_for_everything_else(backend: Compilations) -> None:
     """Its parameters' names begin with ``_orig_mod.``, they are the original's, and so may the optimizer's be."""
     own = make()

@@ -20,9 +20,8 @@ from gradaccum.window.parameters import as_sequence, check_parameters, named_par
 from gradaccum.window.plan_line import coupled_batch_norms, warn_of_batch_norms
 from pairs import line_here
 
+
 # ------------------------------------------------------------------------------------------------ models and optimizers
-
-
 def test_one_or_many() -> None:
     model = nn.Linear(1, 1)
     assert as_sequence(model, nn.Module, name="model") == [model]
@@ -86,8 +85,6 @@ def test_a_parameter_that_is_not_the_models() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what wraps a model
-
-
 def test_a_distributed_model_is_refused() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -107,8 +104,6 @@ def test_a_sharded_model_is_refused_and_a_plain_one_passes(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ BatchNorm
-
-
 def test_layers_that_see_the_micro_batch() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.SyncBatchNorm(2)), nn.LayerNorm(2),
                           nn.GroupNorm(1, 2), nn.InstanceNorm1d(2))  # fmt: skip
@@ -158,8 +153,6 @@ def test_the_warning_points_at_the_users_line(by_hand: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the line
-
-
 def test_the_line_is_the_users() -> None:
     assert guards.user_line() == line_here()
     assert [guards.user_line() for _ in range(2)] == [line_here()] * 2
@@ -174,8 +167,6 @@ def test_the_line_is_not_torchs() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- calls by hand
-
-
 class Watched:
     """An optimizer, its scheduler, and a window that is open or not."""
 

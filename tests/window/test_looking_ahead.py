@@ -83,8 +83,6 @@ class Stream:
 
 
 # --------------------------------------------------------------------------------------------------------- what is told
-
-
 @pytest.mark.parametrize(
     ("stream", "peeks", "told"),
     [
@@ -141,8 +139,6 @@ def test_the_length_is_the_streams() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ errors in their place
-
-
 @pytest.mark.parametrize("fails_at", [0, 1, 3])
 @pytest.mark.parametrize("peeks", [0, 3])
 def test_an_error_of_the_stream_is_raised_where_its_item_would_be(fails_at: int, peeks: int) -> None:
@@ -198,8 +194,6 @@ def test_every_follower_is_told_of_the_end_also_if_one_raises() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- left early
-
-
 @pytest.mark.parametrize("how", ["break", "error", "close"])
 def test_a_pass_that_is_left_is_closed_with_its_stream(how: str) -> None:
     stream = Stream(5)
@@ -245,8 +239,6 @@ def test_what_was_read_ahead_of_a_bare_iterator_is_handed_back() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- several followers
-
-
 def test_those_who_join_see_the_same_pass() -> None:
     log: list[Any] = []
     items = LookingAhead([7], Recorder(log, name="1 ").follower())
@@ -258,8 +250,6 @@ def test_those_who_join_see_the_same_pass() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- nothing kept alive
-
-
 class Item:
     pass
 

@@ -145,8 +145,6 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- in both pipelines
-
-
 def test_a_train_step_has_one(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, step = make_step(progress=3)
     for _ in range(3):

@@ -1,7 +1,5 @@
 """Random state and buffers, taken and put back."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -90,8 +90,6 @@ def by_hand(make: Callable[..., Optimizer], dtype: torch.dtype, clip_norm: float
 
 
 # ---------------------------------------------------------------------------------------------------- all paths are one
-
-
 @optimizers
 @fused_or_not
 @scaled_or_not
@@ -118,8 +116,6 @@ def test_optimizers_of_two_kinds(fused: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the norm
-
-
 def norm_of(found: list[Tensor], correction: float | None = None, clip_norm: float = 1e30) -> Tensor:
     params = [nn.Parameter(torch.zeros_like(gradient.to_dense())) for gradient in found]
     for parameter, gradient in zip(params, found, strict=True):
@@ -189,8 +185,6 @@ def test_a_clip_norm_that_is_none(clip_norm: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- not finite
-
-
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("where", ["few elements", "many elements", "another dtype", "complex", "sparse"])
@@ -283,8 +277,6 @@ def test_the_scale_shrinks_and_grows_as_torchs_own(fused: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- loaded, mixed and plain
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_only_fused_optimizers_find_out_for_themselves(fused: bool) -> None:
     """On a device that saves a wait for the gradient before each step."""
@@ -309,8 +301,6 @@ def test_groups_that_are_not_fused(loaded: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ nothing is left
-
-
 @fused_or_not
 @scaled_or_not
 def test_the_optimizer_is_left_as_it_was(fused: bool, scaled: bool) -> None:
@@ -349,8 +339,6 @@ def test_after_a_step_that_failed_the_next_one_is_right(fused: bool, scaled: boo
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
-
-
 def test_the_scheduler_is_advanced_by_the_library_itself() -> None:
     """While it is, calls by hand are allowed: that is how they are told apart."""
     params, seen = parameters(), []
@@ -371,8 +359,6 @@ def test_plateaus_are_refused() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the gradient, no update
-
-
 @scaled_or_not
 @pytest.mark.parametrize("correction", [None, 0.5, torch.tensor(0.5)], ids=repr)
 def test_unscaled_into_grad(scaled: bool, correction: float | Tensor | None) -> None:

@@ -57,8 +57,6 @@ def test_a_schedule_that_goes_wrong_later_says_when() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- what is expected
-
-
 @pytest.mark.parametrize(
     ("size", "samples", "target", "expected"),
     [
@@ -98,8 +96,6 @@ def test_updates_in_a_pass(length: int | None, per_window: int, only_complete: b
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
     ("rows", "before", "message"),
     [

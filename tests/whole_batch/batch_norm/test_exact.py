@@ -1,7 +1,5 @@
 """The statistics of the whole batch by themselves: what a failure leaves, calls that repeat, ranks, one piece."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Fixed groups: the same gradient whatever the micro-batch size, held against a loop over the groups."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

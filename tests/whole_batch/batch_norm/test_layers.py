@@ -1,7 +1,5 @@
 """The layers by name, what is refused, and frozen ones: statistics stay, parameters train, modes are put back."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 

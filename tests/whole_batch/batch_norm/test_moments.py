@@ -1,7 +1,5 @@
 """Statistics of pieces, merged, and normalising by them, against torch's batch norm: values and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Where activations wait in lockstep, counted in live bytes; what is copied to the host, and which blocks are found."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Nothing waits for ever, whatever ends a run early; every test has a deadline, and leaves no thread (conftest)."""
 
-from __future__ import annotations
-
 import _thread
 import copy
 import gc

@@ -1,7 +1,5 @@
 """Tensors over the batch inside of a model: statistics, attention and losses between samples, in the batch's order."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What each micro-batch has for itself: its thread's state, its random numbers, what modules keep on themselves."""
 
-from __future__ import annotations
-
 import contextvars
 import copy
 import threading
