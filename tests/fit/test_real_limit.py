@@ -173,6 +173,6 @@ def test_more_than_there_is_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_where_memory_ends_in_no_error_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradaccum.fit.transaction._occupied", pytest.fail)
+    monkeypatch.setattr("gradaccum.memory.optimizer_memory.optimizer_memory", pytest.fail)
     with _state_reserved([torch.optim.Adam(nn.Linear(3, 3).parameters())], torch.device("cpu")):
         pass

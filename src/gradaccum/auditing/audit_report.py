@@ -65,10 +65,10 @@ class Report:
 
     def __str__(self) -> str:
         # For a terminal of 80 columns or more; only qualified names may be longer.
-        parts = [_wrapped(answer(self)), _wrapped(setting(self))]
-        parts += ["\n".join(_explained(i, group)) for i, group in enumerate(grouped(self.culprits), 1)]
+        parts = [textwrap.fill(line, _WIDTH) for line in (answer(self), setting(self))]
+        parts += [_explained(i, group) for i, group in enumerate(grouped(self.culprits), 1)]
         parts += [_table([HEADS, *parameter_cells(self)])]
-        parts += [_wrapped(line) for line in remarks(self)]
+        parts += [textwrap.fill(line, _WIDTH) for line in remarks(self)]
         return "\n\n".join(parts)
 
 
@@ -77,8 +77,7 @@ def answer(report: Report) -> str:
     if report.exact:
         return f"Exact: the accumulated gradient is the whole batch's, to {number(report.relative_error)}."
     if report.relative_error <= report.tolerance:
-        kinds = sorted({culprit.kind for culprit in report.culprits})
-        if kinds == ["precision"]:
+        if {culprit.kind for culprit in report.culprits} == {"precision"}:
             return f"Exact in {report.dtype}, and not in {report.own_dtype}, in which gradients are added up."
         return "Not exact: the gradient is the whole batch's, but what the update leaves in the model is not."
     return f"Not exact: the accumulated gradient is off by {percent(report.relative_error)} of the whole batch's."
@@ -173,15 +172,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(row) for row in zip(*columns, last, strict=True))
 
 
-def _explained(position: int, group: Sequence[Culprit]) -> list[str]:
+def _explained(position: int, group: Sequence[Culprit]) -> str:
     wrapper = textwrap.TextWrapper(_WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
     lines = [f"{position}. {title(group)}"]
     lines += [f"   {'Where:' if i == 0 else '':6} {name}" for i, name in enumerate(places(group))]
     for head, text in (("Why:", group[0].what), ("Type:", group[0].remedy), ("Price:", group[0].price)):
         wrapper.initial_indent = f"   {head:6} "
         lines.append(wrapper.fill(text))
-    return lines
-
-
-def _wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, _WIDTH)
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ from gradaccum import tree
 from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.isolate_samples import isolate_samples
 from gradaccum.checking.compare import Buffers, Gradients
-from gradaccum.checking.isolate_state import copy_buffers, isolated_state, put_back_buffers
+from gradaccum.checking.isolate_state import copy_buffers, isolated_state
 from gradaccum.checking.pieces import FixedSplit, Piece, copied, pieces, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
@@ -56,10 +56,6 @@ class Task(Workload):
             for name, module in model.named_modules():
                 found[prefix + (name or type(module).__name__)] = module
         return found
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Every parameter once, by its qualified name."""
-        return named_parameters(self.models)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +96,8 @@ class Run:
     whole_batch: Any  # a copy of the batch, in the dtype of the run
     replay: RandomReplay
     substitutions: Substitutions
+    first_buffers: Buffers
     outputs: list[Tensor] = field(default_factory=list)  # of the models in the present forward, in order
-    _first_buffers: Buffers = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._first_buffers = copy_buffers(self.task.modules())
 
     def cut(self, piece: Piece) -> Any:
         """Returns a copy of the piece's rows."""
@@ -115,7 +108,9 @@ class Run:
         """Context manager around the forward of a piece."""
         self.outputs.clear()
         if self.substitutions.reset_buffers and piece.start:
-            put_back_buffers(self.task.modules(), self._first_buffers)
+            modules = self.task.modules()
+            for (where, name), buffer in self.first_buffers.items():
+                modules[where]._buffers[name] = buffer.clone()  # a graph may need the tensor that is there
         with self.replay.forward(piece):
             yield
 
@@ -132,21 +127,15 @@ class Run:
 
     def gradients(self, value: Tensor) -> Gradients:
         """Returns the gradient of a value on the models' own parameters; nothing else gets one."""
-        named = self.task.named_parameters()
+        named = named_parameters(self.task.models)
         for _, parameter in named:
             parameter.grad = None
-        own = GradientSum(named)
-        own.add((value,), (torch.ones_like(value),))
+        GradientSum(named).add((value,), (torch.ones_like(value),))
         return self.accumulated_gradients()
 
     def accumulated_gradients(self) -> Gradients:
         """Returns what ``.grad`` of the models' parameters holds."""
-        named = self.task.named_parameters()
-        return {name: parameter.grad for name, parameter in named if parameter.requires_grad}
-
-    def keep_outputs(self, module: Any, args: Any, output: Any) -> None:
-        """Forward hook of the models."""
-        self.outputs += floats_in(output)
+        return {name: one.grad for name, one in named_parameters(self.task.models) if one.requires_grad}
 
     def substituted(self, loss: Any, piece: Piece) -> Loss:
         """Returns the loss of a micro-batch with the share or the gradient on outputs that it is to have."""
@@ -184,9 +173,9 @@ class Runs:
             batch = tree.to_device(task.batch, task.device)
             batch = copied(tree.map_leaves(batch, in_double) if self.is_double else batch)
             replay = RandomReplay(self.draws, modules, is_alike=substitutions.same_draws)
-            run = Run(task, batch, replay, substitutions)
+            run = Run(task, batch, replay, substitutions, copy_buffers(modules))
             for model in task.models:  # the hooks go with all attributes of the modules
-                model.register_forward_hook(run.keep_outputs)
+                model.register_forward_hook(lambda _, args, output: run.outputs.extend(floats_in(output)))
             isolate_samples(modules[name] for name in substitutions.isolated_layers)
             with replay:
                 yield run
@@ -198,15 +187,14 @@ class Runs:
             with run.forward(whole(rows)):
                 made = self.task.function(self.task.model, copied(run.whole_batch))
                 value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)
-            divisor = _divisor(value)
+            divisor = _divisor(value)  # before the gradients are taken, which frees the graph
             return RunResult(run.gradients(value), copy_buffers(self.task.modules()), divisor)
 
     def accumulated(self, sizes: Sequence[int], substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the gradient of the batch in micro-batches of these sizes."""
         with self.running(substitutions) as run:
-            step = self._train_step(run, sizes)
             try:
-                step.backward((run.whole_batch, torch.arange(self.task.rows)))
+                self._train_step(run, sizes).backward((run.whole_batch, torch.arange(self.task.rows)))
             except MeanError as error:
                 if self.refused is not None:
                     raise
@@ -235,8 +223,7 @@ class Runs:
         elif task.weights is not None and not is_replaced:
             weights = task.weights
             options["weights"] = lambda numbered: weights(numbered[0])
-        trained = [parameter for _, parameter in task.named_parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.0)
+        optimizer = torch.optim.SGD([one for _, one in named_parameters(task.models) if one.requires_grad], lr=0.0)
         return TrainStep(task.models, optimizer, micro_batch_size=max(sizes), split=FixedSplit(tuple(sizes)), **options)
 
 
@@ -258,7 +245,7 @@ def floats_in(value: Any) -> list[Tensor]:
 def _change_parameters(task: Task, part: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, parameter in task.named_parameters():
+        for _, parameter in named_parameters(task.models):
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
                 parameter.mul_(1 + part * signs)

@@ -110,7 +110,6 @@ def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitut
     with runs.running(substitutions) as run:
         for model in task.models:  # the hooks go with all attributes of the modules
             model.register_forward_hook(hook)
-
         _, value = _forward(run, whole(rows))
         outputs = hook.leaves
         if not outputs or not all(one.dim() and one.shape[0] == rows and rows not in one.shape[1:] for one in outputs):

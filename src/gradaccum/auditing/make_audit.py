@@ -17,13 +17,13 @@ from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions, Task
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
 from gradaccum.auditing.suspects import attempted, buffer_culprits, find_culprits
-from gradaccum.checking.compare import BIASED, MISSING, SCALED, Gradients, compare, flat, relative_error
+from gradaccum.checking.compare import BIASED, MISSING, SCALED, compare, flat, relative_error
 from gradaccum.checking.pieces import equal_sizes, ragged_sizes
 from gradaccum.checking.random_ops import UNMATCHED
 from gradaccum.errors import BatchError, LossError, WindowError
 from gradaccum.fit.workload import Workload
 from gradaccum.whole_batch.runners import Combine
-from gradaccum.window.parameters import as_sequence
+from gradaccum.window.parameters import as_sequence, named_parameters
 from gradaccum.window.weights import WeightsFunction
 
 # Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
@@ -85,7 +85,11 @@ def audit(
         >>> report.exact, [(culprit.kind, culprit.where) for culprit in report.culprits]
         (False, [('batch-norm', '1')])
     """
-    _check_micro_batch_size(micro_batch_size)
+    if type(micro_batch_size) is not int or micro_batch_size < 1:
+        raise WindowError(
+            f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
+            "least 1. Where it is found while training, pass a size that was found."
+        )
     task = make_task(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, combine=combine, weights=weights)
     sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
     not_checked = _hooked_parameters(task)
@@ -107,7 +111,8 @@ def audit(
     if error > tolerance and equal != sizes:
         again = runs.accumulated(equal).gradients
         equal_error = relative_error(again, whole.gradients)
-        if _is_scaled(again, whole.gradients, tolerance):  # ragged pieces hide it: they are not scaled alike
+        verdicts = {one.verdict for one in compare(again, whole.gradients, tolerance=tolerance)}
+        if SCALED in verdicts and not verdicts & {BIASED, MISSING}:  # ragged pieces hide it: they are not scaled alike
             compared, error, sizes = again, equal_error, equal
     own_errors = _own_errors(runs, sizes, whole, own_dtype, not_checked)
     if own_errors is not None and _is_imprecise(task, *own_errors):
@@ -130,14 +135,6 @@ def audit(
         not_checked=tuple(not_checked),
         notes=tuple(_notes(task, runs, whole, found, micro_batch_size)),
     )
-
-
-def _check_micro_batch_size(micro_batch_size: Any) -> None:
-    if type(micro_batch_size) is not int or micro_batch_size < 1:
-        raise WindowError(
-            f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
-            "least 1. Where it is found while training, pass a size that was found."
-        )
 
 
 def make_task(
@@ -204,19 +201,14 @@ def _own_errors(
 
 
 def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
-    is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for _, parameter in task.named_parameters())
+    is_short = any(parameter.dtype in (torch.bfloat16, torch.float16) for _, parameter in named_parameters(task.models))
     return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
-
-
-def _is_scaled(made: Gradients, expected: Gradients, tolerance: float) -> bool:
-    verdicts = {one.verdict for one in compare(made, expected, tolerance=tolerance)}
-    return SCALED in verdicts and not verdicts & {BIASED, MISSING}
 
 
 def _own_dtype(task: Task) -> torch.dtype:
     """The dtype that most of the trained numbers have."""
     counts: Counter[torch.dtype] = Counter()
-    for _, parameter in task.named_parameters():
+    for _, parameter in named_parameters(task.models):
         counts[parameter.dtype] += parameter.numel() * parameter.requires_grad
     return counts.most_common(1)[0][0]
 
@@ -225,7 +217,7 @@ def _hooked_parameters(task: Task) -> list[str]:
     """Hooks on parameters, which these runs do not show."""
     hooked = [
         name
-        for name, parameter in task.named_parameters()
+        for name, parameter in named_parameters(task.models)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     ]
     if not hooked:

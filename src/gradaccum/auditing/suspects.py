@@ -30,8 +30,6 @@ _MOST_SINGLE = 8
 
 
 _Seen = TypeVar("_Seen")
-# The run in which a suspect alone is let in, and whom to name, given by how much it moves the gradient.
-_Suspect = tuple[Substitutions, Callable[[float], Sequence[Culprit]]]
 
 
 def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_checked: list[str]) -> list[Culprit]:
@@ -60,20 +58,22 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     is_unexplained = rest > tolerance
     background = rest if is_unexplained else 0.0
 
-    suspects: list[_Suspect] = []
-    for names in [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]:
-        let_in = replace(clean, isolated_layers=clean.isolated_layers - set(names))
-        suspects.append((let_in, partial(_layers, {name: (modules[name], layers[name]) for name in names})))
-    if not_replayed:
-        suspects.append((replace(clean, same_draws=False), partial(_draws, not_replayed)))
-    own_loss = replace(clean, loss_shares=None, output_gradients=None)
-    if loss is not None and own_loss != clean:
-        suspects.append((own_loss, partial(_loss, loss)))
     accused: list[Culprit] = []
-    for let_in, accuse in suspects:
+
+    def judge(let_in: Substitutions, accuse: Callable[[float], Sequence[Culprit]]) -> None:
+        """Runs with one suspect alone let in; names whoever it is, if that moves the gradient."""
         error = run_both(let_in)[-1] - background
         if error > tolerance:
-            accused += accuse(error)
+            accused.extend(accuse(error))
+
+    for names in [[name] for name in layers] if len(layers) <= _MOST_SINGLE else [list(layers)]:
+        let_in = replace(clean, isolated_layers=clean.isolated_layers - set(names))
+        judge(let_in, partial(_layers, {name: (modules[name], layers[name]) for name in names}))
+    if not_replayed:
+        judge(replace(clean, same_draws=False), partial(_draws, not_replayed))
+    own_loss = replace(clean, loss_shares=None, output_gradients=None)
+    if loss is not None and own_loss != clean:
+        judge(own_loss, partial(_loss, loss))
     whole, accumulated, error = run_both(replace(clean, reset_buffers=False))
     moved = error - background if error - background > tolerance else 0.0
     accused += buffer_culprits(modules, whole, accumulated, moved=moved, tolerance=tolerance, known=layers)

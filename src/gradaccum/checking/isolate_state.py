@@ -41,13 +41,6 @@ def copy_buffers(modules: Mapping[str, nn.Module]) -> Buffers:
     """Returns copies of all buffers; a buffer of several modules counts under its first name."""
     first: dict[int, tuple[tuple[str, str], Tensor]] = {}
     for where, module in modules.items():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                first.setdefault(id(buffer), ((where, name), buffer))
+        for name, buffer in module.named_buffers(recurse=False):
+            first.setdefault(id(buffer), ((where, name), buffer))
     return {key: buffer.detach().clone() for key, buffer in first.values()}
-
-
-def put_back_buffers(modules: Mapping[str, nn.Module], buffers: Buffers) -> None:
-    """Gives buffers the values they had, in tensors of their own: a graph may need those that are there."""
-    for (where, name), buffer in buffers.items():
-        modules[where]._buffers[name] = buffer.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -34,8 +34,7 @@ def whole(rows: int) -> Piece:
 
 def pieces(sizes: Sequence[int]) -> list[Piece]:
     """Returns consecutive pieces of the given sizes."""
-    stops = list(accumulate(sizes))
-    return [Piece(i, stop - size, stop) for i, (size, stop) in enumerate(zip(sizes, stops, strict=True), start=1)]
+    return [Piece(i, *ends) for i, ends in enumerate(pairwise(accumulate(sizes, initial=0)), start=1)]
 
 
 def equal_sizes(rows: int, micro_batch_size: int) -> list[int]:

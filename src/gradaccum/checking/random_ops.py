@@ -12,8 +12,7 @@ slopes of RReLU) are run row by row, where rows come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -108,8 +107,14 @@ class RandomCall:
     def run(self, seed: int, *args: Any) -> Any:
         """Runs the operation itself, from a seed; a generator that was passed is left out."""
         kwargs = {**self.kwargs, "generator": None} if "generator" in self.kwargs else self.kwargs
-        with _seeded(seed):
+        after = torch.default_generator.initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
+        try:
             return self.func(*(args or self.args), **kwargs)
+        finally:  # the CPU's generator counts on where it was
+            torch.default_generator.manual_seed(after)
 
     def run_unknown(self) -> Any:
         """Runs an operation that the table does not hold: row by row where rows come first, else from the seed."""
@@ -119,39 +124,24 @@ class RandomCall:
         rows = self.match_rows(shape, ())
         has_rows = first is not None and rows is not None and rows[0] == 0
         if has_rows and shape and shape[0] and shape[0] % self.piece.rows == 0:
-            return self._run_row_by_row(shape[0], self.piece.start * (shape[0] // self.piece.rows))
+            start = self.piece.start * (shape[0] // self.piece.rows)
+            return torch.cat([self._run_row(i, shape[0], start) for i in range(shape[0])])
         if rows is not None and self.piece.index:
             self._note(UNMATCHED)
         return self.run(self.seed(is_shared=False))
 
-    def _run_row_by_row(self, rows: int, start: int) -> Any:
-        """Each row from a seed that belongs to it in the whole batch."""
-        made: list[Any] = []
-        for i in range(rows):
-            row = [
-                value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
-                for value in self.args
-            ]
-            made.append(self.run(self.seed(is_shared=True) ^ ((start + i) * 40503 + 1), *row))
-        return torch.cat(made)
+    def _run_row(self, i: int, rows: int, start: int) -> Any:
+        """One row, from a seed that belongs to it in the whole batch."""
+        row = [
+            value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+            for value in self.args
+        ]
+        return self.run(self.seed(is_shared=True) ^ ((start + i) * 40503 + 1), *row)
 
     def _note(self, why: str) -> None:
         plain = self.name.rstrip("_").removeprefix("_")
         known = {"bernoulli": "dropout or torch.bernoulli", "sample_dirichlet": "a Beta or Dirichlet"}
         self.draws.not_replayed[self.find_module(), known.get(plain, f"torch.{plain}")] = why
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the default generators; afterwards the CPU's counts on where it was."""
-    after = torch.default_generator.initial_seed()
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.manual_seed(after)
 
 
 # ---------------------------------------------------------------------------------------------------------- operations

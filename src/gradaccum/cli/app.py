@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 _Target = Annotated[str, typer.Argument(metavar="TARGET", help="path/to/file.py:function or package.module:function.")]
+_WRITERS = {"plot": "matplotlib", "cli": "jinja2"}  # what writes a file, by the extra that it comes with
 _Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result as a page.")]
 
 
@@ -61,7 +62,7 @@ def demo(
     """
     from gradaccum.cli.demo import run_demo
 
-    _check_file(plot, "--plot", extra="plot", module="matplotlib", suffixes=SUFFIXES)
+    _check_file(plot, "--plot", extra="plot", suffixes=SUFFIXES)
     raise typer.Exit(0 if run_demo(plot=plot) else 1)
 
 
@@ -82,7 +83,7 @@ def audit(
     """
     from gradaccum.cli.audit import run_audit
 
-    _check_file(html, "--html", extra="cli", module="jinja2")
+    _check_file(html, "--html", extra="cli")
     raise typer.Exit(0 if run_audit(target, micro_batch_size=micro_batch_size, html=html) else 1)
 
 
@@ -106,9 +107,8 @@ def plan(
     """
     from gradaccum.cli.plan import run_plan
 
-    _check_file(html, "--html", extra="cli", module="jinja2")
-    fits = run_plan(target, memory=memory, estimate=estimate, device=device, html=html)
-    raise typer.Exit(0 if fits else 1)
+    _check_file(html, "--html", extra="cli")
+    raise typer.Exit(0 if run_plan(target, memory=memory, estimate=estimate, device=device, html=html) else 1)
 
 
 @app.command()
@@ -127,15 +127,13 @@ def bench(
     run_bench(json_path=json)
 
 
-def _check_file(
-    path: Path | None, option: str, *, extra: str = "", module: str = "", suffixes: tuple[str, ...] = ()
-) -> None:
-    """Refuses, before the work, a file that could not be written after it: ``module`` of an extra would be missing."""
+def _check_file(path: Path | None, option: str, *, extra: str = "", suffixes: tuple[str, ...] = ()) -> None:
+    """Refuses, before the work, a file that could not be written after it, by what the ``extra`` installs."""
     if path is None:
         return
-    if module:
+    if extra:
         with extra_needed(extra, f"The option {option}"):
-            importlib.import_module(module)
+            importlib.import_module(_WRITERS[extra])
     if suffixes and path.suffix.lower() not in suffixes:
         raise typer.BadParameter(f"{path}: a picture ends in {', '.join(suffixes)}.", param_hint=option)
     if not path.absolute().parent.is_dir():

@@ -49,8 +49,7 @@ def _sections(report: ga.Report) -> tuple[tuple[Cell, ...], ...]:
     sections: list[tuple[Cell, ...]] = []
     for i, group in enumerate(audit_report.grouped(report.culprits), start=1):
         first = group[0]
-        error = max(culprit.error for culprit in group)
-        fraction = min(error / largest, 1.0) if largest else None
+        fraction = min(max(culprit.error for culprit in group) / largest, 1.0) if largest else None
         heading = Cell(text=f"{i}. {audit_report.title(group)}", tone=Tone.BAD, fraction=fraction)
         where = f"Where: {', '.join(audit_report.places(group))}"
         texts = (where, f"Why: {first.what}", f"Type: {first.remedy}", f"Price: {first.price}")

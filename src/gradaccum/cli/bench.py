@@ -51,7 +51,17 @@ def run_bench(*, json_path: Path | None, cases: tuple[Case, ...] = CASES) -> Non
     print_table(terminal, _table(results))
     print_text(terminal, f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU.", Tone.QUIET)
     if json_path is not None:
-        json_path.write_text(json.dumps(_figures(results), indent=2) + "\n", encoding="utf-8")
+        figures = {
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "torch_threads": torch.get_num_threads(),
+                "system": f"{platform.system()} {platform.machine()}",
+            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "gradaccum": ga.__version__},
+            "jobs": results,
+        }
+        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         print_text(terminal, f"Figures: {json_path}", Tone.QUIET)
 
 
@@ -124,16 +134,3 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
         columns=("textbook loop", "gradaccum", "ratio"),
         rows=tuple(rows),
     )
-
-
-def _figures(results: dict[str, dict[str, float]]) -> dict[str, object]:
-    return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "gradaccum": ga.__version__},
-        "jobs": results,
-    }

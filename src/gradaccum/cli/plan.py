@@ -45,7 +45,6 @@ def _table(plan: ga.Plan) -> Table:
     fastest = max((row.samples_per_second or 0.0 for row in plan.rows), default=0.0)
     rows: list[Row] = []
     for row in plan.rows:
-        is_chosen = row.micro_batch_size == plan.micro_batch_size
         tone, speed = Tone.PLAIN if row.fits else Tone.BAD, row.samples_per_second
         size, pieces, peak, fits, seconds, rate = words.cells(plan, row)
         cells = (
@@ -55,7 +54,7 @@ def _table(plan: ga.Plan) -> Table:
             Cell(text=seconds),
             Cell(text=rate, fraction=None if speed is None else speed / fastest),
         )
-        mark = Cell(text="take this" if is_chosen else "", tone=Tone.GOOD)
+        mark = Cell(text="take this" if row.micro_batch_size == plan.micro_batch_size else "", tone=Tone.GOOD)
         rows.append(Row(label=size, cells=cells if plan.micro_batch_size is None else (*cells, mark)))
     columns = (*words.HEADS[1:], *([] if plan.micro_batch_size is None else [""]))
     return Table(title=_TITLE, text=f"{words.title(plan)}.", columns=columns, rows=tuple(rows))

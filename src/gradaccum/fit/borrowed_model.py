@@ -53,14 +53,20 @@ def borrowed(
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     with ExitStack() as undone:
         undone.callback(torch.clear_autocast_cache)  # casts of stand-ins, if the caller has autocast on
-        undone.callback(_restorer_of_random_state())
+        undone.callback(RandomState.now().restore)
+        undone.callback(random.setstate, random.getstate())
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is not None:
+            undone.callback(numpy.random.set_state, numpy.random.get_state())
         of_modules = [p for module in modules for p in module._parameters.values() if p is not None]
         # Optimizers may train some that no module has.
         of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         for parameter in {id(p): p for p in [*of_modules, *of_optimizers]}.values():
             undone.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-        undone.callback(_restorer_of_attributes(modules))
+        remembered: set[int] = set()
+        for module in modules:
+            _remember(vars(module), remembered, undone)
         replaced: dict[int, Tensor] = {}
         for module in modules:
             for tensors in (module._parameters, module._buffers):
@@ -170,41 +176,17 @@ class SavedBeforeWriting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _restorer_of_random_state() -> Callable[[], None]:
-    torch_state, python_state = RandomState.now(), random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-
-    def restore() -> None:
-        torch_state.restore()
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-    return restore
+def _remember(value: Any, remembered: set[int], undone: ExitStack) -> None:
+    """Has ``undone`` put back what a container holds, and what built-in containers in it hold, at any depth."""
+    if isinstance(value, torch.Generator):
+        undone.callback(value.set_state, value.get_state())
+    elif type(value) in _CONTAINERS and id(value) not in remembered:
+        remembered.add(id(value))
+        undone.callback(_refill, value, value.copy())
+        for entry in value.values() if isinstance(value, dict) else value:
+            _remember(entry, remembered, undone)
 
 
-def _restorer_of_attributes(modules: Sequence[nn.Module]) -> Callable[[], None]:
-    """Remembers the attributes of modules and what built-in containers among them hold, at any depth."""
-    held: dict[int, tuple[Any, Any]] = {}  # by id: the container and a copy of what it held
-    generators: list[tuple[torch.Generator, Tensor]] = []
-
-    def remember(value: Any) -> None:
-        if isinstance(value, torch.Generator):
-            generators.append((value, value.get_state()))
-        elif type(value) in _CONTAINERS and id(value) not in held:
-            held[id(value)] = (value, value.copy())
-            for entry in value.values() if isinstance(value, dict) else value:
-                remember(entry)
-
-    for module in modules:
-        remember(vars(module))
-
-    def restore() -> None:
-        for container, before in held.values():
-            container.clear()
-            container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
-        for generator, state in generators:
-            generator.set_state(state)
-
-    return restore
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    container.extend(entries) if isinstance(container, (list, deque)) else container.update(entries)

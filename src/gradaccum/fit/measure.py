@@ -49,8 +49,7 @@ class _Measurement:
         """Runs one size after another until one does not fit, or is not expected to, or time is up."""
         found = self.found
         accumulated: list[int] = []
-        smallest = sizes_to_accumulate(found.sizes, found.rows)[0]
-        if not self._fits(smallest, lambda: accumulated.extend(probe.warm_up())):
+        if not self._fits(sizes_to_accumulate(found.sizes, found.rows)[0], lambda: accumulated.extend(probe.warm_up())):
             return
         if all(self._try(probe, size) for size in accumulated) and found.rows in found.sizes:
             self._try(probe, found.rows, is_whole=True)

@@ -153,13 +153,10 @@ def as_bytes(size: str | int) -> int:
     Raises:
         WindowError: it is not a size, or not above 0.
     """
-    found = 0
-    if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
+    found = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         # Without a unit it is more often a slip than a number of bytes.
-        found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
-    elif isinstance(size, int) and not isinstance(size, bool):
-        found = size
+        found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0))
     if found <= 0:
         raise WindowError(
             f"memory={size!r} is no size, so nothing can be said to fit into it. Write a number with its unit, "
@@ -208,8 +205,9 @@ def _size_model(
 ) -> SizeModel:
     """What does not depend on the size; no size has been run yet."""
     optimizers, device = workload.optimizers, workload.device
+    parameters = [parameter for model in workload.models for parameter in model.parameters()]
     # Parameters that no model has (a temperature) are the optimizers'.
-    of_optimizers = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parameters += [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     optimizer = optimizer_memory(
         optimizers, device=device, as_on_cuda=is_cuda_elsewhere(device, target), rounded_to=block_bytes(target)
     )
@@ -218,7 +216,7 @@ def _size_model(
         sizes=list(sizes),
         looks_between=looks_between,
         memory=memory,
-        parameters=num_bytes([*(p for model in workload.models for p in model.parameters()), *of_optimizers]),
+        parameters=num_bytes(parameters),
         buffers=num_bytes(buffer for model in workload.models for buffer in model.buffers()),
         optimizer_state=optimizer.state,
         optimizer_step=optimizer.step,
@@ -260,7 +258,6 @@ def _assembled(
     )
     fitting = [row for row in table if row.fits]
     chosen = max(fitting, key=lambda row: (row.samples_per_second or 0.0, row.micro_batch_size), default=None)
-    temporaries = round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" and torch.cuda.is_available() else ""
     return Plan(
         method=method,
@@ -277,7 +274,7 @@ def _assembled(
             optimizer_step=found.optimizer_step,
             gradients=found.gradient_bytes,
             activations_per_sample=round(curve.bytes_per_sample),
-            temporaries=max(0, temporaries),
+            temporaries=max(0, round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)),
         ),
         notes=(*notes, *found.notes),
         _curve=curve,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradaccum import tree
 from gradaccum.fit.size_model import SizeModel
@@ -45,7 +45,8 @@ class Probe:
         if note:
             found.notes.append(note)
             found.sizes = [size for size in found.sizes if size > 1] or found.sizes
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        parameters = {id(p): p for model in self.workload.models for p in model.parameters()}.values()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         found.gradient_bytes = num_bytes(gradients)
         num_sparse = sum(gradient.is_sparse for gradient in gradients)
         if num_sparse:
@@ -106,23 +107,19 @@ class Probe:
                 outputs = forward(workload.model, micro_batch)
             outputs = tree.map_leaves(outputs, lambda leaf: _repeated(leaf, workload.rows))
             _backward(batch_loss(outputs, batch), samples=workload.rows)
-            gradients = [tensor.grad for tensor in tree.tensors(outputs)]
             again = tree.tensors(forward(workload.model, micro_batch))
             pairs = [
-                (output, gradient[:size])
-                for output, gradient in zip(again, gradients, strict=True)
-                if gradient is not None and output.requires_grad
+                (output, of_whole.grad[:size])
+                for output, of_whole in zip(again, tree.tensors(outputs), strict=True)
+                if of_whole.grad is not None and output.requires_grad
             ]
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
         return run_in_two_passes
 
-    def _parameters(self) -> list[Tensor]:
-        return list({id(p): p for model in self.workload.models for p in model.parameters()}.values())
-
     def _clear(self) -> None:
-        for parameter in self._parameters():
-            parameter.grad = None
+        for model in self.workload.models:
+            nn.Module.zero_grad(model)  # not one of its own
 
 
 def some_rows(batch: Any, size: int, own: Callable[[Tensor], Tensor]) -> Any:

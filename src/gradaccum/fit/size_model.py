@@ -68,13 +68,11 @@ class Curve:
         return bisect_right(range(1, rows), memory, key=self.at) or None
 
     def _accumulating(self, size: int) -> float:
-        last = self.points[-1]
-        if size > last[0]:
-            return last[1] + (size - last[0]) * self.bytes_per_sample
         for left, right in pairwise(self.points):
             if size <= right[0]:
                 return left[1] + (size - left[0]) * _slope(left, right)
-        return last[1]
+        last_size, peak = self.points[-1]
+        return peak + (size - last_size) * self.bytes_per_sample  # which is 0 where there is one point only
 
 
 def _slope(left: tuple[int, int], right: tuple[int, int]) -> float:

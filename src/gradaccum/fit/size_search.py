@@ -75,25 +75,26 @@ class SizeSearch:
 
     def size(self, rows: int, elements: int) -> int:
         """The largest size of a piece of a batch; above the cap where a larger one is on trial."""
-        cap = self._cap(elements)
-        size = max(1, min(rows, cap // elements, self._wanted_size(rows, elements)))
-        trial = self._on_trial = self._trial(rows, elements, size)
-        return size if trial is None else trial
+        size = max(1, min(rows, self._cap(elements) // elements, self._wanted_size(rows, elements)))
+        self._on_trial = self._trial(rows, elements, size)
+        return self._on_trial or size
 
     def sizes(self, rows: int, elements: int) -> Sequence[int]:
         """The sizes of the pieces of a batch, in the order they are to run; they add up to its rows."""
         is_first = self._searched_rows == 0
         is_larger = rows > _CLEARLY_MORE * self._searched_rows and elements <= 2 * self._searched_elements
         if self._is_by_time and (is_first or is_larger):
-            self._start_over(rows, elements)
-        size = self.size(rows, elements)
+            # Only times of batches alike are compared, and a larger one has sizes that were never tried.
+            self.times = Times()
+            self.fastest, self._searched, self._updates = None, 0, 0
+            self._searched_rows, self._searched_elements = rows, elements
+        size, most = self.size(rows, elements), max(1, self._cap(elements) // elements)
         if self._on_trial is not None:
-            before = max(1, self._cap(elements) // elements)
             self.times.of_size.pop(size, None)
-            self.times.of_size.pop(before, None)
-            return [size, *(_equal(rows - size, before) if size < rows else [])]
+            self.times.of_size.pop(most, None)
+            return [size, *(_equal(rows - size, most) if size < rows else [])]
         if self.fastest is None and rows == self._searched_rows and elements == self._searched_elements:
-            return self._searched_sizes(rows, max(1, self._cap(elements) // elements))
+            return self._searched_sizes(rows, most)
         return _equal(rows, size)
 
     def ran(self, size: int, seconds: float, elements: int) -> None:
@@ -106,8 +107,15 @@ class SizeSearch:
         self._clean_updates += 1
         self._updates += 1
         if self._on_trial is not None:
-            self._judge(self._on_trial, sizes, elements)
-            self._on_trial = None
+            fits = self._on_trial * elements
+            for length, cap in self.caps.items():
+                if length <= _length(elements) and cap < fits:
+                    self.caps[length] = fits
+            seconds = self.times.seconds()
+            # It is used for good, unless it was slower than the one before.
+            if seconds.get(self._on_trial, 0.0) <= _CLEARLY_SLOWER * seconds.get(sizes[-1], math.inf):
+                self.fastest = max(self.fastest or 0, fits)
+            self._clean_updates, self._wait, self._on_trial = 0, max(self._wait // 2, _FIRST_WAIT), None
         elif self.fastest is None:
             self._searched += sum(sizes) == self._searched_rows and elements == self._searched_elements
             if self.times.of_size and (self._searched >= _SEARCHED_UPDATES or self._updates >= _PATIENCE):
@@ -142,12 +150,6 @@ class SizeSearch:
         length = _length(elements)
         return min((cap for met_by, cap in self.caps.items() if met_by <= length), default=_ENDLESS)
 
-    def _start_over(self, rows: int, elements: int) -> None:
-        """Only times of batches alike are compared, and a larger one has sizes that were never tried."""
-        self.times = Times()
-        self.fastest, self._searched, self._updates = None, 0, 0
-        self._searched_rows, self._searched_elements = rows, elements
-
     def _wanted_size(self, rows: int, elements: int) -> int:
         if self.fastest is not None:
             return self.fastest // elements
@@ -173,17 +175,6 @@ class SizeSearch:
         known = self.fastest // elements
         trial = min(2 * max(most, 1), rows if known <= most else min(known, rows))
         return trial if trial > most else None
-
-    def _judge(self, trial: int, sizes: Sequence[int], elements: int) -> None:
-        """A size above the cap fitted: it is used from now on, unless it was slower than the one before."""
-        fits = trial * elements
-        for length, cap in self.caps.items():
-            if length <= _length(elements) and cap < fits:
-                self.caps[length] = fits
-        self._clean_updates, self._wait = 0, max(self._wait // 2, _FIRST_WAIT)
-        seconds = self.times.seconds()
-        if seconds.get(trial, 0.0) <= _CLEARLY_SLOWER * seconds.get(sizes[-1], math.inf):
-            self.fastest = max(self.fastest or 0, fits)
 
 
 def _length(elements: int) -> int:

@@ -36,7 +36,7 @@ from gradaccum.fit.size_search import SizeSearch
 from gradaccum.memory.live_bytes import num_bytes, tensors_in
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
-from gradaccum.types import Rows, Split
+from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.snapshot import Buffers, RandomSeed
 
@@ -44,11 +44,6 @@ logger = logging.getLogger("gradaccum")
 
 RunPieces = Callable[[Sequence[Rows], Callable[[int], None]], None]
 """Runs pieces of a batch, telling after each how many have run."""
-
-
-def num_rows(piece: Rows) -> int:
-    """How many rows a piece has."""
-    return piece.stop - piece.start if isinstance(piece, slice) else len(piece)
 
 
 @dataclass(eq=False)
@@ -135,8 +130,7 @@ class Fitting:
 
     @functools.cached_property
     def _search(self) -> SizeSearch:  # begun at the first batch: whether a BatchNorm is in training mode may change
-        coupled = self.accumulation.plan_line.coupled_layers()
-        by_time = self.by_time and self._cuts_by_samples and not coupled
+        by_time = self.by_time and self._cuts_by_samples and not self.accumulation.plan_line.coupled_layers()
         return SizeSearch() if by_time else SizeSearch.of_memory_only()
 
     def _largest_and_elements(self, batch: Any) -> tuple[int, int]:
@@ -146,8 +140,7 @@ class Fitting:
         largest = self.split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
-        rows = rows_to_split(batch)
-        return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows)
+        return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows_to_split(batch))
 
     def _cut(self, batch: Any, largest: int, elements: int) -> tuple[Sequence[Rows], Sequence[int]]:
         """The pieces, and their sizes in the unit of the split."""
@@ -157,8 +150,7 @@ class Fitting:
             size = self._search.size(largest, elements)
             return self.split.plan(batch, size), [size]
         sizes = self._search.sizes(largest, elements)
-        starts = list(itertools.accumulate(sizes, initial=0))
-        return [slice(start, stop) for start, stop in itertools.pairwise(starts)], sizes
+        return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))], sizes
 
     def _attempt(
         self, pieces: Sequence[Rows], run_pieces: RunPieces, elements: int
@@ -216,22 +208,19 @@ class Fitting:
 def _state_reserved(optimizers: Sequence[Optimizer], device: torch.device) -> Iterator[None]:
     """Context manager that occupies the bytes of optimizer states to come, where running out of memory is an error."""
     new = [optimizer for optimizer in optimizers if not optimizer.state]
-    held = _occupied(new, device) if new and _ends_in_an_error(device) else None
+    held = None
+    if new and _ends_in_an_error(device):
+        from gradaccum.memory.optimizer_memory import optimizer_memory  # fake tensors take a while to import
+
+        try:
+            held = torch.empty(optimizer_memory(new).state, dtype=torch.uint8, device=device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):  # where it is, there is no room at all: the update itself will say so
+                raise
     try:
         yield
     finally:
         del held
-
-
-def _occupied(optimizers: Sequence[Optimizer], device: torch.device) -> torch.Tensor | None:
-    from gradaccum.memory.optimizer_memory import optimizer_memory  # fake tensors take a while to import
-
-    try:
-        return torch.empty(optimizer_memory(optimizers).state, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None  # there is no room for the state at all: the update itself will say so
 
 
 def _ends_in_an_error(device: torch.device) -> bool:

@@ -35,13 +35,31 @@ class Workload:
         model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any, optimizer: Any = None
     ) -> Workload:
         """The workload of what a user has passed; an error where it cannot be run."""
-        _check_functions(loss_fn, forward, batch_loss)
+        if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
+            raise WindowError(
+                f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
+                f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
+                "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
+            )
+        if loss_fn is not None and (forward is not None or batch_loss is not None):
+            raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
         models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
         refuse_data_parallel(models)
         rows = tree.rows(batch)
         if rows == 0:
             raise BatchError(
                 "The batch has 0 rows, and nothing can be run with it. Pass a batch as it is trained with."
+            )
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        if any(is_lazy(parameter) for parameter in parameters):
+            raise ParameterError(
+                "Some parameters have no shape yet, so their memory is unknown. Run one forward of the lazy modules "
+                "first."
+            )
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise ParameterError(
+                f"There is nothing to train: none of the {len(parameters)} parameters requires a gradient, so no "
+                "backward can be run. Call parameter.requires_grad_() on those to train."
             )
         return Workload(
             models=models,
@@ -51,7 +69,7 @@ class Workload:
             batch_loss=batch_loss,
             batch=batch,
             rows=rows,
-            device=_device_of(models),
+            device=parameters[0].device,
             optimizers=[] if optimizer is None else as_sequence(optimizer, Optimizer, name="optimizer"),
         )
 
@@ -68,28 +86,3 @@ class Workload:
         if self.loss_fn is None and is_split:
             rows += self.rows
         return here + elsewhere * rows // self.rows
-
-
-def _check_functions(loss_fn: Any, forward: Any, batch_loss: Any) -> None:
-    if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
-        raise WindowError(
-            f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
-            f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
-            "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
-        )
-    if loss_fn is not None and (forward is not None or batch_loss is not None):
-        raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
-
-
-def _device_of(models: Sequence[nn.Module]) -> torch.device:
-    parameters = [parameter for model in models for parameter in model.parameters()]
-    if any(is_lazy(parameter) for parameter in parameters):
-        raise ParameterError(
-            "Some parameters have no shape yet, so their memory is unknown. Run one forward of the lazy modules first."
-        )
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise ParameterError(
-            f"There is nothing to train: none of the {len(parameters)} parameters requires a gradient, so no backward "
-            "can be run. Call parameter.requires_grad_() on those to train."
-        )
-    return parameters[0].device

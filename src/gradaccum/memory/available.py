@@ -20,8 +20,7 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         cap = round(total * torch.cuda.get_per_process_memory_fraction(device))
-        allocated = torch.cuda.memory_allocated(device)
-        usable = min(free + torch.cuda.memory_reserved(device), cap) - allocated
+        usable = min(free + torch.cuda.memory_reserved(device), cap) - torch.cuda.memory_allocated(device)
         return round(USABLE_OF_CUDA * usable)
     if device.type == "cpu":
         return min(_limits_of_the_host(), default=None)

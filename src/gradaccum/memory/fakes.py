@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,9 +68,7 @@ def fake_of(tensor: Tensor, *, mode: FakeTensorMode, device: torch.device) -> Te
         return mode.from_tensor(tensor)
     with mode:
         fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        if not isinstance(tensor, nn.Parameter):
-            return fake
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def fake_input(tensor: Tensor, *, mode: FakeTensorMode, device: torch.device) -> Tensor:
@@ -137,13 +134,6 @@ class AsOnCuda(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if result is None else result  # where it cannot take the arguments
 
 
-def step_as_on_cuda(optimizer: Optimizer) -> None:
-    """Sets what the optimizer would choose by itself on CUDA."""
-    for group in optimizer.param_groups:
-        if group.get("foreach", ...) is None and not group.get("fused"):
-            group["foreach"] = True
-
-
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
     if not training or inplace or not 0.0 < p < 1.0:
         return None
@@ -161,24 +151,22 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     tensors = (query, key, value)
-    if any(tensor.dim() != 4 or tensor.dtype != query.dtype for tensor in tensors):
+    is_usual = all(tensor.dim() == 4 and tensor.dtype == query.dtype for tensor in tensors)
+    if not is_usual or not any(tensor.requires_grad for tensor in tensors):
         return None
-    if not any(tensor.requires_grad for tensor in tensors):
-        return None
-    half = query.dtype in HALF_DTYPES
-    if half and attn_mask is None and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD:
+    is_half = query.dtype in HALF_DTYPES
+    if is_half and attn_mask is None and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    bias = attn_mask
-    if bias is not None:
-        if bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
-        bias = bias.expand(*query.shape[:3], key.shape[2])
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 _STAND_INS: dict[Any, Callable[..., Tensor | None]] = {

@@ -18,7 +18,6 @@ The idea is that of torch.distributed._tools.mem_tracker, which needs hooks on m
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import weakref
@@ -126,7 +125,11 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*raised)
         self._eagerly.close()
         for allocation in list(self._allocations.values()):
-            self._stop_watching(allocation)
+            storage = allocation.reference()
+            if storage is not None:
+                del vars(storage)["resize_"]
+                if allocation.outer_resize is not None:
+                    vars(storage)["resize_"] = allocation.outer_resize
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -159,20 +162,14 @@ class LiveBytes(TorchDispatchMode):
             self._peak = max(self._peak, self._current)
 
     def _watch(self, storage: UntypedStorage, bytes_before: int) -> _Allocation:
-        note = functools.partial(_leave_note, self._freed, id(storage))
-        allocation = self._allocations[id(storage)] = _Allocation(weakref.ref(storage, note), bytes_before)
+        key, freed = id(storage), self._freed  # a reference to `self` would keep the counter as long as any storage
+        reference = weakref.ref(storage, lambda _: freed.append(key))
+        allocation = self._allocations[key] = _Allocation(reference, bytes_before)
         # No operation is dispatched for `storage.resize_(n)`, with which FSDP frees parameters, so the method is
         # shadowed in the attributes of this one storage. torch keeps them for as long as the storage itself.
         allocation.outer_resize = vars(storage).get("resize_")
         vars(storage)["resize_"] = _counting_resize(allocation, weakref.WeakMethod(self._count))
         return allocation
-
-    def _stop_watching(self, allocation: _Allocation) -> None:
-        storage = allocation.reference()
-        if storage is not None:
-            del vars(storage)["resize_"]
-            if allocation.outer_resize is not None:
-                vars(storage)["resize_"] = allocation.outer_resize
 
     def _forget_freed(self) -> None:
         while self._freed:
@@ -180,10 +177,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _rounded(self, num_bytes: int) -> int:
         return -(-num_bytes // self._rounded_to) * self._rounded_to
-
-
-def _leave_note(freed: deque[int], key: int, _: object) -> None:
-    freed.append(key)  # a bound method would keep the counter alive for as long as any storage
 
 
 def _counting_resize(allocation: _Allocation, count: weakref.WeakMethod[Callable[..., None]]) -> Callable[[int], Any]:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of, step_as_on_cuda
+from gradaccum.memory.fakes import can_be_faked, fake_mode, fake_of
 from gradaccum.memory.live_bytes import LiveBytes, num_bytes, tensors_in
 
 
@@ -67,9 +67,16 @@ def _after_a_step(
     fakes = _fakes(optimizer, mode, device)
     parameters = [fakes[id(p)] for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     with mode:
-        clone = _copied(optimizer, fakes)
-        if as_on_cuda:
-            step_as_on_cuda(clone)
+        memo: dict[int, Any] = dict(fakes)
+        clone: Optimizer = copy.deepcopy(optimizer, memo)  # without the hooks
+        # What a class of its own adds is not in torch's copy. An attribute ``step`` is the wrapper of a learning-rate
+        # schedule, which counts the calls.
+        for name, value in vars(optimizer).items():
+            if name not in vars(clone) and name != "step":
+                setattr(clone, name, copy.deepcopy(value, memo))
+        for group in clone.param_groups:
+            if as_on_cuda and group.get("foreach", ...) is None and not group.get("fused"):
+                group["foreach"] = True  # which the optimizer would choose on CUDA
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         before = num_bytes(tensors_in(clone.state))
@@ -98,17 +105,3 @@ def _fakes(optimizer: Optimizer, mode: FakeTensorMode, device: torch.device | No
             raise NotImplementedError(f"this build of torch does not know the device {where}")
         fakes[id(tensor)] = fake_of(tensor, mode=mode, device=where)
     return fakes
-
-
-def _copied(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
-    """A copy on fake tensors, with none of the hooks.
-
-    torch copies what every optimizer has; what a class of its own adds is copied here. An attribute ``step`` is the
-    wrapper of a learning-rate schedule, which counts the calls.
-    """
-    memo: dict[int, Any] = dict(fakes)
-    clone: Optimizer = copy.deepcopy(optimizer, memo)
-    for name, value in vars(optimizer).items():
-        if name not in vars(clone) and name != "step":
-            setattr(clone, name, copy.deepcopy(value, memo))
-    return clone

@@ -57,9 +57,5 @@ def let_go_of(error: BaseException) -> None:
 def free_memory(device: torch.device) -> None:
     """Gives what nothing refers to any more back to the device."""
     gc.collect()  # graphs and hooks refer to each other
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    elif device.type == "xpu":
-        torch.xpu.empty_cache()
+    if device.type in ("cuda", "mps", "xpu"):
+        torch.get_device_module(device).empty_cache()
