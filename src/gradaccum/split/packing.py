@@ -27,7 +27,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradaccum.errors import BatchError
 from gradaccum.types import Rows
 
 
@@ -91,21 +90,13 @@ def _best_starts(ascending: Sequence[float], earliest: Sequence[int], piece_cost
 def restore_order(pieces: Sequence[Rows], outputs: Sequence[Tensor]) -> Tensor:
     """Joins the outputs of a batch's pieces, ``[rows of the piece, ...]``, in the batch's own order, with gradient.
 
-    Raises:
-        BatchError: the outputs differ in more than their rows.
+    The outputs differ in their rows alone, which the callers have checked.
 
     Example:
         >>> from gradaccum.split.packing import restore_order
         >>> restore_order([torch.tensor([1, 2]), torch.tensor([0])], [torch.tensor([11, 12]), torch.tensor([10])])
         tensor([10, 11, 12])
     """
-    shapes = sorted({tuple(output.shape[1:]) for output in outputs})
-    if len(shapes) > 1:
-        raise BatchError(
-            f"A row of the outputs has shape {shapes[0]} in one micro-batch and {shapes[-1]} in another, so they are "
-            "not one tensor over the batch: each micro-batch was trimmed to a length of its own. Return outputs of one "
-            "shape for every sample (pooled over its length), or pass ga.split_by_cost(..., trim=False)."
-        )
     order = torch.cat(
         [torch.arange(piece.start, piece.stop) if isinstance(piece, slice) else piece.cpu() for piece in pieces]
     )
