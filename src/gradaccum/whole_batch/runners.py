@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -187,14 +187,14 @@ def choose_runner(
     """
     function: Any = options.loss_fn if options.batch_loss is None else options.forward
     run_one: Callable[[Any], Any] = functools.partial(function, model)
-    scope: Callable[[], AbstractContextManager[None]] = nullcontext
+    scope: Callable[[], AbstractContextManager[None]] | None = None
     if isinstance(options.batch_norm, GhostBatch):
         ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
         run_one, scope = ghosts.forward(run_one), ghosts.held
     elif options.batch_norm == "frozen":
         scope = functools.partial(frozen, models)
     if not options.is_lockstep:
-        return _Scoped(runner=_one_after_another(options, run_one, models, split, ranks), scope=scope)
+        return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
     # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
     is_exact = options.batch_norm == "exact"
     whole = Whole(models)
@@ -204,13 +204,13 @@ def choose_runner(
         run_one=run_one,
         batch_loss=options.batch_loss,
         combination=_COMBINATIONS[options.combine],
-        uncut=_Scoped(runner=uncut, scope=whole.held if is_exact else nullcontext),
+        uncut=_scoped(uncut, whole.held if is_exact else None),
         split=split,
         weights=options.weights,
         is_exact=is_exact,
         activations=options.activations,
     )
-    return _Scoped(runner=runner, scope=scope)
+    return _scoped(runner, scope)
 
 
 def _one_after_another(
@@ -230,9 +230,8 @@ def _one_after_another(
             kept=KeptGraphs(models, at_most=options.kept_graphs),
         )
     plain = Plain(loss_of=run_one, split=split, weights=options.weights)
-    if ranks is not None and ranks.runs_collectives:
-        return FilledRunner(runner=plain, loss_of=run_one)
-    return plain
+    needs_fillers = ranks is not None and ranks.runs_collectives
+    return FilledRunner(runner=plain, loss_of=run_one) if needs_fillers else plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,3 +245,7 @@ class _Scoped:
         """See `Runner`."""
         with self.scope():
             self.runner.run(accumulation, batch, pieces, ran=ran)
+
+
+def _scoped(runner: Runner, scope: Callable[[], AbstractContextManager[None]] | None) -> Runner:
+    return runner if scope is None else _Scoped(runner=runner, scope=scope)
