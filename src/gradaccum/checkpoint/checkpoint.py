@@ -91,7 +91,7 @@ class Checkpoint:
         self._saves += 1
         shards = self._sharded()
         state = {name: self._state_of(name) for name in self._objects if name not in shards}
-        state[_RANDOM] = _gathered(_random_state())
+        state[_RANDOM] = _random_states()
         if shards:
             from gradaccum.checkpoint.sharded import save
 
@@ -165,10 +165,8 @@ class Checkpoint:
 
     def _counter(self) -> Any:
         """Returns the `TrainStep` or `Accumulator` that counts updates and samples, or None."""
-        counters = [
-            value for value in self._objects.values() if hasattr(value, "updates") and hasattr(value, "samples")
-        ]
-        return counters[0] if counters else None
+        values = self._objects.values()
+        return next((one for one in values if hasattr(one, "updates") and hasattr(one, "samples")), None)
 
     def _sharded(self) -> dict[str, Any]:
         """Returns sharded models and their optimizers by name."""
@@ -184,15 +182,6 @@ def _is_sharded(value: Any) -> bool:
 def _rank_and_world_size() -> tuple[int, int]:
     has_group = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Returns each rank's value, by rank."""
-    _, world_size = _rank_and_world_size()
-    values = [value] * world_size
-    if world_size > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def _from_first(make: Callable[[], Path | None]) -> Any:
@@ -214,11 +203,16 @@ def _from_first(make: Callable[[], Path | None]) -> Any:
     return messages[0]
 
 
-def _random_state() -> dict[str, Any]:
-    """Returns the state of Python's and torch's generators, in types that are loaded without running code."""
+def _random_states() -> list[dict[str, Any]]:
+    """Returns each rank's state of Python's and torch's generators, in types that are loaded without running code."""
     version, numbers, gauss = random.getstate()
     state = RandomState.now()
-    return {"python": [version, list(numbers), gauss], "cpu": state.cpu, "cuda": list(state.cuda.values())}
+    mine = {"python": [version, list(numbers), gauss], "cpu": state.cpu, "cuda": list(state.cuda.values())}
+    _, world_size = _rank_and_world_size()
+    states = [mine] * world_size
+    if world_size > 1:
+        dist.all_gather_object(states, mine)
+    return states
 
 
 def _restore_random_state(by_rank: list[Mapping[str, Any]]) -> None:

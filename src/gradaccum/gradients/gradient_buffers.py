@@ -105,9 +105,7 @@ class WideGradients:
 
     def end(self) -> None:
         """Resets the dtypes of parameters that have no gradient any more."""
-        for parameter, before in self._begun:
-            parameter.grad_dtype = before
-        self._begun = []
+        self.narrow()
 
 
 class PersistentGradients:

@@ -85,8 +85,6 @@ class SampleMeans:
 
     def window_closed(self) -> None:
         """Forgets the window's counts, and decides whether later windows are looked at."""
-        if not self._seen:
-            return
         if any(len(seen) > 1 for seen in self._seen.values()):
             self._is_first_window = False
             self.is_looking = any(

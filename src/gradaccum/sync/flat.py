@@ -91,12 +91,9 @@ def _start_reducing(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float 
         strides = torch.empty_like(parameter, device="meta").stride()
         views.append(part.as_strided(parameter.shape, strides))
     present = [(view, p.grad) for view, p in zip(views, bucket, strict=True) if p.grad is not None]
-    dense = [(view, gradient) for view, gradient in present if not gradient.is_sparse]
-    if dense:
-        torch._foreach_copy_([view for view, _ in dense], [gradient for _, gradient in dense])
-    for view, gradient in present:
-        if gradient.is_sparse:  # another process has it dense
-            view.copy_(gradient.to_dense())
+    if present:  # sparse gradients are here where another process has them dense
+        gradients = [gradient.to_dense() if gradient.is_sparse else gradient for _, gradient in present]
+        torch._foreach_copy_([view for view, _ in present], gradients)
     if factor is not None:
         flat.mul_(_on(factor, flat))
     wait = ranks.start_adding_up(flat)

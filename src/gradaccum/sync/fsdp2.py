@@ -34,8 +34,6 @@ from gradaccum.errors import UnsupportedError
 from gradaccum.norms import combined, norms
 from gradaccum.sync.engine import Engine
 
-Sync = Literal["auto", "last", "every"]
-
 
 class FSDP2(Engine):
     """The engine of all FSDP2 modules of one model.
@@ -48,11 +46,12 @@ class FSDP2(Engine):
     is_wrapper = True
     runs_collectives = True
 
-    def __init__(self, model: nn.Module, sync: Sync = "auto") -> None:
+    def __init__(self, model: nn.Module, sync: Literal["auto", "last", "every"] = "auto") -> None:
         self._model = model
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._groups = groups = [group for module in self._modules for group in _groups_of(module)]
-        self._has_replicas = any(hasattr(group.mesh_info, "replicate_mesh_size") for group in groups)
+        has_replicas = any(hasattr(group.mesh_info, "replicate_mesh_size") for group in groups)
+        self._defers_replicas = has_replicas and sync == "auto"
         self._sync = sync
         factors = {_divides_by(group) for group in groups}
         if len(factors) > 1:
@@ -81,10 +80,6 @@ class FSDP2(Engine):
             return f"FSDP2, reduced once an update (holds {size} more a rank)"
         when = "sharded every micro-batch, replicas once an update" if self._defers_replicas else "every micro-batch"
         return f'FSDP2, reduced {when} (sync="last" would hold {size} more a rank)'
-
-    @property
-    def _defers_replicas(self) -> bool:
-        return self._has_replicas and self._sync == "auto"
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:

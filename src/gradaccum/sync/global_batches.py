@@ -107,7 +107,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.epoch
-        order = self._order(epoch)
+        if self.shuffle:
+            # Philox-like mixing is not needed: the Mersenne twister's own seeding separates neighbouring seeds.
+            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+            order = torch.randperm(self.dataset_size, generator=generator)
+        else:
+            order = torch.arange(self.dataset_size)
         while self.epoch == epoch:
             start = self._batches % len(self) * self.batch_size
             batch = order[start : start + self.batch_size]
@@ -148,8 +153,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 f"{self._batches} it has yielded. Training would go on with samples it has seen, or leave some out. "
                 "Pass what was trained with from this sampler alone, or nothing where the loader has no workers."
             )
+        epochs, rest = divmod(batches, len(self))
         state: dict[str, Any] = {name: getattr(self, name) for name in _FIXED}
-        return {**state, "updates": batches, "samples": self._samples_in(batches)}
+        trained = epochs * self._epoch_samples + min(rest * self.batch_size, self._epoch_samples)
+        return {**state, "updates": batches, "samples": trained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``state_dict()`` was taken, on any number of processes.
@@ -169,13 +176,6 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 )
         self._batches = updates
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        if not self.shuffle:
-            return torch.arange(self.dataset_size)
-        # Philox-like mixing is not needed: the Mersenne twister's own seeding separates neighbouring seeds.
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-        return torch.randperm(self.dataset_size, generator=generator)
-
     def _bounds(self, count: int) -> tuple[int, int]:
         """Which of the batch's samples are this process's."""
         if self._ends is None:
@@ -184,10 +184,6 @@ class GlobalBatchSampler(Sampler[list[int]]):
             return start, start + share + (self.rank < more)
         ends = [0, *(round(count * end / self._ends[-1]) for end in self._ends)]
         return ends[self.rank], ends[self.rank + 1]
-
-    def _samples_in(self, batches: int) -> int:
-        epochs, rest = divmod(batches, len(self))
-        return epochs * self._epoch_samples + min(rest * self.batch_size, self._epoch_samples)
 
     def _batches_of(self, samples: int) -> int | None:
         epochs, rest = divmod(samples, self._epoch_samples)

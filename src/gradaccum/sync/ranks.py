@@ -113,7 +113,8 @@ class Ranks:
         Raises:
             RankError: the models differ, or the parameters that they start from.
         """
-        checksum = sum(_sum_of(parameter) for parameter in parameters) if parameters else None
+        comparable = [parameter for parameter in parameters if parameter.device.type != "mps"]  # mps has no float64
+        checksum = sum(parameter.detach().double().sum().item() for parameter in comparable) if comparable else None
         found = self.exchange_objects((Whereabouts.own(), model, checksum))
         self._whereabouts = [whereabouts for whereabouts, _, _ in found]
         if len({theirs for _, theirs, _ in found}) > 1:
@@ -150,7 +151,3 @@ class Ranks:
             "was made; what was saved last is where to go on from. The transport says: "
             f"{faults.description(error)[:200]}"
         )
-
-
-def _sum_of(parameter: Tensor) -> float:
-    return parameter.detach().double().sum().item() if parameter.device.type != "mps" else 0.0  # mps has no float64

@@ -20,9 +20,7 @@ from torch import Tensor
 from gradaccum import tree
 from gradaccum.errors import BatchError
 from gradaccum.split.packing import restore_order
-from gradaccum.types import Rows
-
-_HALF = (torch.float16, torch.bfloat16)
+from gradaccum.types import HALF_DTYPES, Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +57,7 @@ def _put_concat(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: 
             "Return outputs of one shape for every sample: pooled over its length, say, where micro-batches "
             "are trimmed to lengths of their own, or pass ga.split_by_cost(..., trim=False)."
         )
-    whole[_index(rows, whole.device)] = tensor
-
-
-def _index(rows: Rows, device: torch.device) -> Rows:
-    return rows if isinstance(rows, slice) else rows.to(device)
+    whole[rows] = tensor
 
 
 def _put_sum(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: int) -> None:
@@ -79,13 +73,13 @@ def _put_sum(whole: Tensor, tensor: Tensor, rows: Rows, samples: int, place: int
 
 def _wide(tensor: Tensor) -> Tensor:
     # Half-precision statistics are added up in fp32: at 1,000 micro-batches a bf16 sum would have stopped growing.
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
 
 
 CONCAT = Combination(
     start=lambda tensor, rows: tensor.new_zeros((rows, *tensor.shape[1:])),
     put=_put_concat,
-    part=lambda whole, rows: whole[_index(rows, whole.device)],
+    part=lambda whole, rows: whole[rows],
     join=restore_order,
     keeps_parts=False,
 )

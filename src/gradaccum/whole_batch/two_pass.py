@@ -56,7 +56,12 @@ class TwoPass:
         device, ranks = accumulation.device(), accumulation.ranks
         batch = tree.to_device(batch, device)  # the loss sees all of it
         if ranks is None and len(pieces) == 1:
-            self._run_whole(accumulation, batch)
+            # The whole batch in one piece: torch's own graph from end to end.
+            rows, outputs = tree.rows(batch), self.output_of(batch)
+            # What is wrong in pieces is wrong here too.
+            Outputs(self.combination, rows).put(slice(0, rows), rows, outputs)
+            accumulation.add_together([(self.batch_loss(outputs, batch), rows, None)])
+            accumulation.count(rows)
             ran(1)
             return
         replay = Replay(self.models)
@@ -66,14 +71,13 @@ class TwoPass:
             at_most = 0
         while True:
             window = _Window(self, accumulation, batch, pieces, replay)
-            failure = None
             try:
                 window.run(at_most, ran)
             except BaseException as error:
                 if not is_out_of_memory(error) or (ranks is None and window.num_kept == 0):
                     raise
                 failure = error
-            if failure is None:
+            else:
                 self.kept.succeeded()
                 return
             window.graphs.clear()
@@ -84,21 +88,13 @@ class TwoPass:
                     "kept_graphs=0."
                 ) from failure
             let_go_of(failure)
-            failure = None
+            del failure
             at_most = window.num_kept // 2
             self.kept.failed(device)
             accumulation.discard()
             free_memory(device)
             replay.undo()
             accumulation.open()
-
-    def _run_whole(self, accumulation: Accumulation, batch: Any) -> None:
-        """The whole batch in one piece: torch's own graph from end to end."""
-        rows = tree.rows(batch)
-        outputs = self.output_of(batch)
-        Outputs(self.combination, rows).put(slice(0, rows), rows, outputs)  # what is wrong in pieces is wrong here too
-        accumulation.add_together([(self.batch_loss(outputs, batch), rows, None)])
-        accumulation.count(rows)
 
 
 class _Window:
@@ -134,20 +130,18 @@ class _Window:
 
     def _first_pass(self, at_most: int) -> None:
         kept = self._runner.kept
-        device = self._accumulation.device()
         elements = max(1, sum(tensor.numel() for tensor in tree.tensors(self._batch)) // max(self._rows, 1))
-        start = 0
+        first: list[Tensor] = []
         if at_most and not kept.is_known(elements):
             # The first one's graph is counted, and with it is known how many fit.
-            self.num_kept, start = 1, 1
+            self.num_kept = 1
             first = self._counted(elements)
-            self.num_kept = min(at_most, kept.number(self.sizes, device))
-            if self.num_kept == len(self._pieces):
-                self.graphs[0] = first
-            del first
-        else:
-            self.num_kept = min(at_most, kept.number(self.sizes, device))
+        self.num_kept = min(at_most, kept.number(self.sizes, self._accumulation.device()))
         first_kept = len(self._pieces) - self.num_kept
+        start = 1 if first else 0
+        if first and not first_kept:
+            self.graphs[0] = first
+        del first  # its graph, where it is not kept
         for index in range(start, len(self._pieces)):
             if index < first_kept:
                 self._replay.note(index)

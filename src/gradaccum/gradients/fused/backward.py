@@ -21,7 +21,7 @@ Sources: apex's ``fused_weight_gradient_mlp_cuda`` and Megatron-LM's use of it f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradaccum.gradients.fused.choice import Choice
 from gradaccum.gradients.fused.parameter_uses import gradient_of
-from gradaccum.gradients.fused.product import Add, GradientMemory, Gradients, accumulate_dtype_of
+from gradaccum.gradients.fused.product import Add, GradientMemory, accumulate_dtype_of
 from gradaccum.gradients.graph import Graph, Use, run_backward
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -107,7 +107,9 @@ class FusedBackward:
         streams.leave()
         for parameter in plan.in_place:
             self._written[parameter] = parameter.grad
-        _run_hooks_of(plan.in_place)
+        with torch.enable_grad():
+            nothing = _NoGradient.apply(*plan.in_place)
+        torch.autograd.backward(nothing)
         return True
 
     def end(self, *, keeps_memory: bool) -> None:
@@ -158,20 +160,12 @@ class _Streams:
         self._callers = {device: torch.cuda.current_stream(device) for device in devices}
         self._others: list[tuple[torch.cuda.Stream, torch.cuda.Stream]] = []
 
-    def before(self, add: Add, device: torch.device) -> Add:
+    def wait(self, device: torch.device) -> None:
         """Has the stream that a gradient is added on wait for what the caller has added before."""
         caller = self._callers.get(device)
-        if caller is None:
-            return add
-
-        def wait_and_add(gradients: Gradients) -> None:
-            current = torch.cuda.current_stream(device)
-            if current != caller:
-                current.wait_stream(caller)
-                self._others.append((caller, current))
-            add(gradients)
-
-        return wait_and_add
+        if caller is not None and (current := torch.cuda.current_stream(device)) != caller:
+            current.wait_stream(caller)
+            self._others.append((caller, current))
 
     def leave(self) -> None:
         """After the backward, has the caller wait for what was added."""
@@ -179,21 +173,26 @@ class _Streams:
             caller.wait_stream(other)
 
 
-def _hook(add: Add, parameter: Tensor, streams: _Streams) -> Add:
-    device_type = parameter.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return streams.before(add, parameter.device)
-
+def _hook(add: Add, parameter: Tensor, streams: _Streams) -> Callable[[tuple[Tensor | None, ...]], None]:
+    device = parameter.device
     # Autocast is on in the engine's threads too, and would cast the factors. Leaving a context of autocast in such a
     # thread would throw all casts away, so only the flag is set.
-    def outside_autocast(gradients: Gradients) -> None:
-        torch.set_autocast_enabled(device_type, False)
-        try:
-            add(gradients)
-        finally:
-            torch.set_autocast_enabled(device_type, True)
+    is_autocast = torch.is_autocast_enabled(device.type)
 
-    return streams.before(outside_autocast, parameter.device)
+    def hook(gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is None:  # nothing flows into the node's one result
+            return
+        streams.wait(device)
+        if not is_autocast:
+            add(gradients[0])
+            return
+        torch.set_autocast_enabled(device.type, False)
+        try:
+            add(gradients[0])
+        finally:
+            torch.set_autocast_enabled(device.type, True)
+
+    return hook
 
 
 class _NoGradient(Function):
@@ -207,9 +206,3 @@ class _NoGradient(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return (None,) * ctx.num_parameters
-
-
-def _run_hooks_of(parameters: Iterable[nn.Parameter]) -> None:
-    with torch.enable_grad():
-        nothing = _NoGradient.apply(*parameters)
-    torch.autograd.backward(nothing)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from gradaccum.gradients.fused.product import Add, GradientMemory, Gradients, accumulate_dtype_of, add_product
+from gradaccum.gradients.fused.product import Add, GradientMemory, accumulate_dtype_of, add_product
 from gradaccum.gradients.graph import Use, signed
 
 # By kind of node: where the two matrices stand among its inputs, and under what names they are saved.
@@ -62,10 +62,7 @@ def _product_gradient(parameter: nn.Parameter, use: Use, kind: str, memory: Grad
         return None
     alpha = node._saved_alpha if kind == "AddmmBackward0" else 1
 
-    def add(gradients: Gradients) -> None:
-        gradient = gradients[0]
-        if gradient is None:
-            return
+    def add(gradient: Tensor) -> None:
         other = getattr(node, f"_saved_{other_name}")
         left, right = (gradient, other) if comes_first else (other, gradient)
         if is_left:  # dy x^T, transposed x dy^T
@@ -85,10 +82,7 @@ def _embedding_gradient(parameter: nn.Parameter, use: Use, memory: GradientMemor
         return None
     padding_row = signed(node._saved_padding_idx)
 
-    def add(gradients: Gradients) -> None:
-        gradient = gradients[0]
-        if gradient is None:
-            return
+    def add(gradient: Tensor) -> None:
         indices = node._saved_indices.reshape(-1)
         rows = gradient.reshape(-1, parameter.shape[1])
         if parameter.grad is None:

@@ -21,11 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Gradients = tuple[Tensor | None, ...]
-"""What flows into a node that has one result; None where nothing does."""
-
-Add = Callable[[Gradients], None]
-"""A hook of a node: adds the gradient of one use of a parameter to the parameter's own."""
+Add = Callable[[Tensor], None]
+"""Adds the gradient of one use of a parameter to the parameter's own, given that of the use's result."""
 
 
 class GradientMemory:

@@ -48,7 +48,10 @@ class Ghosts:
         with answered(self._layers, wanted="ga.GhostBatch"):
             with calls.in_backward(self._again):
                 yield
-            self._advance()
+            for shares in self._seen.values():
+                call = next(iter(shares.values()))[0]  # the first micro-batch's, with the momentum of the first count
+                advance(call, merge([share for _, share in shares.values()]))
+                self._layers.count(call, is_new=True)
         self._seen.clear()
 
     def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -58,8 +61,7 @@ class Ghosts:
             name: Any = object()
             if self._is_replayed:
                 name = tuple((tensor.data_ptr(), tensor.shape) for tensor in tree.tensors(micro_batch))
-            first = functools.partial(self._first, name, tree.rows(micro_batch), Counter[Any]())
-            with calls.in_forward(first):
+            with calls.in_forward(functools.partial(self._first, name, tree.rows(micro_batch), Counter[Any]())):
                 return run_one(micro_batch)
 
         return grouped
@@ -91,9 +93,3 @@ class Ghosts:
             for group in call.input.split(self._groups.group_sizes(len(call.input)))
         ]
         return each[0] if len(each) == 1 else torch.cat(each)
-
-    def _advance(self) -> None:
-        for shares in self._seen.values():
-            call = next(iter(shares.values()))[0]  # the first micro-batch's, with the momentum of the first count
-            advance(call, merge([share for _, share in shares.values()]))
-            self._layers.count(call, is_new=True)

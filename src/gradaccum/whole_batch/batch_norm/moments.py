@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gradaccum.types import HALF_DTYPES
 from gradaccum.whole_batch.batch_norm.layers import Call
 
-_HALF = (torch.float16, torch.bfloat16)
 _aten: Any = torch.ops.aten
 
 
@@ -118,7 +118,7 @@ class Normalize(Function):
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """``(mean, biased variance)`` of every channel, without a graph."""
-    wide = x.detach().float() if x.dtype in _HALF else x.detach()
+    wide = x.detach().float() if x.dtype in HALF_DTYPES else x.detach()
     if not wide.numel():
         nothing = wide.new_zeros(wide.shape[1])
         return nothing, nothing.clone()
@@ -154,4 +154,4 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(parameter: Tensor | None) -> Tensor | None:
-    return parameter.float() if parameter is not None and parameter.dtype in _HALF else parameter
+    return parameter.float() if parameter is not None and parameter.dtype in HALF_DTYPES else parameter

@@ -93,9 +93,13 @@ class HostMemory:
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept for a saved tensor."""
-        if not self._is_copied(tensor):
+        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
             return tensor
-        copies = self._copied.setdefault(tensor.untyped_storage(), WeakValueDictionary())
+        storage = tensor.untyped_storage()
+        # An expanded tensor is larger than its memory: a copy would be, too.
+        if not self._min_bytes <= tensor.nbytes <= storage.nbytes() or storage.data_ptr() in self._stay:
+            return tensor
+        copies = self._copied.setdefault(storage, WeakValueDictionary())
         key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
         kept = copies.get(key)
         if kept is None:
@@ -110,28 +114,18 @@ class HostMemory:
             return kept
         arrive = self._transfer.back(kept.host) if kept.arrive is None else kept.arrive
         kept.arrive = None
-        self._send_ahead(kept.index)
-        return arrive()
-
-    def _send_ahead(self, index: int) -> None:
-        """Starts on what was saved before that, which is wanted next."""
         on_its_way = 0
-        for reference in reversed(self._order[max(0, index - _MAX_LOOKED_AT) : index]):
-            kept = reference()
-            if kept is None:
+        # What was saved before that is wanted next.
+        for reference in reversed(self._order[max(0, kept.index - _MAX_LOOKED_AT) : kept.index]):
+            ahead = reference()
+            if ahead is None:
                 continue
-            on_its_way += kept.num_bytes
+            on_its_way += ahead.num_bytes
             if on_its_way > self._ahead_bytes:
-                return
-            if kept.arrive is None:
-                kept.arrive = self._transfer.back(kept.host)
-
-    def _is_copied(self, tensor: Tensor) -> bool:
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
-            return False
-        storage = tensor.untyped_storage()
-        # An expanded tensor is larger than its memory: a copy would be, too.
-        return self._min_bytes <= tensor.nbytes <= storage.nbytes() and storage.data_ptr() not in self._stay
+                break
+            if ahead.arrive is None:
+                ahead.arrive = self._transfer.back(ahead.host)
+        return arrive()
 
 
 class CudaTransfer:
@@ -172,7 +166,6 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
         UnsupportedError: there are none.
     """
     many = list(models)
-    num_layers = sum(_num_layers(model) for model in many)
     level = [block for model in many for block in _outermost(model)]
     levels: list[list[nn.Module]] = []
     while level:
@@ -187,7 +180,7 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
             "nn.Sequential or nn.ModuleList has children that are made of layers themselves. Nothing would be saved. "
             'Use activations="host", or torch.utils.checkpoint.checkpoint(..., use_reentrant=False) in the model.'
         )
-    return min(levels, key=lambda blocks: _layers_alive(blocks, num_layers))
+    return min(levels, key=_layers_alive)
 
 
 @contextmanager
@@ -225,6 +218,7 @@ def _num_layers(module: nn.Module) -> int:
     return sum(next(part.children(), None) is None for part in module.modules())
 
 
-def _layers_alive(blocks: Sequence[nn.Module], num_layers: int) -> int:
+def _layers_alive(blocks: Sequence[nn.Module]) -> int:
+    # Without the number of all layers of the models, which is the same at every level.
     sizes = [_num_layers(block) for block in blocks]
-    return len(blocks) + num_layers - sum(sizes) + max(sizes)
+    return len(blocks) - sum(sizes) + max(sizes)

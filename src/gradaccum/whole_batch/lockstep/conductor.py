@@ -102,8 +102,7 @@ class Member:
     def abandon(self) -> None:
         """Called by the conductor, when `is_abandoned` is set: wakes the micro-batch up for the last time."""
         self.meeting = None
-        if self._thread is not None and not self.is_done:
-            _release(self._go)
+        _release(self._go)
 
     def join(self) -> None:
         """Called by the conductor: waits until the thread has ended."""
@@ -127,9 +126,9 @@ class Conductor:
 
     def __init__(self, device: torch.device, switched: Sequence[Switched], run_one: Callable[[Member], Any]) -> None:
         self.is_abandoned = False
-        self._in_state = carry_thread_state(device)
+        in_state = carry_thread_state(device)
+        self.run_one: Callable[[Member], Any] = lambda member: in_state(lambda: run_one(member))  # in its thread
         self._switched = switched
-        self._run_one = run_one
         self._members: list[Member] = []
 
     def run(self, count: int) -> list[Any]:
@@ -155,10 +154,6 @@ class Conductor:
                 member.join()
             self._members.clear()
             raise
-
-    def run_one(self, member: Member) -> Any:
-        """Called by the member's thread."""
-        return self._in_state(lambda: self._run_one(member))
 
     def _advance(self, member: Member, answer: Any) -> None:
         default_dtype = torch.get_default_dtype()

@@ -110,17 +110,14 @@ class Gathers:
                 "not one tensor over the batch. Gather rows of one shape for every sample (pooled over its length), "
                 "or pass ga.split_by_cost(..., trim=False)."
             )
-        with torch.set_grad_enabled(has_graph):
-            whole = torch.cat(tensors) if self._are_slices else self._in_order(tensors)
-        self._gathered.append((whole, [len(x) for x in tensors], has_graph))
-        return whole
-
-    def _in_order(self, tensors: list[Tensor]) -> Tensor:
         for piece, x in zip(self._pieces, tensors, strict=True):
-            if len(x) != num_rows(piece):
+            if not self._are_slices and len(x) != num_rows(piece):
                 raise BatchError(
                     f"ga.gather got {len(x)} rows in a micro-batch of {num_rows(piece)} samples, whose order in the "
                     "batch is its split's. With one row for each sample they can be put back in the batch's order; "
                     "others cannot."
                 )
-        return restore_order(self._pieces, tensors)
+        with torch.set_grad_enabled(has_graph):
+            whole = torch.cat(tensors) if self._are_slices else restore_order(self._pieces, tensors)
+        self._gathered.append((whole, [len(x) for x in tensors], has_graph))
+        return whole
