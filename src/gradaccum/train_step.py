@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import WindowError
-from gradaccum.fit.transaction import Fitting, num_rows
+from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
-from gradaccum.types import Activations, Rows, Split, Update
+from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
