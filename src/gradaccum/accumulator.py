@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -136,7 +136,7 @@ class Accumulator(HasCounts):
         self._unused: deque[Any] = deque()
         self._unused_of: Any = None
         # Held while a window is open outside of a pass.
-        self._outside = guards.Held()
+        self._outside = ExitStack()
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.
@@ -286,7 +286,7 @@ class Accumulator(HasCounts):
             self._bar.close()
             self._bar = None
         if self._tail == "carry" and self._accumulation.open_micro_batches:
-            self._outside.enter(self._accumulation.no_calls_by_hand())
+            self._outside.enter_context(self._accumulation.no_calls_by_hand())
             return
         lost_samples = self._accumulation.open_samples
         lost = self._accumulation.discard() if self._accumulation.is_open else 0
@@ -307,7 +307,11 @@ class Accumulator(HasCounts):
 
     def _open(self, micro_batch: Any, samples: int | None, items: LookingAhead[Any]) -> None:
         target = self._target = self._size_of_next()
-        totals = None if self._weights is None else self._totals(self._weights, micro_batch, items.peek)
+        totals = None
+        if self._weights is not None:
+            totals = totals_of_window(
+                self._weights, micro_batch, items.peek, size=target, counts_samples=self._counts_samples
+            )
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
         else:
@@ -338,9 +342,6 @@ class Accumulator(HasCounts):
         self._target_of_all = target if self._size.is_fixed else None
         return target
 
-    def _totals(self, weights: WeightsFunction, micro_batch: Any, peek: Callable[[int], Any]) -> dict[str, Weight]:
-        return totals_of_window(weights, micro_batch, peek, size=self._target, counts_samples=self._counts_samples)
-
     def _close(self) -> Update | None:
         update = self._passes.close()
         self._outside.close()
@@ -359,7 +360,7 @@ class Accumulator(HasCounts):
             self._target = self._size_of_next()
             self._accumulation.plan_line.announce([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))
-            self._outside.enter(self._accumulation.no_calls_by_hand())
+            self._outside.enter_context(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:
         current = self._pass() if self._pass is not None else None

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -138,25 +138,6 @@ def tell_lost(micro_batches: int, samples: int) -> None:
         warnings.warn(message, DiscardedWindowWarning, stacklevel=user_stack_level())
     else:  # an error is being handled, and a warning turned into an error would take its place
         logger.warning(message)
-
-
-class Held:
-    """A context that is entered in one place and left in another; closing it costs nothing where it holds none."""
-
-    def __init__(self) -> None:
-        self._context: AbstractContextManager[Any] | None = None
-
-    def enter(self, context: AbstractContextManager[Any]) -> None:
-        """Holds it, instead of one that was held before."""
-        self.close()
-        context.__enter__()
-        self._context = context
-
-    def close(self) -> None:
-        """Leaves what is held, if anything."""
-        context, self._context = self._context, None
-        if context is not None:
-            context.__exit__(None, None, None)
 
 
 _MAX_CLASSES = 32

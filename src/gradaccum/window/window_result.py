@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +53,10 @@ def update_of(
     peak_bytes: int | None,
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
-    means = _Means(normaliser)
+    means = functools.cache(normaliser.means)
     later: dict[str, Callable[[], Any]] = {
-        "loss": lambda: sum_of(means.by_name),
-        "losses": lambda: {name: mean for name, mean in means.by_name.items() if name != SINGLE},
+        "loss": lambda: sum_of(means()),
+        "losses": lambda: {name: mean for name, mean in means().items() if name != SINGLE},
         "skipped": lambda: bool(skipped),
     }
     return Update(
@@ -70,17 +70,6 @@ def update_of(
         peak_bytes=peak_bytes,
         _later=later,
     )
-
-
-class _Means:
-    """A window's means, computed when they are first asked for."""
-
-    def __init__(self, normaliser: Normaliser) -> None:
-        self._normaliser = normaliser
-
-    @cached_property
-    def by_name(self) -> dict[str, Tensor]:
-        return self._normaliser.means()
 
 
 def sum_of(means: Mapping[str, Tensor]) -> Tensor:
