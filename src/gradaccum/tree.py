@@ -177,14 +177,16 @@ def _has_rows(leaf: Any) -> bool:
 def _is_column(leaf: Any) -> TypeGuard[list[Any] | tuple[str, ...]]:
     """A list that holds no tensors, or a tuple of strings. A tuple of numbers is more often a size, shared by all."""
     if type(leaf) is list:
-        return bool(leaf) and all(_is_plain(entry) for entry in leaf)
+        return bool(leaf) and all(map(_is_plain, leaf))
     return type(leaf) is tuple and bool(leaf) and all(isinstance(entry, (str, bytes)) for entry in leaf)
 
 
 def _is_plain(value: Any) -> bool:
     """Whether there is no tensor in it that could have rows."""
+    if isinstance(value, Tensor) or _has_rows(value):
+        return False
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(entry) for entry in value)
+        return all(map(_is_plain, value))
     if isinstance(value, Mapping):
-        return all(_is_plain(entry) for entry in value.values())
-    return not (_has_rows(value) or isinstance(value, Tensor) or dataclasses.is_dataclass(value))
+        return all(map(_is_plain, value.values()))
+    return not dataclasses.is_dataclass(value)
