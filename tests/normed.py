@@ -201,6 +201,7 @@ def assert_like_whole(
     whole_loss: Callable[..., Tensor] | None = None,
     whole: nn.Module | None = None,
     buffers: bool = True,
+    tolerance: float = NORMED,
     **options: Any,
 ) -> list[ga.Update]:
     """Gradients, parameters, losses and buffers are those of training on whole batches by plain torch.
@@ -210,9 +211,9 @@ def assert_like_whole(
     whole = copy.deepcopy(model) if whole is None else whole
     made, updates = trained(model, batches, loss, **options)
     expected = whole_batches(whole, sgd(whole), batches, whole_loss or loss)
-    assert_same(made, expected, tolerance=NORMED)
+    assert_same(made, expected, tolerance=tolerance)
     if buffers:
-        assert_same_gradients(buffers_of(model), buffers_of(whole), tolerance=NORMED, where="buffer ")
+        assert_same_gradients(buffers_of(model), buffers_of(whole), tolerance=tolerance, where="buffer ")
     return updates
 
 
