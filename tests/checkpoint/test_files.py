@@ -26,7 +26,7 @@ def test_cut_short_at_any_byte(tmp_path: Path) -> None:
 def test_the_newest_stay(tmp_path: Path) -> None:
     paths = [write(tmp_path, updates, b"%d" % updates) for updates in (9, 10, 1_000_000_000, 11)]
     assert files.newest_first(tmp_path) == [paths[2], paths[3], paths[1], paths[0]]
-    (tmp_path / "partial-000000012-1").write_bytes(b"half")
+    (tmp_path / "partial-000000012-99999999").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
     files.keep_newest(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == sorted([paths[2], paths[3], tmp_path / "notes.txt"])

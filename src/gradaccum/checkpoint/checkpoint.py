@@ -2,31 +2,37 @@
 
 A checkpoint holds the ``state_dict()`` of each object that was given by name, and the random state of every process.
 Positions are in samples and updates, so a run may go on with another micro-batch size or number of processes; with
-equal ones it goes on bit for bit. How files are written is in `files`.
+equal ones it goes on bit for bit. How files are written is in `files`; what can be in a state in `plain_data`.
 
 On several processes rank 0 writes and all ranks read, so all of them must see the folder. Models of FSDP2, whose
-parameters are sharded over the ranks, go through ``torch.distributed.checkpoint`` (see `sharded`).
+parameters are sharded over the ranks, go through ``torch.distributed.checkpoint`` (see `sharded`). Each step is taken
+by all processes or by none (see `together`).
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 import random
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from gradaccum.checkpoint import files
+from gradaccum.checkpoint.plain_data import as_plain_data, from_plain_data
+from gradaccum.checkpoint.together import everywhere, on_first, rank_and_world_size, reason_of
 from gradaccum.errors import StateError
 from gradaccum.window.snapshot import RandomState
 
 logger = logging.getLogger("gradaccum")
 
-_RANDOM = "random state"
+# Names that no object can have, since they have a space.
+_RANDOM, _FORMAT = "random state", "checkpoint format"
+_THIS_FORMAT = 2
 
 
 class Checkpoint:
@@ -35,6 +41,7 @@ class Checkpoint:
     Args:
         path: the folder for checkpoints, which is made if it does not exist.
         keep: how many of the newest checkpoints stay; at least 2, or a torn one could be the only one.
+        keep_every: the first checkpoint of each so many updates stays for good; None for none.
         objects: what is saved, by name. Each has ``state_dict()`` and ``load_state_dict()``: ``model=``,
             ``optimizer=``, ``scheduler=``, ``train_step=`` (or ``accumulator=``), ``sampler=``, ``scaler=``. Of a model
             wrapped in DDP the module inside is saved.
@@ -44,7 +51,7 @@ class Checkpoint:
     for dropout to go on bit for bit give it a state of its own: ``DataLoader(..., generator=torch.Generator())``.
 
     Raises:
-        StateError: there is nothing to save, or an object has no state.
+        StateError: there is nothing to save, an object has no state, or the path is a file.
 
     Example:
         >>> import tempfile
@@ -61,7 +68,7 @@ class Checkpoint:
         True
     """
 
-    def __init__(self, path: str | Path, *, keep: int = 3, **objects: Any) -> None:
+    def __init__(self, path: str | Path, *, keep: int = 3, keep_every: int | None = None, **objects: Any) -> None:
         methods = ("state_dict", "load_state_dict")
         stateless = [name for name, value in objects.items() if not all(hasattr(value, method) for method in methods)]
         if stateless or not objects:
@@ -74,79 +81,140 @@ class Checkpoint:
             raise StateError(
                 f"keep={keep!r}: at least 2 checkpoints stay, or a torn one could be the only one there is."
             )
+        if keep_every is not None and (type(keep_every) is not int or keep_every < 1):
+            raise StateError(f"keep_every={keep_every!r}: it is a number of updates, an int of at least 1, or None.")
         self._path = Path(path)
-        self._keep = keep
+        self._refuse_file()
+        self._keep, self._keep_every = keep, keep_every
         is_wrapped = {name: type(value).__name__ == "DistributedDataParallel" for name, value in objects.items()}
         self._objects = {name: value.module if is_wrapped[name] else value for name, value in objects.items()}
         self._saves = 0
+        # Checkpoints of this run, by name, and those it found in its folder when it loaded one of them; None before.
+        self._known: set[str] | None = None
+        self._outdated: list[Path] = []
 
     def save(self) -> Path:
         """Saves a checkpoint, and returns its path on every process. Every process has to call it.
 
+        Checkpoints of later updates than the one that was loaded are set aside when the first one is saved: they are
+        renamed, and neither loaded nor removed any more.
+
         Raises:
-            StateError: a window is open, whose gradients would be lost.
+            StateError: a window is open, whose gradients would be lost; a state holds what could not be loaded again;
+                another run saves into the folder; or the files could not be written.
         """
         counter = self._counter()
         updates = self._saves if counter is None else counter.updates
-        self._saves += 1
         shards = self._sharded()
-        state = {name: self._state_of(name) for name in self._objects if name not in shards}
-        state[_RANDOM] = _random_states()
-        if shards:
-            from gradaccum.checkpoint.sharded import save
+        state: dict[str, Any] = {_FORMAT: _THIS_FORMAT}
 
-            partial = files.partial_path(self._path, updates)
-            save(partial, state, shards)
-            path = _from_first(lambda: files.publish(partial, updates))
+        def collect() -> Mapping[str, Any]:
+            self._refuse_file()
+            state.update((name, self._state_of(name)) for name in self._objects if name not in shards)
+            return _random_state()
+
+        state[_RANDOM] = everywhere(collect, doing="Saving")
+        on_first(lambda: self._look_for_another_run(updates), doing="Saving")
+        if shards:
+            path = self._save_sharded(updates, state, shards)
         else:
-            path = _from_first(lambda: files.write(self._path, updates, lambda partial: torch.save(state, partial)))
-        if _rank_and_world_size()[0] == 0:
-            files.keep_newest(self._path, self._keep)
+            path = on_first(lambda: files.write(self._path, updates, lambda to: _write(state, to)), doing="Saving")
+        self._saves = updates + 1
+        self._known = {*(self._known or ()), path.name}
+        if rank_and_world_size()[0] == 0:
+            self._tidy(path)
         return path
 
-    def load(self) -> Path | None:
-        """Loads the newest checkpoint that is whole. Every process has to call it, before training begins.
+    def load(self, path: str | Path | None = None) -> Path | None:
+        """Loads a checkpoint. Every process has to call it, before training begins.
+
+        Args:
+            path: which one; the newest that is whole by default.
 
         Returns:
             The path of the checkpoint on every process; None where the folder has none, for a fresh start.
 
         Raises:
-            StateError: there are checkpoints, but none is whole; or it was saved from other objects.
+            StateError: there are checkpoints, but none is whole; it was saved from other objects, or by a later
+                version; or the given one is not whole.
         """
-        path = _from_first(self._newest_whole)
-        if path is None:
+        self._refuse_file()
+        found = on_first(lambda: files.newest_first(self._path), doing="Loading")
+        chosen = self._newest_whole(found) if path is None else self._whole(Path(path))
+        if chosen is None:
             return None
-        if not path.exists():
-            raise StateError(
-                f"Rank 0 goes on from {path}, which rank {_rank_and_world_size()[0]} cannot see. Every process needs "
-                "the folder: put it on a file system that all machines share."
-            )
-        rest = path / "rest.pt" if path.is_dir() else path
-        state = torch.load(rest, map_location="cpu", weights_only=True)
+        rest = chosen / "rest.pt" if chosen.is_dir() else chosen
+        state: dict[str, Any] = {}
+        everywhere(lambda: state.update(_read(rest)), doing=f"Loading {chosen}")
+        self._check_fit(chosen, state)
         shards = self._sharded()
-        missing = [name for name in self._objects if name not in state and name not in shards]
-        if missing or path.is_dir() != bool(shards):
-            held = ", ".join(name for name in state if name != _RANDOM)
-            raise StateError(
-                f"{path} holds the state of {held}{' and shards' if path.is_dir() else ''}, and not all of what is "
-                f"to be loaded ({', '.join(self._objects)}). The run would go on as another. Pass the objects it was "
-                "saved from, wrapped alike."
-            )
         if shards:
             from gradaccum.checkpoint.sharded import load
 
-            load(path, shards)
+            everywhere(lambda: load(chosen, shards), doing=f"Loading {chosen}")
         for name, value in self._objects.items():
             if name not in shards:
-                value.load_state_dict(state[name])
+                try:
+                    value.load_state_dict(state[name])
+                except Exception as error:
+                    raise StateError(
+                        f"The state of {name} in {chosen} does not fit: {type(error).__name__}: {error}. It was saved "
+                        "from another one, or by another version. What stands before it in Checkpoint(...) has been "
+                        "loaded, so begin anew before training."
+                    ) from error
         _restore_random_state(state[_RANDOM])
-        logger.info("going on from %s", path)
-        return path
+        updates = files.updates_of(chosen)
+        self._saves = updates + 1
+        self._known = {one.name for one in found}
+        self._outdated = [one for one in found if files.updates_of(one) > updates]
+        logger.info("going on from %s", chosen)
+        return chosen
 
-    def _newest_whole(self) -> Path | None:
+    def _save_sharded(self, updates: int, state: Mapping[str, Any], shards: Mapping[str, Any]) -> Path:
+        from gradaccum.checkpoint.sharded import save
+
+        partial = on_first(lambda: files.partial_path(self._path, updates), doing="Saving")
+        try:
+            on_first(lambda: _begin_folder(state, partial), doing="Saving")
+            everywhere(lambda: save(partial, shards), doing="Saving")
+            sums = _sums(partial)
+            return on_first(lambda: files.publish(partial, updates, sums), doing="Saving")
+        except BaseException:
+            if rank_and_world_size()[0] == 0:
+                files.remove(partial)
+            raise
+
+    def _tidy(self, saved: Path) -> None:
+        """Sets outdated checkpoints aside and removes old ones; what cannot be done is no reason to end a run."""
+        try:
+            outdated = [one for one in self._outdated if one.exists() and one != saved]
+            self._outdated = []
+            if outdated:
+                files.set_aside(outdated)
+                logger.info("%d checkpoints of later updates than the one loaded were set aside", len(outdated))
+            files.keep_newest(self._path, self._keep, every=self._keep_every, just_saved=saved)
+        except OSError as error:
+            logger.warning("%s was saved, but older checkpoints could not be removed: %s", saved, reason_of(error))
+
+    def _look_for_another_run(self, updates: int) -> None:
         found = files.newest_first(self._path)
+        if self._known is None:
+            others = [path for path in found if files.updates_of(path) > updates]
+        else:
+            others = [path for path in found if path.name not in self._known]
+        if not others:
+            self._known = {*(self._known or ()), *(path.name for path in found)}
+            return
+        raise StateError(
+            f"{self._path} holds {others[0].name}, which this run has neither saved nor loaded, and this run is at "
+            f"update {updates}. Two runs in one folder would remove each other's checkpoints, and load() would go on "
+            "from the wrong one. To go on from it, call checkpoint.load() before training; for a new run pass a folder "
+            "of its own."
+        )
+
+    def _newest_whole(self, found: Sequence[Path]) -> Path | None:
         for path in found:
-            if files.is_whole(path):
+            if files.is_whole(path, _sums(path)):
                 return path
             logger.warning("%s is not whole any more, so the checkpoint before it is used", path)
         if found:
@@ -156,12 +224,50 @@ class Checkpoint:
             )
         return None
 
+    def _whole(self, path: Path) -> Path:
+        if not files.is_checkpoint(path):
+            raise StateError(
+                f"{path} is no checkpoint: its name carries its update and the checksum of its content, as in "
+                "update-000000012-<32 digits>.pt. Pass a path that save() returned, under its own name."
+            )
+        if not files.is_whole(path, _sums(path)):
+            raise StateError(
+                f"{path} is not whole: it is not there, or what was written has changed since. A run would go on from "
+                "something else. Pass another one, or none, for the newest that is whole."
+            )
+        return path
+
+    def _check_fit(self, path: Path, state: Mapping[str, Any]) -> None:
+        version = state.get(_FORMAT, 1)
+        if not isinstance(version, int) or version > _THIS_FORMAT:
+            raise StateError(
+                f"{path} has format {version}, and this version of gradaccum reads up to {_THIS_FORMAT}. Go on with "
+                "the version that saved it."
+            )
+        shards = self._sharded()
+        missing = [name for name in self._objects if name not in state and name not in shards]
+        if missing or _RANDOM not in state or path.is_dir() != bool(shards):
+            held = ", ".join(name for name in state if " " not in name)
+            raise StateError(
+                f"{path} holds the state of {held}{' and shards' if path.is_dir() else ''}, and not all of what is "
+                f"to be loaded ({', '.join(self._objects)}). The run would go on as another. Pass the objects it was "
+                "saved from, wrapped alike."
+            )
+
+    def _refuse_file(self) -> None:
+        if self._path.exists() and not self._path.is_dir():
+            raise StateError(f"{self._path} is a file, and checkpoints are kept in a folder. Pass a folder's path.")
+
     def _state_of(self, name: str) -> Any:
         value, counter = self._objects[name], self._counter()
+        if hasattr(value, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: rank 0 gets the others' parts
+            value.consolidate_state_dict()
+            if rank_and_world_size()[0]:
+                return None
         # A sampler stands where the loader has read ahead to; what is saved is where training stands.
         if counter is not None and hasattr(value, "dataset_size") and hasattr(value, "collate"):
             return value.state_dict(samples=counter.samples)
-        return value.state_dict()
+        return as_plain_data(value.state_dict(), name)
 
     def _counter(self) -> Any:
         """Returns the `TrainStep` or `Accumulator` that counts updates and samples, or None."""
@@ -179,50 +285,75 @@ def _is_sharded(value: Any) -> bool:
     return isinstance(value, nn.Module) and any(hasattr(parameter, "device_mesh") for parameter in value.parameters())
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    has_group = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # not by its name: torch's own writer keeps the reason to itself when a disk is full
+        torch.save(dict(state), file)
 
 
-def _from_first(make: Callable[[], Path | None]) -> Any:
-    """Returns on all ranks what ``make`` returns on rank 0. An error is raised on all, or the others would wait."""
-    rank, world_size = _rank_and_world_size()
-    made, error = None, None
-    if rank == 0:
-        try:
-            made = make()
-        except Exception as failed:  # noqa: BLE001 - raised below
-            error = failed
-    messages = [made, None if error is None else f"{type(error).__name__}: {error}"]
-    if world_size > 1:
-        dist.broadcast_object_list(messages, src=0)
-    if error is not None:
-        raise error
-    if messages[1] is not None:
-        raise StateError(f"Rank 0 could not: {messages[1]}")
-    return messages[0]
+def _begin_folder(state: Mapping[str, Any], partial: Path) -> None:
+    files.remove(partial)
+    partial.mkdir(parents=True)
+    _write(state, partial / "rest.pt")
 
 
-def _random_states() -> list[dict[str, Any]]:
-    """Returns each rank's state of Python's and torch's generators, in types that are loaded without running code."""
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise StateError(
+            f"{path} holds something else than the data of a checkpoint, and nothing of it was run or loaded. It was "
+            "not saved by Checkpoint.save(). Pass the folder that save() writes to."
+        ) from error
+    if not isinstance(state, dict):
+        raise StateError(f"{path} holds a {type(state).__name__}; it was not saved by Checkpoint.save().")
+    return {name: from_plain_data(value) for name, value in state.items()}
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The digests of a checkpoint's files, of which each process has read its part."""
+    rank, world_size = rank_and_world_size()
+
+    def mine() -> dict[str, str]:
+        if not path.exists():
+            return {"": ""}  # agrees with no name
+        if not path.is_dir():
+            return files.digests(path) if rank == 0 else {}
+        return files.digests(path, part=rank, parts=world_size)
+
+    found: dict[str, str] = {}
+    for one in everywhere(mine, doing=f"Reading {path}"):
+        found.update(one)
+    return found
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of this process's generators, in types that are loaded without running code."""
     version, numbers, gauss = random.getstate()
     state = RandomState.now()
-    mine = {"python": [version, list(numbers), gauss], "cpu": state.cpu, "cuda": list(state.cuda.values())}
-    _, world_size = _rank_and_world_size()
-    states = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(states, mine)
-    return states
+    found: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "cpu": state.cpu,
+        "cuda": list(state.cuda.values()),
+    }
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found["numpy"] = as_plain_data(numpy.random.get_state(), "numpy's random state")
+    return found
 
 
-def _restore_random_state(by_rank: list[Mapping[str, Any]]) -> None:
-    rank, world_size = _rank_and_world_size()
+def _restore_random_state(by_rank: Sequence[Mapping[str, Any]]) -> None:
+    rank, world_size = rank_and_world_size()
     is_another_size = len(by_rank) != world_size
     state = by_rank[0 if is_another_size else rank]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     RandomState(state["cpu"], dict(enumerate(state["cuda"][: torch.cuda.device_count()]))).restore()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in state:
+        numpy.random.set_state(state["numpy"])
     if is_another_size and rank > 0:  # a stream of its own, or it would draw what rank 0 draws
         seed = int(torch.randint(0, 1 << 62, ())) + rank
         torch.manual_seed(seed)
         random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % (1 << 32))

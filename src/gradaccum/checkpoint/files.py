@@ -11,43 +11,55 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from gradaccum.sync.faults import Whereabouts
+
 _NAME = re.compile(r"update-(\d{9,})-([0-9a-f]{32})(\.pt)?")
-_PARTIAL = "partial-"  # torch.save refuses names that begin with a dot
+_PARTIAL = re.compile(r"partial-\d{9,}-(\d+)(?:-(.+))?")
+_ASIDE = "aside-"
 
 
 def write(folder: Path, updates: int, fill: Callable[[Path], None]) -> Path:
     """Writes the checkpoint after so many updates and returns its path; ``fill`` writes a file, or a folder of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_PARTIAL}{updates:09d}-{os.getpid()}"
-    remove(partial)
+    partial = partial_path(folder, updates)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove(partial)
         fill(partial)
-        return publish(partial, updates)
+        return publish(partial, updates, digests(partial))
     except BaseException:
         remove(partial)
         raise
 
 
 def partial_path(folder: Path, updates: int) -> Path:
-    """Returns the path to which several processes together write one checkpoint."""
-    return folder / f"{_PARTIAL}{updates:09d}-shared"
+    """Returns the path under which this process writes a checkpoint that is not whole yet.
+
+    ``torch.save`` refuses names that begin with a dot.
+    """
+    return folder / f"partial-{updates:09d}-{os.getpid()}-{socket.gethostname()}"
 
 
-def publish(partial: Path, updates: int) -> Path:
-    """Forces what was written to the disk, renames it to its final name, and returns that path."""
+def publish(partial: Path, updates: int, files: Mapping[str, str]) -> Path:
+    """Forces what was written to the disk, renames it to its final name, and returns that path.
+
+    Args:
+        partial: what was written.
+        updates: see `write`.
+        files: the digests of its files, all of them; see `digests`.
+    """
     folder = partial.parent
     for file in _files_in(partial):
         _force(file)
     if partial.is_dir():
         _force(partial)
-    final = folder / f"update-{updates:09d}-{digest(partial)}{'' if partial.is_dir() else '.pt'}"
-    if final.exists():  # the same content, saved again
-        remove(partial)
-    else:
-        os.replace(partial, final)
+    final = folder / f"update-{updates:09d}-{_combined(files)}{'' if partial.is_dir() else '.pt'}"
+    if final.is_dir():  # the same content, saved again; it may have been torn since, and a folder is not replaced
+        remove(final)
+    os.replace(partial, final)
     _force(folder)
     return final
 
@@ -55,45 +67,88 @@ def publish(partial: Path, updates: int) -> Path:
 def newest_first(folder: Path) -> list[Path]:
     """Returns the checkpoints of a folder, whole or not, by updates and time."""
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (int(path.name.split("-")[1]), path.stat().st_mtime_ns), reverse=True)
+    return sorted(found, key=lambda path: (updates_of(path), path.stat().st_mtime_ns), reverse=True)
 
 
-def is_whole(path: Path) -> bool:
-    """Returns whether the content is what it was when it was written."""
+def updates_of(path: Path) -> int:
+    """Returns after how many updates a checkpoint was saved."""
+    return int(path.name.split("-")[1])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a path has the name of a checkpoint."""
+    return _NAME.fullmatch(path.name) is not None
+
+
+def is_whole(path: Path, files: Mapping[str, str] | None = None) -> bool:
+    """Returns whether the content is what it was when it was written; ``files`` are its `digests`, if known."""
     match = _NAME.fullmatch(path.name)
     try:
-        return match is not None and digest(path) == match[2]
+        return match is not None and _combined(digests(path) if files is None else files) == match[2]
     except OSError:
         return False
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Removes all but the newest ``count`` checkpoints, and what killed processes have left half-written."""
-    for path in newest_first(folder)[count:]:
-        remove(path)
-    for path in folder.glob(f"{_PARTIAL}*"):
-        remove(path)
+def keep_newest(folder: Path, count: int, *, every: int | None = None, just_saved: Path | None = None) -> None:
+    """Removes old checkpoints, and what ended processes of this machine have left half-written.
+
+    Args:
+        folder: where they are.
+        count: how many of the newest stay.
+        every: of each so many updates the first checkpoint stays for good.
+        just_saved: one that stays in any case.
+    """
+    paths = newest_first(folder)
+    first_of = {updates_of(path) // every: path for path in paths} if every is not None else {}
+    stays = {*paths[:count], just_saved, *(path for period, path in first_of.items() if period)}
+    for path in paths:
+        if path not in stays:
+            remove(path)
+    for path in folder.glob("partial-*"):
+        match = _PARTIAL.fullmatch(path.name)
+        if match is not None and Whereabouts(match[2] or socket.gethostname(), int(match[1])).is_gone():
+            remove(path)
     _force(folder)
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Renames checkpoints so that they are neither loaded nor removed any more."""
+    for path in paths:
+        os.replace(path, path.with_name(f"{_ASIDE}{path.name}"))
 
 
 def remove(path: Path) -> None:
     """Removes a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
-    else:
+    elif path.parent.is_dir():
         path.unlink(missing_ok=True)
 
 
-def digest(path: Path) -> str:
-    """Returns half of the SHA-256 of a file, or of a folder's files and their names."""
-    total = hashlib.sha256()
-    for file in _files_in(path):
-        if path.is_dir():
-            total.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+def digests(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """Returns the SHA-256 of a checkpoint's files, by their names within it.
+
+    Args:
+        path: one file, or a folder of them.
+        part: which files: of each ``parts`` in the order of names the one with this number. Processes that each read
+            their part make the sum of a large checkpoint together.
+        parts: see there.
+    """
+    found: dict[str, str] = {}
+    for file in _files_in(path)[part::parts]:
+        total = hashlib.sha256()
         with file.open("rb") as content:
             while block := content.read(1 << 20):
                 total.update(block)
-    return total.hexdigest()[:32]
+        found[file.relative_to(path).as_posix()] = total.hexdigest()
+    return found
+
+
+def _combined(files: Mapping[str, str]) -> str:
+    """Half of the SHA-256 of a single file; of a folder that of its files' names and sums."""
+    if set(files) == {"."}:
+        return files["."][:32]
+    return hashlib.sha256("".join(f"{name}\0{files[name]}\0" for name in sorted(files)).encode()).hexdigest()[:32]
 
 
 def _files_in(path: Path) -> list[Path]:
