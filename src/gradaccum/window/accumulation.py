@@ -46,6 +46,7 @@ class Accumulation:
     Attributes:
         ranks: the processes that train together with this one; None where there are none.
         open_samples: rows added to the open window so far, as far as they could be seen.
+        means: reads what the losses are means over; ``warns_of_unknown`` as there.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Accumulation:
         options: Options = _DEFAULTS,
         *,
         couples_batch_norms: bool = True,
+        warns_of_unknown: bool = False,
     ) -> None:
         self._options = options
         self._parameters = Parameters(model, optimizer)
@@ -71,7 +73,7 @@ class Accumulation:
         )
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
-        self._means = SampleMeans()
+        self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
@@ -176,8 +178,8 @@ class Accumulation:
         normaliser = self._opened()
         try:
             several = normaliser.seeds(as_terms(loss, samples, weights))
-            if self._means.is_looking and samples is not None:
-                self._means.check_all(loss, samples, weights or {})
+            if self.means.is_looking:
+                self.means.check_all(loss, samples, weights or {})
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
@@ -206,8 +208,8 @@ class Accumulation:
         normaliser = self._opened()
         try:
             terms = [as_terms(loss, samples, weights) for loss, samples, weights in losses]
-            for loss, samples, weights in losses if self._means.is_looking else ():
-                self._means.check_all(loss, samples, weights or {})
+            for loss, samples, weights in losses if self.means.is_looking else ():
+                self.means.check_all(loss, samples, weights or {})
             counts_here = self.ranks is None or self.ranks.is_first or not is_shared
             if not counts_here:
                 terms = [without_value(losses_of_one) for losses_of_one in terms]
@@ -279,6 +281,8 @@ class Accumulation:
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
         normaliser.check_totals()
+        if self.means.is_looking:
+            self.means.window_complete(guards.warn)
         parameters = self._gradients.filled(self._parameters.optimized)
         grad_norm: Tensor | None = None
         skipped: bool | Tensor = True
@@ -303,7 +307,7 @@ class Accumulation:
         self.counts.add(result.micro_batches, self.open_samples if result.samples is None else result.samples)
         self._gradients.clear(keeps_memory=len(self._sizes) > 1)
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
-        self._means.window_closed()
+        self.means.window_closed()
         self._reset()
         return update
 
@@ -312,6 +316,8 @@ class Accumulation:
         normaliser = self._opened()
         result = self._settle(self._gradients.parameters)
         normaliser.check_totals()
+        if self.means.is_looking:
+            self.means.window_complete(guards.warn)
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise no_gradient(self._parameters.optimized)
@@ -319,7 +325,7 @@ class Accumulation:
         self._gradients.narrow()
         self.put_back(aside)
         loss = loss_of(normaliser)
-        self._means.window_closed()
+        self.means.window_closed()
         self._reset()
         return loss
 
@@ -327,7 +333,7 @@ class Accumulation:
         """Throws the open window away, and returns how many micro-batches it had."""
         lost = self.open_micro_batches
         self._gradients.clear()
-        self._means.window_discarded()
+        self.means.window_discarded()
         self._reset()
         return lost
 
