@@ -16,6 +16,7 @@ its own count, which is then divided by the samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,6 +201,8 @@ class SampleMeans:
             if abs(count * first_over - first * over) > _ROUNDING * abs(first * over):
                 term = watch.term
                 pairs = [(first, first_over), (count, float(over))]
+                if how == "mean" and over and not (count % over or first % first_over) and _is_full(root, term):
+                    continue
                 raise MeanError(_message(name, term, pairs, how=how))
 
     def window_complete(self, warn: Any) -> None:
@@ -260,6 +263,12 @@ def _read(root: Tensor, samples: int | None) -> list[Term]:
         for term in terms_of(root)
     ]
     return _as_one_sum(terms, samples) or terms
+
+
+def _is_full(root: Tensor, term: Term) -> bool:
+    """Whether the same term of another loss is a mean over all of its elements, none of which is left out."""
+    now = next((one for one in _read(root, None) if one.path == term.path), term)
+    return now.kind == "mean" and now.count == now.rows
 
 
 def _as_one_sum(terms: Sequence[Term], samples: int | None) -> list[Term]:
@@ -334,6 +343,8 @@ def _compare(name: str, seen: Sequence[_Read]) -> None:
             continue
         if all(a == b for a, b in pairs) and not _depends_on_samples(one, other, first, now):
             continue
+        if now.how == "mean" and _is_over_all(one, first.over) and _is_over_all(other, now.over):
+            continue
         with_term = [read for read in seen if len(read.terms) > i]
         counts = [(_counts(read.terms[i])[0], read.over or 0.0) for read in with_term]
         if one.kind == "sum" and not _has_divisor(one):
@@ -353,13 +364,20 @@ def _depends_on_samples(one: Term, other: Term, first: _Read, now: _Read) -> boo
     return one.kind == "mean" and one.rows % first.samples == 0
 
 
+def _is_over_all(term: Term, over: float) -> bool:
+    """Whether a mean was over as many elements for each of ``over`` things: then it is one over these, too."""
+    return term.kind == "mean" and term.count == term.rows and bool(term.rows) and over > 0 and not term.rows % over
+
+
 def _is_plain_sum(term: Term, samples: int | None) -> bool:
     """Whether a term is the sum over a micro-batch's samples, divided by nothing."""
     if term.kind != "sum" or not term.is_sure or _has_divisor(term) or not samples or samples < _HALF:
         return False
     for factor in term.factors:  # 1 / n by hand is a divisor
-        value = float(factor.value)
-        if not factor.is_number or (value and abs(round(1 / value / samples) * samples * value - 1) < _ROUNDING):
+        inverse = 1 / float(factor.value) if factor.value else math.nan
+        if not factor.is_number or not math.isfinite(inverse):
+            return False
+        if inverse >= 1 and abs(inverse / samples - round(inverse / samples)) < _ROUNDING:
             return False
     return term.first is not None and term.first % samples == 0
 
