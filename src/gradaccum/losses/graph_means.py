@@ -125,7 +125,7 @@ def _terms_through(node: Any, path: tuple[int, ...], factors: tuple[Factor, ...]
             return _all(parents, path, (*factors, factor))
         # Both sides have a gradient: a coefficient that is learned is a factor, anything else no mean.
         learned = [parent is not None and _is_of_parameters(parent) for parent in parents]
-        if name == "DivBackward0" and not learned[1] or not any(learned):
+        if (name == "DivBackward0" and not learned[1]) or not any(learned):
             return Term("unknown", path, name, factors)
         return [way for way, is_learned in zip(_all(parents, path, factors), learned, strict=True) if not is_learned]
     if name == "torch::autograd::AccumulateGrad":
@@ -188,7 +188,10 @@ _LOSSES = {
     "BinaryCrossEntropyWithLogitsBackward0": "BCEWithLogitsLoss",
     "SoftMarginLossBackward0": "SoftMarginLoss",
 }
-_LOSSES_OF_ROWS = {"MultiMarginLossBackward0": "MultiMarginLoss", "MultilabelMarginLossBackward0": "MultiLabelMarginLoss"}
+_LOSSES_OF_ROWS = {
+    "MultiMarginLossBackward0": "MultiMarginLoss",
+    "MultilabelMarginLossBackward0": "MultiLabelMarginLoss",
+}
 _LINEAR_CROSS_ENTROPY = re.compile(r".*linear_cross_entropy.*")
 _OPAQUE = re.compile(r".*Checkpoint.*|GeneratedBackwardFor.*|CompiledFunction.*")
 

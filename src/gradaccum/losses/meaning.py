@@ -451,7 +451,9 @@ def _not_read(read: _Read) -> list[Term]:
     opaque = [term for term in main if term.kind == "opaque"]
     if opaque:
         return opaque
-    is_known = any(term.kind == "mean" or (term.kind == "sum" and (term.is_sure or _has_divisor(term))) for term in main)
+    is_known = any(
+        term.kind == "mean" or (term.kind == "sum" and (term.is_sure or _has_divisor(term))) for term in main
+    )
     return [] if is_known or any(term.kind == "far" for term in main) else main
 
 
@@ -486,15 +488,13 @@ def _name_of(term: Term) -> str:
     return term.node.removeprefix("torch::autograd::").removesuffix("Backward0").removesuffix("Backward")
 
 
-def _message(
-    name: str, term: Term, seen: Sequence[tuple[float, float]], *, how: str, has_others: bool = False
-) -> str:
+def _message(name: str, term: Term, seen: Sequence[tuple[float, float]], *, how: str, has_others: bool = False) -> str:
     counts = ", ".join(f"{count:g}" for count, _ in seen)
     overs = ", ".join(f"{over:g}" for _, over in seen)
     total_count, total_over = sum(count for count, _ in seen), sum(over for _, over in seen)
     taken = [(over / total_over) / (count / total_count) for count, over in seen if count and over]
     factor = max((max(share, 1 / share) for share in taken), default=float("inf"))
-    times = f"{factor:.3g}" if factor >= 1.01 else f"{factor:.6g}"  # noqa: PLR2004  # "1 times" would read as no fault
+    times = f"{factor:.3g}" if factor >= 1.01 else f"{factor:.6g}"  # "1 times" would read as no fault
     what = term.what or _DIVISOR
     if how == "plain":
         return (
@@ -529,8 +529,8 @@ def _sum_message(name: str, read: _Read) -> str:
 
 def _left_over(number: int) -> str:
     return (
-        f"The loss was divided by {number}, and the window has {number} micro-batches. gradaccum divides by the window's "
-        f"weight itself: a division that was left over from a loop by hand makes the gradient {number} times too small. "
+        f"The loss was divided by {number}, and the window has {number} micro-batches. gradaccum divides by the "
+        f"window's weight itself: a division left over from a loop by hand makes the gradient {number} times too small. "
         "Remove it: accumulator.backward(loss). If it is a coefficient of the loss: "
         "warnings.filterwarnings('ignore', message='The loss was divided by')."
     )

@@ -28,6 +28,7 @@ from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
 from gradaccum.types import Update
 from gradaccum.window import guards
+from gradaccum.window.forward_state import ForwardState
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks
 from gradaccum.window.parameters import Parameters
@@ -74,6 +75,9 @@ class Accumulation:
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
         self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
+        self._state = ForwardState(self.models)
+        # Between processes buffers are broadcast and parameters gathered, which looks like a change.
+        self._state.is_looking = self.ranks is None
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
@@ -161,6 +165,8 @@ class Accumulation:
         torch.clear_autocast_cache()
         if self.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device())
+        if self._state.is_looking:
+            self._state.window_begins()
         self._started = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------- add
@@ -180,6 +186,8 @@ class Accumulation:
             several = normaliser.seeds(as_terms(loss, samples, weights))
             if self.means.is_looking:
                 self.means.check_all(loss, samples, weights or {})
+            if self._state.is_looking and several:
+                self._state.has_run([root for root, _ in several])
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
@@ -280,9 +288,7 @@ class Accumulation:
             raise
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
-        normaliser.check_totals()
-        if self.means.is_looking:
-            self.means.window_complete(guards.warn)
+        self._check_window(normaliser)
         parameters = self._gradients.filled(self._parameters.optimized)
         grad_norm: Tensor | None = None
         skipped: bool | Tensor = True
@@ -311,13 +317,21 @@ class Accumulation:
         self._reset()
         return update
 
+    def _check_window(self, normaliser: Normaliser) -> None:
+        """What only a complete window shows, before anything is made of its gradient."""
+        normaliser.check_totals()
+        if self.means.is_looking:
+            self.means.window_complete(guards.warn)
+        if self._state.is_looking:
+            text = self._state.window_complete(len(self._sizes))
+            if text:
+                guards.warn(text)
+
     def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
         normaliser = self._opened()
         result = self._settle(self._gradients.parameters)
-        normaliser.check_totals()
-        if self.means.is_looking:
-            self.means.window_complete(guards.warn)
+        self._check_window(normaliser)
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise no_gradient(self._parameters.optimized)
