@@ -3,7 +3,7 @@
 A loss is a sum of terms. Each of them is one node that turns many elements into one (``nll_loss``, ``mean``, ``sum``),
 and on its way to the root it may pass factors, casts and sums of other scalars:
 
-    cross_entropy(...)  +  0.1 * (z.square() * mask).sum() / mask.sum()        two terms: a mean, and a sum with a divisor
+    cross_entropy(...)  +  0.1 * (z.square() * mask).sum() / mask.sum()      a mean, and a sum with a divisor
 
 The nodes tell what has been divided by: ``nll_loss`` keeps the sum of the weights, ``mse_loss`` and ``mean`` the tensor
 they averaged, a division its divisor. What follows from it for a window is said in `losses/meaning`.
@@ -305,7 +305,7 @@ def _averages_before(node: Any) -> bool:
 
 
 _OF_PARAMETERS = re.compile(
-    r"(Abs|Add|Clamp|Div|Exp|LinalgVectorNorm|Log|LogSoftmax|Mean|Mm|Mul|Neg|Norm|Permute|Pow|Rsub|Sigmoid|Softmax"
+    r"(Abs|Add|Clamp|Div|Exp|LinalgVectorNorm|Log|LogSoftmax|Mean|Mm|Mul|Neg|Norm|Permute|Pow|Rsub|Select|Sigmoid|Softmax"
     r"|Softplus|Sqrt|Stack|Sub|Sum|T|Tanh|ToCopy|Transpose|View)Backward\d"
 )
 _MAX_OF_PARAMETERS = 32

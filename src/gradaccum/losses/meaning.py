@@ -1,7 +1,7 @@
 """What was a loss a mean over? Read off the autograd graph that made it, and held against what it is taken for.
 
-A plain 0-d tensor is taken as a mean over samples, ``ga.Loss.mean(loss, over=n)`` as one over n. Where it was a mean over
-something else the sum over micro-batches is not the whole batch's. With c_b, the product of everything that a term of
+A plain 0-d tensor is taken as a mean over samples, ``ga.Loss.mean(loss, over=n)`` as one over n. Where it was a mean
+over something else the sum over micro-batches is not the whole batch's. With c_b, the product of everything that a term of
 micro-batch b was divided by (`losses/graph_means`), and n_b, what it is taken as a mean over,
 
     c_b / n_b    must be the same for every micro-batch b of a window
@@ -9,9 +9,9 @@ micro-batch b was divided by (`losses/graph_means`), and n_b, what it is taken a
 and a constant in c_b, such as a number of terms or of elements a sample, changes nothing. So two micro-batches are
 needed to see a fault, but for a sum, which a single graph shows.
 
-What is accepted besides: a term that has nothing to do with samples, such as a penalty on the parameters (a mean over as
-many elements for other numbers of samples); and a sum of as many terms of one form as there are samples, each divided by
-its own count, which is then divided by the samples.
+What is accepted besides: a term that has nothing to do with samples, such as a penalty on the parameters (a mean over
+as many elements for other numbers of samples); and a sum of as many terms of one form as there are samples, each
+divided by its own count, which is then divided by the samples.
 """
 
 from __future__ import annotations
@@ -313,10 +313,10 @@ def _is_coefficient(factor: Factor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- judging
 def _candidates(term: Term) -> list[list[Factor]]:
     """What may have been meant as the count of a term, besides its mean's own: with its coefficients, and without."""
-    without = [
-        factor for factor in term.factors if not factor.multiplies and not (term.kind == "mean" and factor.is_number)
-    ]
-    return [without, list(term.factors)]
+    factors = list(term.factors)
+    if term.kind == "mean":
+        return [[factor for factor in factors if not factor.multiplies and not factor.is_number], factors]
+    return [[factor for factor in factors if not factor.multiplies] or factors, factors]
 
 
 def _counts(term: Term) -> list[float]:
@@ -325,7 +325,7 @@ def _counts(term: Term) -> list[float]:
 
 
 def _has_divisor(term: Term) -> bool:
-    return any(not factor.multiplies for factor in term.factors)
+    return any(not _is_coefficient(factor) for factor in term.factors)
 
 
 def _compare(name: str, seen: Sequence[_Read]) -> None:
@@ -412,7 +412,8 @@ def _refuse_total_as_divisor(name: str, seen: Sequence[_Read]) -> None:
         totals = {sum(term.rows or 0 for term in terms), sum(float(term.count or 0) for term in terms)} - {0}
         totals |= {float(sum(read.samples or 0 for read in seen))}
         own = {term.rows for term in terms} | {term.count for term in terms}
-        if divisor in totals and divisor not in own:
+        is_one = any(not factor.multiplies and factor.value == divisor for factor in terms[0].factors)
+        if is_one and divisor in totals and divisor not in own:
             raise MeanError(
                 f"{_term(name)} is a sum divided by {divisor:g}, which is the count of the whole window of {len(seen)} "
                 f"micro-batches, and is taken as a mean over each micro-batch's own. Averaged once more, its gradient "
@@ -522,7 +523,7 @@ def _sum_message(name: str, read: _Read) -> str:
     taken = "a plain tensor and so is taken as a mean over samples" if read.how == "plain" else "declared as a mean"
     return (
         f"{_term(name)} is {taken}, but its graph ends in a sum that was divided by nothing. Averaged over the "
-        f"micro-batches, its gradient would be too small by the number of them. Return ga.Loss.sum(loss), which stays a "
+        "micro-batches, its gradient would be too small by the number of them. Return ga.Loss.sum(loss), which stays a "
         "sum; or ga.Loss.sum(loss, over=n), where it is to be divided by a count n."
     )
 
@@ -530,7 +531,8 @@ def _sum_message(name: str, read: _Read) -> str:
 def _left_over(number: int) -> str:
     return (
         f"The loss was divided by {number}, and the window has {number} micro-batches. gradaccum divides by the "
-        f"window's weight itself: a division left over from a loop by hand makes the gradient {number} times too small. "
+        f"window's weight itself: a division left over from a loop by hand makes the gradient {number} times too "
+        "small. "
         "Remove it: accumulator.backward(loss). If it is a coefficient of the loss: "
         "warnings.filterwarnings('ignore', message='The loss was divided by')."
     )

@@ -65,15 +65,15 @@ class ForwardState:
         texts = []
         if self._changed:
             texts.append(
-                f"{_shown(sorted(self._changed))} changed in a forward, so that each micro-batch meets another state and "
-                f"it advances {several}: the gradient is not the whole batch's. Let it advance once an update, after "
-                "accumulator.backward() has returned one; or freeze it."
+                f"{_shown(sorted(self._changed))} changed in a forward, so that each micro-batch meets another state "
+                f"and it advances {several}: the gradient is not the whole batch's. Let it advance once an update, "
+                "after the update is made; or freeze it."
             )
         if self._foreign:
             texts.append(
-                f"{_shown(self._foreign)} ran in training mode inside of the loss, and normalises each micro-batch with "
-                "its own statistics, not the batch's, so the gradient is not the whole batch's. Put it into eval mode "
-                "for this loss, or use GroupNorm or LayerNorm."
+                f"{_shown(self._foreign)} ran in training mode inside of the loss, and normalises each micro-batch "
+                "with its own statistics, not the batch's, so the gradient is not the whole batch's. Put it into eval "
+                "mode for this loss, or use GroupNorm or LayerNorm."
             )
         return " ".join(texts)
 
