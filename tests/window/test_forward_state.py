@@ -22,7 +22,7 @@ class Centred(nn.Linear):
         self.in_place = in_place
         self.register_buffer("centre", torch.zeros(FEATURES))
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
         moved = 0.9 * self.centre + 0.1 * output.detach().mean(0)
         if self.in_place:
@@ -53,7 +53,7 @@ class Counting(nn.Linear):
         self.register_buffer("forwards", torch.zeros((), dtype=torch.long))
         self.register_buffer("table", torch.arange(8.0), persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         self.forwards += 1
         self.table = torch.arange(8.0)
         return super().forward(input) + self.table
