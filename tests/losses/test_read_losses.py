@@ -1,4 +1,4 @@
-"""A table of losses in a loop of one's own: exact ones are accepted in silence, wrong ones are told before an update."""
+"""A table of losses in one's own loop: exact ones are accepted in silence, wrong ones are told before an update."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import gradaccum as ga
 
 CLASSES, LENGTH, FEATURES = 5, 6, 3
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels of which some are ignored, targets
-LossFn = Callable[[nn.Module, Batch], Any]
+LossFn = Callable[[nn.Linear, Batch], Any]
 
 
 class Fused(torch.autograd.Function):
@@ -43,20 +43,20 @@ def batch_of(sizes: tuple[int, ...], *, ignores: bool) -> list[Batch]:
     return batches
 
 
-def model_of() -> nn.Module:
+def model_of() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(FEATURES, CLASSES).double()
 
 
-def flat(m: nn.Module, b: Batch) -> tuple[Tensor, Tensor]:
+def flat(m: nn.Linear, b: Batch) -> tuple[Tensor, Tensor]:
     return m(b[0]).flatten(0, 1), b[1].flatten()
 
 
-def ce(m: nn.Module, b: Batch, **options: Any) -> Tensor:
+def ce(m: nn.Linear, b: Batch, **options: Any) -> Tensor:
     return F.cross_entropy(*flat(m, b), **options)
 
 
-def each(m: nn.Module, b: Batch) -> Tensor:
+def each(m: nn.Linear, b: Batch) -> Tensor:
     return ce(m, b, reduction="none").reshape(len(b[0]), -1)
 
 
@@ -64,11 +64,11 @@ def mask(b: Batch) -> Tensor:
     return (b[1] != -100).double()
 
 
-def mse(m: nn.Module, b: Batch, **options: Any) -> Tensor:
+def mse(m: nn.Linear, b: Batch, **options: Any) -> Tensor:
     return F.mse_loss(m(b[0]), b[2], **options)
 
 
-def per_image(m: nn.Module, b: Batch) -> list[Tensor]:
+def per_image(m: nn.Linear, b: Batch) -> list[Tensor]:
     """RetinaNet: the sum of each image is divided by its own count."""
     return [
         F.cross_entropy(m(x)[: k + 1], y[: k + 1], reduction="sum") / (k + 1)
@@ -180,6 +180,11 @@ UNSEEN: dict[str, LossFn] = {
 }
 
 
+def train(accumulator: ga.Accumulator, batches: list[Batch], loss_of: Callable[[int, Batch], Any]) -> None:
+    for i, batch in enumerate(accumulator.over(batches)):
+        accumulator.backward(loss_of(i, batch))
+
+
 def gradient_of(loss_fn: LossFn, batches: list[Batch]) -> Tensor:
     """The accumulated gradient, in float64, as plain SGD with a step of 1 applies it."""
     model = model_of()
@@ -256,8 +261,7 @@ def test_a_compiled_loss_is_said_to_be_unseen() -> None:
     loss_fn = torch.compile(ce, backend="aot_eager")
     accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
     with pytest.warns(ga.GradAccumWarning, match="cannot be seen: the loss's graph ends in CompiledFunction"):
-        for batch in accumulator.over(batch_of((3, 3), ignores=False)):
-            accumulator.backward(loss_fn(model, batch))
+        train(accumulator, batch_of((3, 3), ignores=False), lambda _, batch: loss_fn(model, batch))
 
 
 @pytest.mark.parametrize(
@@ -294,8 +298,7 @@ def test_a_mask_in_a_later_window() -> None:
     accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
     full, masked = batch_of((3, 3), ignores=False), batch_of((3, 3), ignores=True)
     with pytest.raises(ga.MeanError, match=r"averaged over elements: 15, 12 in micro-batches of 3, 3 samples"):
-        for batch in accumulator.over([*full, *full, *masked]):
-            accumulator.backward(each(model, batch)[mask(batch).bool()].mean())
+        train(accumulator, [*full, *full, *masked], lambda _, b: each(model, b)[mask(b).bool()].mean())
     assert accumulator.updates == 2
 
 
@@ -304,8 +307,7 @@ def test_a_declared_count_in_a_later_window() -> None:
     accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
     full, masked = batch_of((3, 3), ignores=False), batch_of((3, 3), ignores=True)
     with pytest.raises(ga.MeanError, match=DECLARED):
-        for batch in accumulator.over([*full, *masked]):
-            accumulator.backward(ga.Loss.mean(ce(model, batch), over=batch[1].numel()))
+        train(accumulator, [*full, *masked], lambda _, b: ga.Loss.mean(ce(model, b), over=b[1].numel()))
     assert accumulator.updates == 1
 
 
@@ -314,8 +316,11 @@ def test_a_term_that_is_switched_on_later_is_read_anew() -> None:
     accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
     full, masked = batch_of((3, 3), ignores=False), batch_of((3, 3), ignores=True)
     with pytest.raises(ga.MeanError, match=OVER):
-        for i, batch in enumerate(accumulator.over([*full, *full, *masked])):
-            accumulator.backward(mse(model, batch) if i < 2 else mse(model, batch) + 0.1 * ce(model, batch))
+        train(
+            accumulator,
+            [*full, *full, *masked],
+            lambda i, b: mse(model, b) if i < 2 else mse(model, b) + 0.1 * ce(model, b),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- weight_of

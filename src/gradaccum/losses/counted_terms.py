@@ -1,7 +1,7 @@
 """The terms of one micro-batch's loss with their counts as Python numbers, and what was divided by in all.
 
-A term's count is the product of what it was divided by on its way: a mean's own count and the divisors round it, where a
-factor 1 / n counts as a division by n. Whether a coefficient belongs to the count cannot be known, so there are two
+A term's count is the product of what it was divided by on its way: a mean's own count and the divisors round it, where
+a factor 1 / n counts as a division by n. Whether a coefficient belongs to the count cannot be known, so there are two
 candidates.
 """
 
@@ -31,6 +31,7 @@ class Read:
 
 
 def read_loss(root: Tensor, samples: int | None) -> list[Term]:
+    """The terms of a loss; waits for counts that lie on a device."""
     terms = [
         replace(
             term,
@@ -49,7 +50,7 @@ def read_loss(root: Tensor, samples: int | None) -> list[Term]:
 def is_full(root: Tensor, term: Term) -> bool:
     """Whether the same term of another loss is a mean over all of its elements, none of which is left out."""
     now = next((one for one in read_loss(root, None) if one.path == term.path), term)
-    return now.kind == "mean" and now.count == now.rows
+    return now.kind == "mean" and _is_complete(now)
 
 
 def _as_one_sum(terms: Sequence[Term], samples: int | None) -> list[Term]:
@@ -77,6 +78,7 @@ def _own_factors(term: Term, terms: Sequence[Term]) -> list[Factor]:
 
 
 def product(count: Any, factors: Iterable[Factor]) -> float:
+    """What a term was divided by in all: its own count, if any, and these factors."""
     product = 1.0 if count is None else float(count)
     for factor in factors:
         value = float(factor.value)
@@ -88,6 +90,7 @@ def product(count: Any, factors: Iterable[Factor]) -> float:
 
 
 def is_coefficient(factor: Factor) -> bool:
+    """Whether a factor is a number in front of a term, as in ``0.1 * loss``."""
     return factor.multiplies and factor.is_number
 
 
@@ -100,17 +103,19 @@ def candidates(term: Term) -> list[list[Factor]]:
 
 
 def counts_of(term: Term) -> list[float]:
+    """What a term may have been a mean over; see `candidates`."""
     count = term.count if term.kind == "mean" else None
     return [product(count, factors) for factors in candidates(term)]
 
 
 def has_divisor(term: Term) -> bool:
+    """Whether a sum has been divided by anything."""
     return any(not is_coefficient(factor) for factor in term.factors)
 
 
 def is_over_all(term: Term, over: float) -> bool:
     """Whether a mean was over as many elements for each of ``over`` things: then it is one over these, too."""
-    return term.kind == "mean" and term.count == term.rows and bool(term.rows) and over > 0 and not term.rows % over
+    return term.kind == "mean" and over > 0 and _is_complete(term) and bool(term.rows) and not (term.rows or 0) % over
 
 
 def is_plain_sum(term: Term, samples: int | None) -> bool:
@@ -124,3 +129,7 @@ def is_plain_sum(term: Term, samples: int | None) -> bool:
         if inverse >= 1 and abs(inverse / samples - round(inverse / samples)) < ROUNDING:
             return False
     return term.first is not None and term.first % samples == 0
+
+
+def _is_complete(term: Term) -> bool:
+    return term.rows is not None and term.count is not None and float(term.count) == term.rows

@@ -1,8 +1,8 @@
 """What was a loss a mean over? Read off the autograd graph that made it, and held against what it is taken for.
 
 A plain 0-d tensor is taken as a mean over samples, ``ga.Loss.mean(loss, over=n)`` as one over n. Where it was a mean
-over something else the sum over micro-batches is not the whole batch's. With c_b, the product of everything that a term of
-micro-batch b was divided by (`losses/graph_means`), and n_b, what it is taken as a mean over,
+over something else the sum over micro-batches is not the whole batch's. With c_b, the product of everything that a term
+of micro-batch b was divided by (`losses/graph_means`), and n_b, what it is taken as a mean over,
 
     c_b / n_b    must be the same for every micro-batch b of a window
 

@@ -138,12 +138,14 @@ def _term(name: str) -> str:
 
 
 def name_of(term: Term) -> str:
+    """The operation that a term is, as torch calls it."""
     return term.node.removeprefix("torch::autograd::").removesuffix("Backward0").removesuffix("Backward")
 
 
 def mean_message(
     name: str, term: Term, seen: Sequence[tuple[float, float]], *, how: str, has_others: bool = False
 ) -> str:
+    """The text for a mean over something else than it is taken for; ``seen`` has counts and what they should be."""
     counts = ", ".join(f"{count:g}" for count, _ in seen)
     overs = ", ".join(f"{over:g}" for _, over in seen)
     total_count, total_over = sum(count for count, _ in seen), sum(over for _, over in seen)
@@ -183,6 +185,7 @@ def _sum_message(name: str, read: Read) -> str:
 
 
 def left_over_text(number: int) -> str:
+    """The warning of a division by the number of micro-batches."""
     return (
         f"The loss was divided by {number}, and the window has {number} micro-batches. gradaccum divides by the "
         f"window's weight itself: a division left over from a loop by hand makes the gradient {number} times too "
@@ -193,6 +196,7 @@ def left_over_text(number: int) -> str:
 
 
 def unknown_text(terms: Sequence[Term]) -> str:
+    """The warning of terms that cannot be read."""
     nodes = ", ".join(dict.fromkeys(name_of(term) for term in terms))
     known = next((term.instead for term in terms if term.instead), "")
     return (
