@@ -117,6 +117,14 @@ def _has_division_by(number: int, read: Read) -> bool:
     return False
 
 
+def _is_divided_sum(term: Term, samples: int | None) -> bool:
+    """Whether a term is a sum, or what may be one, that was divided by a count."""
+    if term.kind == "sum":
+        return term.is_sure or has_divisor(term)
+    divisors = [factor for factor in term.factors if not factor.multiplies]
+    return term.kind == "unknown" and any(samples and not float(one.value) % samples for one in divisors)
+
+
 def not_read(read: Read) -> list[Term]:
     """The terms of which it cannot be seen what they are means over, where the loss has to say so by itself."""
     if read.how != "plain":
@@ -125,7 +133,7 @@ def not_read(read: Read) -> list[Term]:
     opaque = [term for term in main if term.kind == "opaque"]
     if opaque:
         return opaque
-    is_known = any(term.kind == "mean" or (term.kind == "sum" and (term.is_sure or has_divisor(term))) for term in main)
+    is_known = any(term.kind == "mean" or _is_divided_sum(term, read.samples) for term in main)
     return [] if is_known or any(term.kind == "far" for term in main) else main
 
 
