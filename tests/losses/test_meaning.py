@@ -378,3 +378,13 @@ def test_what_a_hugging_face_model_returns_with_its_labels() -> None:
     labels = ids.masked_fill(torch.arange(4)[:, None] + torch.arange(8) > 8, -100)
     with pytest.raises(ga.MeanError, match=r"targets that are not ignored: 14, 11 in micro-batches of 2, 2 samples"):
         step({"input_ids": ids, "labels": labels})
+
+
+def test_the_evidence_in_words() -> None:
+    guard, case = SampleMeans(), Case(4, 6)
+    assert guard.evidence() == ""
+    guard.check("", case.each.mean(), 4)
+    assert guard.evidence() == "read: a mean over samples"
+    guard.window_discarded()
+    guard.check("", case.flat.norm(), 4)
+    assert guard.evidence() == "not checked: what the mean is over cannot be seen"

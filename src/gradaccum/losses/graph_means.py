@@ -345,6 +345,8 @@ def read_again(root: Tensor, term: Term, factors: list[Factor]) -> float | None:
             count = node._saved_self_sym_numel
         elif term.node in _LOSSES:
             count = node._saved_self.numel()
+        elif term.node.startswith("NllLoss"):
+            count = node._saved_total_weight.item()
         else:
             count = _reduction(node, term.node, (), ()).count
     for factor in factors:
