@@ -186,6 +186,6 @@ def test_a_carried_window_may_go_on_through_another_model() -> None:
     generator, judge = nn.Linear(3, 3), Judge(use_reentrant=None)
     accumulator = accumulator_of(generator, micro_batches=3, tail="carry")
     train(accumulator, micro_batches(8), lambda x: generator(x).mean())
-    train(accumulator, micro_batches(1), lambda x: judge(generator(x)).mean())
+    train(accumulator, micro_batches(1), lambda x: ga.Loss.mean(judge(generator(x)).mean(), over=len(x)))
     assert accumulator.updates == 3
     assert judge.layer.weight.grad is None

@@ -30,6 +30,7 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
+from gradaccum.losses.weight_of import weight_of
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
 from gradaccum.sync.global_batches import GlobalBatchSampler
@@ -82,6 +83,7 @@ __all__ = [
     "plan",
     "split_by_cost",
     "split_by_samples",
+    "weight_of",
 ]
 
 

@@ -114,7 +114,7 @@ class Accumulator(HasCounts):
             persistent_gradients=persistent_gradients,
             sync=sync,
         )
-        self._accumulation = Accumulation(model, optimizer, options)
+        self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         self._counts = self._accumulation.counts
         self._passes = SharedPasses(self._accumulation, tail=tail, counts_ahead=weights is not None)
         self._fills = self._passes.fills

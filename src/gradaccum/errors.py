@@ -3,7 +3,8 @@
     GradAccumError
     ├── LossError (ValueError)           a loss that cannot be accumulated: not a scalar, no graph, totals unknown
     │   │                                [losses/terms.py, losses/loss.py, losses/normaliser.py]
-    │   └── MeanError                    a plain mean that was not over samples [losses/meaning.py]
+    │   └── MeanError                    a mean over something else than it is taken for
+    │                                    [losses/wrong_means.py, losses/meaning.py]
     ├── UnknownLossError (TypeError)     a loss whose mean nothing is known about, or that is not reduced at all
     │                                    [losses/criterion.py]
     ├── BatchError (ValueError)          a batch that cannot be cut: rows disagree, no rows, no tensors
@@ -45,7 +46,7 @@ class LossError(GradAccumError, ValueError):
 
 
 class MeanError(LossError):
-    """A plain mean that was not taken over samples, so that its weight is unknown."""
+    """A mean that was not taken over samples, or not over what was declared: its weight is another."""
 
 
 class UnknownLossError(GradAccumError, TypeError):

@@ -308,10 +308,13 @@ def test_counts_of_the_data_are_looked_at_in_later_windows_too() -> None:
         check(expression, [Case(4, 6), Case(4, 6, ignored=4)], guard)
 
 
-def test_shapes_are_looked_at_in_the_first_window_only() -> None:
+@pytest.mark.parametrize("expression", OVER_ELEMENTS.values(), ids=OVER_ELEMENTS)
+def test_shapes_are_looked_at_in_later_windows_too(expression: Expression) -> None:
     guard = SampleMeans()
-    check(OVER_ELEMENTS["mse_loss"], [Case(4, 6), Case(3, 6)], guard)
-    assert not guard.is_looking, "later windows cost nothing"
+    check(expression, [Case(4, 6), Case(3, 6)], guard)
+    check(expression, [Case(4, 8), Case(3, 8)], guard)
+    with pytest.raises(ga.MeanError, match=r"averaged over .* in micro-batches of 4, 3 samples"):
+        check(expression, [Case(4, 6), Case(3, 8)], guard)
 
 
 def test_a_window_of_one_micro_batch_tells_nothing() -> None:
@@ -375,3 +378,13 @@ def test_what_a_hugging_face_model_returns_with_its_labels() -> None:
     labels = ids.masked_fill(torch.arange(4)[:, None] + torch.arange(8) > 8, -100)
     with pytest.raises(ga.MeanError, match=r"targets that are not ignored: 14, 11 in micro-batches of 2, 2 samples"):
         step({"input_ids": ids, "labels": labels})
+
+
+def test_the_evidence_in_words() -> None:
+    guard, case = SampleMeans(), Case(4, 6)
+    assert guard.evidence() == ""
+    guard.check("", case.each.mean(), 4)
+    assert guard.evidence() == "read: a mean over samples"
+    guard.window_discarded()
+    guard.check("", case.flat.norm(), 4)
+    assert guard.evidence() == "not checked: what the mean is over cannot be seen"

@@ -1,208 +1,222 @@
-"""What was a plain mean taken over? Read off the autograd graph that made it.
+"""What was a loss a mean over? Read off the autograd graph that made it, and held against what it is taken for.
 
-A plain 0-d tensor is taken as a mean over samples. Where it was a mean over something else whose count is not
-proportional to the samples (labels that are ignored, class weights, padded tokens) the sum over micro-batches would be
-a mean of means. The last nodes of its graph tell: ``nll_loss`` keeps the sum of the weights it divided by,
-``mse_loss`` and ``mean`` the tensor they averaged, a division its divisor. The counts that are found are compared with
-the numbers of samples: the ratio must be the same for every micro-batch.
+A plain 0-d tensor is taken as a mean over samples, ``ga.Loss.mean(loss, over=n)`` as one over n. Where it was a mean
+over something else the sum over micro-batches is not the whole batch's. With c_b, the product of everything that a term
+of micro-batch b was divided by (`losses/graph_means`), and n_b, what it is taken as a mean over,
 
-Not seen: means made inside of custom autograd functions or compiled losses. ``ga.criterion`` needs no guessing.
-The attributes read here are those that PyTorch documents for graph inspection (``grad_fn._saved_*``, "Autograd
-mechanics").
+    c_b / n_b    must be the same for every micro-batch b of a window
+
+and a constant in c_b, such as a number of terms or of elements a sample, changes nothing. So two micro-batches are
+needed to see a fault, but for a sum, which a single graph shows.
+
+What is accepted besides: a term that has nothing to do with samples, such as a penalty on the parameters (a mean over
+as many elements for other numbers of samples); and a sum of as many terms of one form as there are samples, each
+divided by its own count, which is then divided by the samples.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gradaccum.errors import MeanError
-from gradaccum.losses.normaliser import SINGLE
+from gradaccum.losses.counted_terms import (
+    ROUNDING,
+    Read,
+    candidates,
+    counts_of,
+    has_divisor,
+    is_coefficient,
+    is_full,
+    read_loss,
+)
+from gradaccum.losses.graph_means import Count, Factor, Term, read_again, terms_of
+from gradaccum.losses.loss import Loss, Weight
+from gradaccum.losses.normaliser import SINGLE, host_number
+from gradaccum.losses.wrong_means import (
+    BY_COUNT,
+    DIVISOR,
+    compare,
+    is_left_over,
+    left_over_text,
+    mean_message,
+    not_read,
+    refuse_total_as_divisor,
+    refuse_wrong_form,
+    unknown_text,
+)
 
-# Terms of a loss are few, and near its root; a walk that finds none must not cost a forward's time.
-_MAX_DEPTH = 16
-_MAX_NODES = 128
-_MEAN = 1  # at::Reduction::Mean
-_ROUNDING = 1e-5  # sums of fp32 class weights; a real mismatch is a whole sample's weight
-
-Count = int | Tensor
+_MAX_RELEARNED = 4  # losses may change their form while training: a term that is switched on
 
 
 @dataclass(frozen=True, slots=True)
 class TakenOver:
     """One mean found in the graph of a loss."""
 
-    count: Count  # what it was divided by: an int, or a 0-d tensor where it depends on the data
+    count: Count  # what it was divided by: a number, or a 0-d tensor where it depends on the data
     what: str  # the same in words
     instead: str  # what to type instead of the plain mean
-    may_be_constant: bool = False  # whether it may have nothing to do with samples: a penalty on the parameters, say
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """A term that is looked at in later windows too, where reading it waits for nothing."""
+
+    term: Term
+    factors: list[Factor]
+
+
+def means_in(loss: Tensor) -> list[TakenOver]:
+    """What the terms of a loss were divided by, in the order of the graph; empty where nothing is recognised."""
+    found: list[TakenOver] = []
+    for term in terms_of(loss):
+        divisors = [factor for factor in term.factors if not factor.is_shape and not is_coefficient(factor)]
+        if term.kind == "mean" and term.count is not None:
+            found.append(TakenOver(term.count, term.what, term.instead))
+        elif term.kind in ("sum", "unknown") and divisors:
+            of_data = [factor for factor in divisors if not factor.is_number] or divisors
+            count: Any = 1
+            for factor in of_data:
+                count = count / factor.value if factor.multiplies else count * factor.value
+            found.append(TakenOver(count, DIVISOR, BY_COUNT))
+    return found
 
 
 class SampleMeans:
-    """Compares what plain means were taken over with the samples of their micro-batches, over one window.
+    """Compares what losses were divided by with what they are taken for, over one window.
 
-    Every micro-batch of the first window is looked at; later only counts that depend on the data, and these only where
-    they lie on the host: on a device each would be a wait. ``is_looking`` says whether `check` is still to be called.
+    In the first window of several micro-batches each graph is read to its terms; later only the nodes that had a count
+    then, where they still are, and where that waits for no device. ``is_looking`` says whether `check_all` is still to
+    be called.
+
+    Attributes:
+        warns_of_unknown: whether a loss of which nothing can be read is worth a warning; not where it is measured.
     """
 
-    def __init__(self) -> None:
-        self._seen: dict[str, list[tuple[int, list[tuple[float, bool, TakenOver]]]]] = {}
-        self._is_first_window = True
+    def __init__(self, *, warns_of_unknown: bool = False) -> None:
+        self.warns_of_unknown = warns_of_unknown
         self.is_looking = True
+        self._seen: dict[str, list[Read]] = {}
+        self._is_first_window = True
+        self._watched: dict[str, list[_Watch]] = {}
+        self._firsts: dict[str, tuple[float, list[float]]] = {}
+        self._is_stale = False
+        self._relearned = 0
 
-    def check_all(self, loss: Any, samples: int, weights: Mapping[str, Any]) -> None:
-        """Checks every plain tensor of a loss, as the user returned it, but those that have a weight by name."""
-        for name, plain in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
-            if isinstance(plain, Tensor) and name not in weights:
-                self.check(name, plain, samples)
-
-    def check(self, name: str, loss: Tensor, samples: int) -> None:
-        """Checks one micro-batch's plain mean.
+    def check_all(self, loss: Any, samples: int | None, weights: Mapping[str, Any]) -> None:
+        """Checks every term of a loss, as the user returned it.
 
         Raises:
-            MeanError: it was taken over something that is not proportional to the samples.
+            MeanError: it is not what it is taken for.
         """
-        if samples == 0:
+        for name, one in loss.items() if isinstance(loss, Mapping) else ((SINGLE, loss),):
+            if isinstance(one, Loss):
+                how = ("mean" if one.is_mean else "sum") if one.weight is not None else "plain sum"
+                self._check(name, one.root, how, one.weight, samples)
+            elif isinstance(one, Tensor):
+                weight = weights.get(name)
+                self._check(name, one, "plain" if weight is None else "mean", weight, samples)
+
+    def check(self, name: str, loss: Tensor, samples: int) -> None:
+        """Checks one micro-batch's plain mean."""
+        self._check(name, loss, "plain", None, samples)
+
+    def _check(self, name: str, root: Tensor, how: str, weight: Weight | None, samples: int | None) -> None:
+        if samples == 0 or root.grad_fn is None:
             return
-        means = means_in(loss)
         if not self._is_first_window:
-            means = [mean for mean in means if isinstance(mean.count, Tensor)]
-            if any(mean.count.device.type != "cpu" for mean in means if isinstance(mean.count, Tensor)):
-                return
-        counts = [(float(mean.count), isinstance(mean.count, int), mean) for mean in means]
+            self._check_again(name, root, how, weight, samples)
+            return
+        over: Any = samples if weight is None else weight
+        now = Read(how, None if over is None else float(over), samples, read_loss(root, samples))
         seen = self._seen.setdefault(name, [])
-        seen.append((samples, counts))
-        if len(seen) > 1 and len(counts) == len(seen[0][1]):
-            for i, (count, _, mean) in enumerate(counts):
-                first = seen[0][1][i][0]
-                if not _is_proportional(first, seen[0][0], count, samples, mean=mean):
-                    raise MeanError(_message(name, mean, [(c[i][0], n) for n, c in seen if len(c) > i]))
+        seen.append(now)
+        refuse_wrong_form(name, now)
+        if how in ("plain", "mean"):
+            compare(name, seen)
+
+    def _check_again(self, name: str, root: Tensor, how: str, weight: Weight | None, samples: int | None) -> None:
+        watched = self._watched.get(name)
+        if not watched:
+            return
+        over = samples if how == "plain" else None if weight is None else host_number(weight)
+        if over is None or isinstance(over, Tensor):
+            return
+        counts: list[float] = []
+        for watch in watched:
+            count = read_again(root, watch.term, watch.factors)
+            if count is None:  # another loss than before: the next window is read anew
+                self._is_stale = True
+                return
+            counts.append(count)
+        first_over, first_counts = self._firsts.setdefault(name, (over, counts))
+        for count, first, watch in zip(counts, first_counts, watched, strict=True):
+            if abs(count * first_over - first * over) > ROUNDING * abs(first * over):
+                term = watch.term
+                pairs = [(first, first_over), (count, float(over))]
+                if how == "mean" and over and not (count % over or first % first_over) and is_full(root, term):
+                    continue
+                raise MeanError(mean_message(name, term, pairs, how=how))
+
+    def window_complete(self, warn: Callable[[str], None]) -> None:
+        """Looks at a window as a whole, before its update; ``warn(text)`` gives a warning.
+
+        Raises:
+            MeanError: sums were divided by what the whole window has.
+        """
+        for name, seen in self._seen.items():
+            if len(seen) > 1:
+                refuse_total_as_divisor(name, seen)
+        several = {name: seen for name, seen in self._seen.items() if len(seen) > 1}
+        left_over = next((len(seen) for seen in several.values() if is_left_over(seen)), 0)
+        if left_over:
+            warn(left_over_text(left_over))
+        unknown = [term for seen in several.values() for term in not_read(seen[0])]
+        if unknown and self.warns_of_unknown:
+            self.warns_of_unknown = False
+            warn(unknown_text(unknown))
+
+    def evidence(self) -> str:
+        """What has been read of the open window, in the words of the plan line; empty where it was declared."""
+        plain = [seen[0] for seen in self._seen.values() if seen[0].how == "plain"]
+        if any(not_read(read) for seen in self._seen.values() for read in seen[:1]):
+            return "not checked: what the mean is over cannot be seen"
+        return "read: a mean over samples" if plain else ""
 
     def window_closed(self) -> None:
-        """Forgets the window's counts, and decides whether later windows are looked at."""
+        """Forgets the window's counts, and decides what of later windows is looked at."""
         if any(len(seen) > 1 for seen in self._seen.values()):
             self._is_first_window = False
-            self.is_looking = any(
-                not is_shape for seen in self._seen.values() for _, counts in seen for _, is_shape, _ in counts
-            )
-        self._seen.clear()
+            self._watched = {name: watches for name, seen in self._seen.items() if (watches := _watches(seen))}
+        elif self._is_stale and self._relearned < _MAX_RELEARNED:
+            self._is_first_window = True
+            self._relearned += 1
+        self.is_looking = self._is_first_window or bool(self._watched)
+        self.window_discarded()
 
     def window_discarded(self) -> None:
         """Forgets what has been seen of the open window."""
         self._seen.clear()
+        self._firsts.clear()
+        self._is_stale = False
 
 
-def means_in(loss: Tensor) -> list[TakenOver]:
-    """The means near the root of the loss's graph, in the order of the graph; empty where none is recognised."""
-    return _means_below(loss.grad_fn, _MAX_DEPTH, [_MAX_NODES])
-
-
-def _means_below(node: Any, depth: int, nodes_left: list[int]) -> list[TakenOver]:
-    if node is None or depth == 0 or nodes_left[0] == 0:
+def _watches(seen: Sequence[Read]) -> list[_Watch]:
+    """The terms of a window's losses that a later window's are looked at for."""
+    first = seen[0]
+    if first.how not in ("plain", "mean") or any(len(read.terms) != len(first.terms) for read in seen):
         return []
-    nodes_left[0] -= 1
-    name = node.name()
-    if _TRANSPARENT.fullmatch(name) or _averages_terms(node):
-        below = [mean for parent, _ in node.next_functions for mean in _means_below(parent, depth - 1, nodes_left)]
-        if below:  # what they are divided by on their way is a factor, not what they are means over
-            return below
-    reader = _READERS.get(name)
-    if reader is None:
-        return []
-    try:
-        mean = reader(node)
-    except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
-        return []
-    return [] if mean is None else [mean]
-
-
-def _averages_terms(node: Any) -> bool:
-    """Whether a mean is that of a few scalars: ``torch.stack([first, second]).mean()``."""
-    parent = node.next_functions[0][0] if node.name() == "MeanBackward0" else None
-    return parent is not None and parent.name() == "StackBackward0"
-
-
-def _is_proportional(first: float, first_samples: int, count: float, samples: int, *, mean: TakenOver) -> bool:
-    if abs(count * first_samples - first * samples) <= _ROUNDING * abs(first * samples):
-        return True
-    # The same count for other numbers of samples is a term that has nothing to do with samples, such as a penalty on
-    # the parameters, and exact as it is: unless a fixed batch size was divided by.
-    return mean.may_be_constant and count == first and count not in (samples, first_samples)
-
-
-def _message(name: str, mean: TakenOver, seen: list[tuple[float, int]]) -> str:
-    counts = ", ".join(f"{count:g}" for count, _ in seen)
-    samples = ", ".join(str(n) for _, n in seen)
-    total_count, total_samples = sum(count for count, _ in seen), sum(n for _, n in seen)
-    taken = [(n / total_samples) / (count / total_count) for count, n in seen if count]
-    factor = max((max(share, 1 / share) for share in taken), default=float("inf"))
-    term = f"The term {name!r}" if name else "The loss"
-    return (
-        f"{term} is a plain tensor and so is taken as a mean over samples, but it was averaged over {mean.what}: "
-        f"{counts} in micro-batches of {samples} samples. Weighted by samples, one of them would count {factor:.3g} "
-        f"times what it should in the gradient. Return the loss with what it was averaged over: {mean.instead}."
-    )
-
-
-def _nll(node: Any) -> TakenOver | None:
-    if node._saved_reduction != _MEAN:
-        return None
-    weighted = node._saved_weight is not None
-    return TakenOver(
-        node._saved_total_weight,
-        "the sum of class weights" if weighted else "targets that are not ignored",
-        "criterion = ga.criterion(nn.CrossEntropyLoss(...)) and criterion(output, target)",
-    )
-
-
-def _elements(saved: str, module: str) -> Callable[[Any], TakenOver | None]:
-    def read(node: Any) -> TakenOver | None:
-        if getattr(node, "_saved_reduction", _MEAN) != _MEAN:
-            return None
-        instead = f"criterion = ga.criterion(nn.{module}()) and criterion(output, target)"
-        return TakenOver(getattr(node, saved).numel(), "elements", instead, may_be_constant=True)
-
-    return read
-
-
-def _mean(node: Any) -> TakenOver | None:
-    sizes = node._saved_self_sym_sizes if node.name() == "MeanBackward1" else None
-    if sizes is not None and len(node._saved_dim or sizes) != len(sizes):
-        return None  # a mean over some of the dimensions
-    count = int(node._saved_self_sym_numel) if sizes is None else math.prod(int(size) for size in sizes)
-    instead = "ga.Loss.sum(losses.sum(), over=losses.numel())"
-    return TakenOver(count, "elements", instead, may_be_constant=True)
-
-
-def _quotient(node: Any) -> TakenOver | None:
-    """A sum divided by a count: ``(losses * mask).sum() / mask.sum()``."""
-    divisor = node._saved_other
-    if divisor.dim() != 0 or divisor.requires_grad:
-        return None
-    instead = "ga.Loss.sum(losses.sum(), over=count)"
-    return TakenOver(divisor.detach(), "what it was divided by", instead, may_be_constant=True)
-
-
-_READERS: dict[str, Callable[[Any], TakenOver | None]] = {
-    "NllLossBackward0": _nll,
-    "NllLoss2DBackward0": _nll,
-    "MseLossBackward0": _elements("_saved_self", "MSELoss"),
-    "SmoothL1LossBackward0": _elements("_saved_self", "SmoothL1Loss"),
-    "HuberLossBackward0": _elements("_saved_self", "HuberLoss"),
-    "BinaryCrossEntropyBackward0": _elements("_saved_self", "BCELoss"),
-    "BinaryCrossEntropyWithLogitsBackward0": _elements("_saved_self", "BCEWithLogitsLoss"),
-    "SoftMarginLossBackward0": _elements("_saved_self", "SoftMarginLoss"),
-    "MeanBackward0": _mean,
-    "MeanBackward1": _mean,
-    "DivBackward0": _quotient,
-}
-
-# What a mean may still pass through on its way to the loss: sums of terms, factors, casts.
-_TRANSPARENT = re.compile(
-    r"(Add|Alias|Clone|Div|Mul|Neg|Rsub|Select|Squeeze|Stack|Sub|Sum|ToCopy|View)Backward0|(Div|Mul|Rsub)Backward1"
-)
+    found: list[_Watch] = []
+    for i, term in enumerate(first.terms):
+        if term.kind not in ("mean", "sum") or not term.is_on_host or (term.kind == "sum" and not has_divisor(term)):
+            continue
+        for which, factors in enumerate(candidates(term)):
+            pairs = [(counts_of(read.terms[i])[which], read.over) for read in seen]
+            a, first_over = pairs[0]
+            if first_over and all(over and abs(b * first_over - a * over) <= ROUNDING * a * over for b, over in pairs):
+                found.append(_Watch(term, factors))
+                break
+    return found

@@ -28,6 +28,7 @@ from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
 from gradaccum.types import Update
 from gradaccum.window import guards
+from gradaccum.window.forward_state import ForwardState
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks
 from gradaccum.window.parameters import Parameters
@@ -46,6 +47,7 @@ class Accumulation:
     Attributes:
         ranks: the processes that train together with this one; None where there are none.
         open_samples: rows added to the open window so far, as far as they could be seen.
+        means: reads what the losses are means over; ``warns_of_unknown`` as there.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Accumulation:
         options: Options = _DEFAULTS,
         *,
         couples_batch_norms: bool = True,
+        warns_of_unknown: bool = False,
     ) -> None:
         self._options = options
         self._parameters = Parameters(model, optimizer)
@@ -71,7 +74,10 @@ class Accumulation:
         )
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
-        self._means = SampleMeans()
+        self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
+        self._state = ForwardState(self.models)
+        # Between processes buffers are broadcast and parameters gathered, which looks like a change.
+        self._state.is_looking = self.ranks is None
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
@@ -159,6 +165,8 @@ class Accumulation:
         torch.clear_autocast_cache()
         if self.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device())
+        if self._state.is_looking:
+            self._state.window_begins()
         self._started = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------- add
@@ -176,8 +184,10 @@ class Accumulation:
         normaliser = self._opened()
         try:
             several = normaliser.seeds(as_terms(loss, samples, weights))
-            if self._means.is_looking and samples is not None:
-                self._means.check_all(loss, samples, weights or {})
+            if self.means.is_looking:
+                self.means.check_all(loss, samples, weights or {})
+            if self._state.is_looking and several:
+                self._state.has_run([root for root, _ in several])
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
@@ -206,8 +216,8 @@ class Accumulation:
         normaliser = self._opened()
         try:
             terms = [as_terms(loss, samples, weights) for loss, samples, weights in losses]
-            for loss, samples, weights in losses if self._means.is_looking else ():
-                self._means.check_all(loss, samples, weights or {})
+            for loss, samples, weights in losses if self.means.is_looking else ():
+                self.means.check_all(loss, samples, weights or {})
             counts_here = self.ranks is None or self.ranks.is_first or not is_shared
             if not counts_here:
                 terms = [without_value(losses_of_one) for losses_of_one in terms]
@@ -278,7 +288,7 @@ class Accumulation:
             raise
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
-        normaliser.check_totals()
+        self._check_window(normaliser)
         parameters = self._gradients.filled(self._parameters.optimized)
         grad_norm: Tensor | None = None
         skipped: bool | Tensor = True
@@ -303,15 +313,25 @@ class Accumulation:
         self.counts.add(result.micro_batches, self.open_samples if result.samples is None else result.samples)
         self._gradients.clear(keeps_memory=len(self._sizes) > 1)
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
-        self._means.window_closed()
+        self.means.window_closed()
         self._reset()
         return update
+
+    def _check_window(self, normaliser: Normaliser) -> None:
+        """What only a complete window shows, before anything is made of its gradient."""
+        normaliser.check_totals()
+        if self.means.is_looking:
+            self.means.window_complete(guards.warn)
+        if self._state.is_looking:
+            text = self._state.window_complete(len(self._sizes))
+            if text:
+                guards.warn(text)
 
     def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
         normaliser = self._opened()
         result = self._settle(self._gradients.parameters)
-        normaliser.check_totals()
+        self._check_window(normaliser)
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise no_gradient(self._parameters.optimized)
@@ -319,7 +339,7 @@ class Accumulation:
         self._gradients.narrow()
         self.put_back(aside)
         loss = loss_of(normaliser)
-        self._means.window_closed()
+        self.means.window_closed()
         self._reset()
         return loss
 
@@ -327,7 +347,7 @@ class Accumulation:
         """Throws the open window away, and returns how many micro-batches it had."""
         lost = self.open_micro_batches
         self._gradients.clear()
-        self._means.window_discarded()
+        self.means.window_discarded()
         self._reset()
         return lost
 

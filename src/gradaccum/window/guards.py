@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from gradaccum.errors import DiscardedWindowWarning, MisuseError
+from gradaccum.errors import DiscardedWindowWarning, GradAccumWarning, MisuseError
 
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -97,6 +97,11 @@ def user_stack_level() -> int:
         if not _is_inside(frame.f_code.co_filename):
             return level + 1
     return 1
+
+
+def warn(text: str) -> None:
+    """Gives a warning that points at the user's line, and names it."""
+    warnings.warn(f"{text} (at {user_line()})", GradAccumWarning, stacklevel=user_stack_level())
 
 
 def _frames() -> Iterator[FrameType]:
