@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
+from gradaccum.checking.pieces import FixedSplit, equal_sizes, numbered, pieces, ragged_sizes
+from gradaccum.split.by_samples import split_by_samples
 
 
 @given(rows=st.integers(2, 300), size=st.integers(1, 64))
@@ -35,8 +36,11 @@ def test_examples(rows: int, size: int, expected: list[int]) -> None:
 
 def test_micro_batches_are_in_memory_of_their_own() -> None:
     batch = torch.arange(5.0)
-    split = FixedSplit((3, 2))
-    made = [split.cut(batch, rows) for rows in split.plan(batch, split.largest(batch))]
+    split = FixedSplit(pieces((3, 2)), split_by_samples())
+    with_numbers = numbered(batch, 5)
+    cut = [split.cut(with_numbers, rows) for rows in split.plan(with_numbers, split.largest(with_numbers))]
+    assert [numbers.tolist() for _, numbers in cut] == [[0, 1, 2], [3, 4]]
+    made = [one for one, _ in cut]
     made[1].zero_()
     assert batch.tolist() == [0, 1, 2, 3, 4]
     assert [piece.rows for piece in pieces((3, 2))] == [len(one) for one in made]

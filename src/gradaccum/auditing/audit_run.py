@@ -1,16 +1,17 @@
 """The gradient both ways: of the whole batch in one piece, and accumulated as training would accumulate it.
 
 Every run starts from copies of the model as it is, with the same random draws for each sample, and leaves nothing
-behind. The accumulated side is `TrainStep`'s own, so what is audited is what is run. Suspects are taken out of a run by
-substitutions, on both sides alike.
+behind. The accumulated side is a `TrainStep` of its own, so what is audited is what is run. Suspects are taken out of a
+run by substitutions, on both sides alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.isolate_samples import isolate_samples
 from gradaccum.checking.compare import Buffers, Gradients
 from gradaccum.checking.isolate_state import copy_buffers, isolated_state
-from gradaccum.checking.pieces import FixedSplit, Piece, copied, pieces, whole
+from gradaccum.checking.pieces import FixedSplit, Piece, copied, numbered, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
 from gradaccum.errors import MeanError
@@ -28,18 +29,30 @@ from gradaccum.fit.workload import Workload
 from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.terms import as_terms
-from gradaccum.train_step import TrainStep
-from gradaccum.whole_batch.runners import Combine
+from gradaccum.types import GhostBatch, Split
+from gradaccum.whole_batch.batch_norm.ghost import Ghosts
+from gradaccum.whole_batch.batch_norm.layers import frozen
+from gradaccum.whole_batch.runners import RunnerOptions
 from gradaccum.window.parameters import named_parameters
-from gradaccum.window.weights import WeightsFunction
+
+
+class Step(Protocol):
+    """What accumulates: a `TrainStep`."""
+
+    def backward(self, batch: Any) -> Loss:
+        """Adds the batch's gradient to ``.grad``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(Workload):
     """A workload, of two rows at least, that is audited."""
 
-    combine: Combine
-    weights: WeightsFunction | None
+    options: RunnerOptions  # how the step runs micro-batches
+    split: Split  # how it cuts a batch
+    more_options: Mapping[str, Any]  # of the step: how gradients add up
+    make_step: Callable[..., Step]
+    others: Mapping[str, nn.Module] = field(default_factory=dict)  # that the user's functions hold on to, by name
 
     @property
     def function(self) -> Callable[[Any, Any], Any]:
@@ -55,7 +68,16 @@ class Task(Workload):
             prefix = f"{i}." if len(self.models) > 1 else ""
             for name, module in model.named_modules():
                 found[prefix + (name or type(module).__name__)] = module
+        known = set(map(id, found.values()))
+        for prefix, other in self.others.items():
+            for name, module in other.named_modules():
+                if id(module) not in known:
+                    found[f"{prefix}.{name}" if name else prefix] = module
         return found
+
+    def all_models(self) -> list[nn.Module]:
+        """The models that are trained, and those that the user's functions hold on to."""
+        return [*self.models, *self.others.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +94,8 @@ class Substitutions:
     loss_shares: tuple[float, ...] | None = None
     # The whole batch's gradient on the model's outputs, in place of each micro-batch's own.
     output_gradients: tuple[Tensor, ...] | None = None
+    # Options of the step that are to be tried.
+    step_options: Mapping[str, Any] = field(default_factory=dict)
     # By what part each parameter is changed, up or down: to see how far rounding may go.
     parameter_change: float = 0.0
 
@@ -101,13 +125,13 @@ class Run:
 
     def cut(self, piece: Piece) -> Any:
         """Returns a copy of the piece's rows."""
-        return copied(tree.take(self.whole_batch, slice(piece.start, piece.stop)))
+        return copied(self.task.split.cut(self.whole_batch, piece.where))
 
     @contextmanager
     def forward(self, piece: Piece) -> Iterator[None]:
         """Context manager around the forward of a piece."""
         self.outputs.clear()
-        if self.substitutions.reset_buffers and piece.start:
+        if self.substitutions.reset_buffers and piece.index > 1:
             modules = self.task.modules()
             for (where, name), buffer in self.first_buffers.items():
                 modules[where]._buffers[name] = buffer.clone()  # a graph may need the tensor that is there
@@ -143,7 +167,7 @@ class Run:
         if self.substitutions.output_gradients is not None:
             outputs = [output for output in self.outputs if output.requires_grad]
             parts = [
-                (output * gradient[piece.start : piece.stop]).sum()
+                (output * gradient[piece.where]).sum()
                 for output, gradient in zip(outputs, self.substitutions.output_gradients, strict=True)
             ]
             return Loss.sum(torch.stack(parts).sum())
@@ -167,7 +191,12 @@ class Runs:
         """Context manager for one run: copies of the model, random draws replayed, suspects taken out."""
         task, modules = self.task, self.task.modules()
         cast = in_double if self.is_double else None
-        with isolated_state(task.models, cast=cast), InDouble() if self.is_double else nullcontext():
+        is_frozen = task.options.batch_norm == "frozen"
+        with (
+            isolated_state(task.all_models(), cast=cast),
+            InDouble() if self.is_double else nullcontext(),
+            frozen(task.models) if is_frozen else nullcontext(),
+        ):
             if substitutions.parameter_change:
                 _change_parameters(task, substitutions.parameter_change)
             batch = tree.to_device(task.batch, task.device)
@@ -182,49 +211,62 @@ class Runs:
 
     def whole(self, substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the whole batch's gradient."""
-        rows = self.task.rows
-        with self.running(substitutions) as run:
+        rows, groups = self.task.rows, self.task.options.batch_norm
+        with self.running(substitutions) as run, ExitStack() as held:
+            function = partial(self.task.function, self.task.model)
+            if isinstance(groups, GhostBatch):
+                ghosts = Ghosts(self.task.models, groups)
+                held.enter_context(ghosts.held())
+                function = ghosts.forward(function)
             with run.forward(whole(rows)):
-                made = self.task.function(self.task.model, copied(run.whole_batch))
+                made = function(copied(run.whole_batch))
                 value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)
             divisor = _divisor(value)  # before the gradients are taken, which frees the graph
-            return RunResult(run.gradients(value), copy_buffers(self.task.modules()), divisor)
+            gradients = run.gradients(value)
+            held.close()  # running statistics of groups advance at the end
+            return RunResult(gradients, copy_buffers(self.task.modules()), divisor)
 
-    def accumulated(self, sizes: Sequence[int], substitutions: Substitutions = AS_IT_IS) -> RunResult:
-        """Returns the gradient of the batch in micro-batches of these sizes."""
+    def accumulated(self, cut: Sequence[Piece], substitutions: Substitutions = AS_IT_IS) -> RunResult:
+        """Returns the gradient of the batch in these micro-batches."""
         with self.running(substitutions) as run:
             try:
-                self._train_step(run, sizes).backward((run.whole_batch, torch.arange(self.task.rows)))
+                self._train_step(run, cut).backward(numbered(run.whole_batch, self.task.rows))
             except MeanError as error:
                 if self.refused is not None:
                     raise
                 self.refused = error
             else:
                 return RunResult(run.accumulated_gradients(), copy_buffers(self.task.modules()))
-        return self.accumulated(sizes, substitutions)
+        return self.accumulated(cut, substitutions)
 
-    def _train_step(self, run: Run, sizes: Sequence[int]) -> TrainStep:
-        """`TrainStep` on micro-batches that carry the numbers of their rows, by which their piece is known."""
+    def _train_step(self, run: Run, cut: Sequence[Piece]) -> Step:
+        """The step on micro-batches that carry the numbers of their rows, by which their piece is known."""
         task, substitutions = self.task, run.substitutions
-        known = {piece.start: piece for piece in pieces(sizes)}
+        known = {piece.start: piece for piece in cut}
         replacing = (substitutions.loss_shares, substitutions.output_gradients, self.refused)
         is_replaced = any(one is not None for one in replacing)
 
-        def call(_: Any, numbered: Any) -> Any:
-            micro_batch, numbers = numbered
+        def call(_: Any, with_numbers: Any) -> Any:
+            micro_batch, numbers = with_numbers
             piece = known[int(numbers[0])]
             made = run.call(piece, micro_batch)
             return run.substituted(made, piece) if is_replaced and task.loss_fn is not None else made
 
-        options: dict[str, Any] = {"loss_fn": call}
+        options = {one.name: getattr(task.options, one.name) for one in fields(task.options)}
         if task.loss_fn is None:
-            options = {"forward": call, "batch_loss": lambda outputs, _: run.batch_loss(outputs)}
-            options["combine"] = task.combine
-        elif task.weights is not None and not is_replaced:
-            weights = task.weights
-            options["weights"] = lambda numbered: weights(numbered[0])
+            options |= {"forward": call, "batch_loss": lambda outputs, _: run.batch_loss(outputs)}
+        else:
+            weights = task.options.weights
+            options |= {
+                "loss_fn": call,
+                "weights": None if weights is None or is_replaced else lambda with_numbers: weights(with_numbers[0]),
+            }
+        # Groups of BatchNorm are cut by a split of the step's own.
+        split = None if isinstance(task.options.batch_norm, GhostBatch) else FixedSplit(cut, task.split)
         optimizer = torch.optim.SGD([one for _, one in named_parameters(task.models) if one.requires_grad], lr=0.0)
-        return TrainStep(task.models, optimizer, micro_batch_size=max(sizes), split=FixedSplit(tuple(sizes)), **options)
+        largest = max(piece.rows for piece in cut)
+        given = {**options, **task.more_options, **substitutions.step_options}
+        return task.make_step(task.models, optimizer, micro_batch_size=largest, split=split, **given)
 
 
 def loss_value(loss: Any, rows: int) -> Tensor:

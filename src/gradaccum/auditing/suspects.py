@@ -23,6 +23,7 @@ from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import A_SUM, LossFinding, find_loss_shares
 from gradaccum.checking.compare import different_buffers, relative_error
+from gradaccum.checking.pieces import Piece
 from gradaccum.checking.random_ops import ONCE, UNMATCHED
 
 # Layers judged one by one; more are judged together, a whole batch and its micro-batches being run for each.
@@ -32,7 +33,7 @@ _MOST_SINGLE = 8
 _Seen = TypeVar("_Seen")
 
 
-def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_checked: list[str]) -> list[Culprit]:
+def find_culprits(runs: Runs, cut: Sequence[Piece], *, tolerance: float, not_checked: list[str]) -> list[Culprit]:
     """Returns the culprits of a gradient that is not the whole batch's, the worst first.
 
     What cannot be looked at (code that stumbles over replaced samples, say) is added to ``not_checked``.
@@ -41,17 +42,17 @@ def find_culprits(runs: Runs, sizes: Sequence[int], *, tolerance: float, not_che
     not_replayed = dict(runs.draws.not_replayed)
     drawing = Substitutions(same_draws=bool(not_replayed))
     fails = "which layers couple samples: the forward fails when samples are replaced"
-    coupled = attempted(lambda: coupling.coupled_modules(runs, drawing), fails, not_checked) or {}
+    coupled = attempted(lambda: coupling.coupled_modules(runs, cut[0], drawing), fails, not_checked) or {}
     layers = {name: is_norm for name, is_norm in coupled.items() if name in modules}
     clean = replace(drawing, isolated_layers=frozenset(layers), reset_buffers=True)
-    loss = attempted(partial(find_loss_shares, runs, sizes, clean), "what the loss is a mean over", not_checked)
+    loss = attempted(partial(find_loss_shares, runs, cut, clean), "what the loss is a mean over", not_checked)
     if loss is not None and loss.is_coupled and loss.output_gradients is not None:
         clean = replace(clean, output_gradients=loss.output_gradients)
     elif loss is not None:
         clean = replace(clean, loss_shares=loss.shares)
 
     def run_both(substitutions: Substitutions) -> tuple[RunResult, RunResult, float]:
-        accumulated, whole = runs.accumulated(sizes, substitutions), runs.whole(substitutions)
+        accumulated, whole = runs.accumulated(cut, substitutions), runs.whole(substitutions)
         return whole, accumulated, relative_error(accumulated.gradients, whole.gradients)
 
     rest = run_both(clean)[-1]
