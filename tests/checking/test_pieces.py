@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.checking.pieces import FixedSplit, equal_sizes, numbered, pieces, ragged_sizes
-from gradaccum.split.by_samples import split_by_samples
+from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, planned_pieces, ragged_sizes
 
 
 @given(rows=st.integers(2, 300), size=st.integers(1, 64))
@@ -34,13 +33,10 @@ def test_examples(rows: int, size: int, expected: list[int]) -> None:
     assert ragged_sizes(rows, size) == expected
 
 
-def test_micro_batches_are_in_memory_of_their_own() -> None:
-    batch = torch.arange(5.0)
-    split = FixedSplit(pieces((3, 2)), split_by_samples())
-    with_numbers = numbered(batch, 5)
-    cut = [split.cut(with_numbers, rows) for rows in split.plan(with_numbers, split.largest(with_numbers))]
-    assert [numbers.tolist() for _, numbers in cut] == [[0, 1, 2], [3, 4]]
-    made = [one for one, _ in cut]
-    made[1].zero_()
-    assert batch.tolist() == [0, 1, 2, 3, 4]
-    assert [piece.rows for piece in pieces((3, 2))] == [len(one) for one in made]
+def test_a_fixed_split_cuts_numbers_of_rows() -> None:
+    numbers, packed = torch.arange(5), planned_pieces([torch.tensor([4, 0]), slice(1, 4)])
+    for cut, expected in ((pieces((3, 2)), [[0, 1, 2], [3, 4]]), (packed, [[4, 0], [1, 2, 3]])):
+        split = FixedSplit(cut)
+        planned = split.plan(numbers, split.largest(numbers))
+        assert [split.cut(numbers, rows).tolist() for rows in planned] == expected
+        assert [piece.start for piece in cut] == [rows[0] for rows in expected]

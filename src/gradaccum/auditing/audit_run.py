@@ -21,7 +21,7 @@ from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.isolate_samples import isolate_samples
 from gradaccum.checking.compare import Buffers, Gradients
 from gradaccum.checking.isolate_state import copy_buffers, isolated_state
-from gradaccum.checking.pieces import FixedSplit, Piece, copied, numbered, whole
+from gradaccum.checking.pieces import FixedSplit, Piece, copied, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
 from gradaccum.errors import MeanError
@@ -230,7 +230,7 @@ class Runs:
         """Returns the gradient of the batch in these micro-batches."""
         with self.running(substitutions) as run:
             try:
-                self._train_step(run, cut).backward(numbered(run.whole_batch, self.task.rows))
+                self._train_step(run, cut).backward(torch.arange(self.task.rows))
             except MeanError as error:
                 if self.refused is not None:
                     raise
@@ -240,29 +240,30 @@ class Runs:
         return self.accumulated(cut, substitutions)
 
     def _train_step(self, run: Run, cut: Sequence[Piece]) -> Step:
-        """The step on micro-batches that carry the numbers of their rows, by which their piece is known."""
+        """A step whose batch are the numbers of the rows: what it cuts is ours to look up, also with a user's split."""
         task, substitutions = self.task, run.substitutions
         known = {piece.start: piece for piece in cut}
         replacing = (substitutions.loss_shares, substitutions.output_gradients, self.refused)
         is_replaced = any(one is not None for one in replacing)
 
-        def call(_: Any, with_numbers: Any) -> Any:
-            micro_batch, numbers = with_numbers
+        def call(_: Any, numbers: Tensor) -> Any:
             piece = known[int(numbers[0])]
-            made = run.call(piece, micro_batch)
+            made = run.call(piece, run.cut(piece))
             return run.substituted(made, piece) if is_replaced and task.loss_fn is not None else made
+
+        def weights(numbers: Tensor) -> Any:
+            is_whole = len(numbers) == task.rows
+            assert task.options.weights is not None
+            return task.options.weights(run.whole_batch if is_whole else run.cut(known[int(numbers[0])]))
 
         options = {one.name: getattr(task.options, one.name) for one in fields(task.options)}
         if task.loss_fn is None:
             options |= {"forward": call, "batch_loss": lambda outputs, _: run.batch_loss(outputs)}
         else:
-            weights = task.options.weights
-            options |= {
-                "loss_fn": call,
-                "weights": None if weights is None or is_replaced else lambda with_numbers: weights(with_numbers[0]),
-            }
+            has_weights = task.options.weights is not None and not is_replaced
+            options |= {"loss_fn": call, "weights": weights if has_weights else None}
         # Groups of BatchNorm are cut by a split of the step's own.
-        split = None if isinstance(task.options.batch_norm, GhostBatch) else FixedSplit(cut, task.split)
+        split = None if isinstance(task.options.batch_norm, GhostBatch) else FixedSplit(cut)
         optimizer = torch.optim.SGD([one for _, one in named_parameters(task.models) if one.requires_grad], lr=0.0)
         largest = max(piece.rows for piece in cut)
         given = {**options, **task.more_options, **substitutions.step_options}

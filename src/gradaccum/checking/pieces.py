@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradaccum import tree
-from gradaccum.types import Rows, Split
+from gradaccum.types import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,9 @@ class Piece:
     index: int  # 1 for the first micro-batch; 0 for the whole batch
     start: int
     stop: int
-    order: Tensor | None = None  # of a split that packs rows; ``start`` is then its first row
+    order: Tensor | None = field(
+        default=None, compare=False
+    )  # of a split that packs rows; ``start`` is then its first row
 
     @property
     def rows(self) -> int:
@@ -86,34 +87,28 @@ def _balanced(rows: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FixedSplit:
-    """A split into given pieces of batches that come with the numbers of their rows: ``(batch, numbers)``.
+    """A split into given pieces. A step that is handed the numbers of the rows, ``torch.arange(rows)``, so runs them.
 
-    By its numbers a micro-batch is known again. Each is a copy, since a loss function may write into it.
+    Who knows the batch cuts it: a micro-batch's piece is known by its first number.
     """
 
     pieces: Sequence[Piece]
-    cut_by: Split
 
-    def rows(self, batch: Any) -> int:
+    def rows(self, batch: Tensor) -> int:
         """See `Split`."""
-        return len(batch[1])
+        return len(batch)
 
-    def largest(self, batch: Any) -> int:
+    def largest(self, batch: Tensor) -> int:
         """See `Split`."""
         return max(piece.rows for piece in self.pieces)
 
-    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+    def plan(self, batch: Tensor, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
         """See `Split`; the pieces are the same whatever size is asked for."""
         return [piece.where for piece in self.pieces]
 
-    def cut(self, batch: Any, rows: Rows) -> Any:
+    def cut(self, batch: Tensor, rows: Rows) -> Tensor:
         """See `Split`."""
-        return copied(self.cut_by.cut(batch[0], rows)), batch[1][rows]
-
-
-def numbered(batch: Any, rows: int) -> Any:
-    """Returns a batch with the numbers of its rows, as `FixedSplit` cuts it."""
-    return batch, torch.arange(rows)
+        return batch[rows]
 
 
 def copied(batch: Any) -> Any:
