@@ -20,7 +20,7 @@ from gradaccum import tree
 from gradaccum.auditing.in_double import InDouble, in_double, no_modes
 from gradaccum.auditing.isolate_samples import isolate_samples
 from gradaccum.checking.compare import Buffers, Gradients
-from gradaccum.checking.isolate_state import copy_buffers, isolated_state
+from gradaccum.checking.isolate_state import copy_state, isolated_state, put_state
 from gradaccum.checking.pieces import FixedSplit, Piece, copied, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
@@ -88,8 +88,14 @@ class Substitutions:
     isolated_layers: frozenset[str] = frozenset()
     # What is drawn once for each forward is the same in all of them.
     same_draws: bool = False
-    # Every forward starts with the buffers that the first one started with.
-    reset_buffers: bool = False
+    # Every forward starts with the state that the first one started with.
+    resets_state: bool = False
+    # One forward runs before all others, for layers that set themselves up from what they see first.
+    starts_after_forward: bool = False
+    # Names of modules in evaluation mode.
+    evaluated: frozenset[str] = frozenset()
+    # What the whole batch's loss is multiplied with.
+    loss_scale: float = 1.0
     # The micro-batches' shares in the whole loss, in place of those that the library gives them.
     loss_shares: tuple[float, ...] | None = None
     # The whole batch's gradient on the model's outputs, in place of each micro-batch's own.
@@ -105,10 +111,10 @@ AS_IT_IS = Substitutions()
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What one run left: gradients of the trained parameters, and buffers."""
+    """What one run left: gradients of the trained parameters, and the state of all modules."""
 
     gradients: Gradients
-    buffers: Buffers
+    state: Buffers  # of all modules, parameters too: a forward may write them
     divisor: float | None = None  # what the whole batch's loss was divided by last of all
 
 
@@ -120,7 +126,7 @@ class Run:
     whole_batch: Any  # a copy of the batch, in the dtype of the run
     replay: RandomReplay
     substitutions: Substitutions
-    first_buffers: Buffers
+    first_state: Buffers
     outputs: list[Tensor] = field(default_factory=list)  # of the models in the present forward, in order
 
     def cut(self, piece: Piece) -> Any:
@@ -131,10 +137,8 @@ class Run:
     def forward(self, piece: Piece) -> Iterator[None]:
         """Context manager around the forward of a piece."""
         self.outputs.clear()
-        if self.substitutions.reset_buffers and piece.index > 1:
-            modules = self.task.modules()
-            for (where, name), buffer in self.first_buffers.items():
-                modules[where]._buffers[name] = buffer.clone()  # a graph may need the tensor that is there
+        if self.substitutions.resets_state and piece.index > 1:
+            put_state(self.task.modules(), self.first_state)
         with self.replay.forward(piece):
             yield
 
@@ -186,12 +190,18 @@ class Runs:
         # The error by which training refuses the loss, where it does; it is then taken as a mean over samples.
         self.refused: MeanError | None = None
 
+    def in_own_dtype(self) -> Runs:
+        """Returns runs of the same task in the model's own dtype, which take its loss in the same way."""
+        own = Runs(self.task, is_double=False)
+        own.refused = self.refused
+        return own
+
     @contextmanager
     def running(self, substitutions: Substitutions = AS_IT_IS) -> Iterator[Run]:
         """Context manager for one run: copies of the model, random draws replayed, suspects taken out."""
         task, modules = self.task, self.task.modules()
         cast = in_double if self.is_double else None
-        is_frozen = task.options.batch_norm == "frozen"
+        is_frozen = substitutions.step_options.get("batch_norm", task.options.batch_norm) == "frozen"
         with (
             isolated_state(task.all_models(), cast=cast),
             InDouble() if self.is_double else nullcontext(),
@@ -202,7 +212,12 @@ class Runs:
             batch = tree.to_device(task.batch, task.device)
             batch = copied(tree.map_leaves(batch, in_double) if self.is_double else batch)
             replay = RandomReplay(self.draws, modules, is_alike=substitutions.same_draws)
-            run = Run(task, batch, replay, substitutions, copy_buffers(modules))
+            for name in substitutions.evaluated:
+                modules[name].eval()
+            if substitutions.starts_after_forward:
+                with torch.no_grad():
+                    task.function(task.model, copied(batch))
+            run = Run(task, batch, replay, substitutions, copy_state(modules))
             for model in task.models:  # the hooks go with all attributes of the modules
                 model.register_forward_hook(lambda _, args, output: run.outputs.extend(floats_in(output)))
             isolate_samples(modules[name] for name in substitutions.isolated_layers)
@@ -222,9 +237,9 @@ class Runs:
                 made = function(copied(run.whole_batch))
                 value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)
             divisor = _divisor(value)  # before the gradients are taken, which frees the graph
-            gradients = run.gradients(value)
+            gradients = run.gradients(value * substitutions.loss_scale)
             held.close()  # running statistics of groups advance at the end
-            return RunResult(gradients, copy_buffers(self.task.modules()), divisor)
+            return RunResult(gradients, copy_state(self.task.modules()), divisor)
 
     def accumulated(self, cut: Sequence[Piece], substitutions: Substitutions = AS_IT_IS) -> RunResult:
         """Returns the gradient of the batch in these micro-batches."""
@@ -236,7 +251,7 @@ class Runs:
                     raise
                 self.refused = error
             else:
-                return RunResult(run.accumulated_gradients(), copy_buffers(self.task.modules()))
+                return RunResult(run.accumulated_gradients(), copy_state(self.task.modules()))
         return self.accumulated(cut, substitutions)
 
     def _train_step(self, run: Run, cut: Sequence[Piece]) -> Step:

@@ -38,7 +38,7 @@ _SAME = 1e-6
 _MOST_COORDINATES = 1 << 20
 _IGNORED = (-100, -1, 0)
 
-A_SUM, SAMPLES = "a plain sum", "a mean over samples"
+A_SUM, SAMPLES, WHAT_IT_SAYS = "a plain sum", "samples", "what it says"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,12 @@ class LossFinding:
     taken: str = ""  # how the library takes it, in words
     residual: float = 0.0  # what shares leave unexplained, of the gradient
     output_gradients: tuple[Tensor, ...] | None = None  # the whole batch's on the outputs, where it was seen
+
+    @property
+    def is_taken_rightly(self) -> bool:
+        """Whether the library gives each micro-batch the share that it has."""
+        is_plain = (self.over, self.taken) in ((SAMPLES, f"a mean over {SAMPLES}"), (A_SUM, A_SUM))
+        return not self.is_coupled and (is_plain or self.over == WHAT_IT_SAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,7 @@ def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
 
 
 def _counts(run: Run, loss: Any, value: Tensor) -> _Counts:
-    declared, taken = None, SAMPLES
+    declared, taken = None, f"a mean over {SAMPLES}"
     if isinstance(loss, Loss):
         declared = None if loss.weight is None else float(loss.weight)
         taken = A_SUM if loss.weight is None else "a mean over the count it was returned with"
@@ -201,9 +207,9 @@ def _meaning(batch: Any, cut: Sequence[Piece], shares: Sequence[float], counts: 
 
     told = [one.declared or 0.0 for one in counts]
     of_loss = [
-        ("what it says", "", told),
+        (WHAT_IT_SAYS, "", told),
         (
-            "samples",
+            SAMPLES,
             "return the loss as a plain tensor, which is taken as a mean over samples",
             [piece.rows for piece in cut],
         ),

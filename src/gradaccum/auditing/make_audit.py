@@ -10,11 +10,12 @@ import torch
 
 from gradaccum.auditing import culprits
 from gradaccum.auditing.audit_report import Report
-from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions, Task
+from gradaccum.auditing.audit_run import AS_IT_IS, RunResult, Runs, Substitutions, Task
 from gradaccum.auditing.audit_task import equal_cut, ways_to_cut
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
 from gradaccum.auditing.suspects import attempted, buffer_culprits, find_culprits
+from gradaccum.auditing.try_remedies import Remedies, wide_sums_error
 from gradaccum.checking.compare import BIASED, MISSING, SCALED, compare, flat, relative_error
 from gradaccum.checking.pieces import Piece, equal_sizes
 from gradaccum.checking.random_ops import UNMATCHED
@@ -57,9 +58,10 @@ def audit_task(task: Task, micro_batch_size: int) -> Report:
     error = relative_error(accumulated.gradients, whole.gradients)
     tolerance = _tolerance(runs, whole, own_dtype, error)
     if error > tolerance:
-        found = find_culprits(runs, cut, tolerance=tolerance, not_checked=not_checked)
+        found = find_culprits(runs, cut, (whole, accumulated), tolerance=tolerance, not_checked=not_checked)
     else:
         found = buffer_culprits(task.modules(), whole, accumulated, moved=0.0, tolerance=tolerance)
+        found = Remedies(runs, cut, tolerance=tolerance, rest=error).of_buffers(found, AS_IT_IS)
     compared, equal_error, equal = accumulated.gradients, error, equal_cut(task, micro_batch_size)
     if error > tolerance and equal != cut and not failed:
         again = runs.accumulated(equal).gradients
@@ -69,9 +71,7 @@ def audit_task(task: Task, micro_batch_size: int) -> Report:
             compared, error, cut = again, equal_error, equal
     own_errors = _own_errors(runs, cut, whole, own_dtype, not_checked)
     if own_errors is not None and _is_imprecise(task, *own_errors):
-        ours, theirs = (f"{100 * error:.2g}%" for error in own_errors)
-        named = {"dtype": _name(own_dtype), "accumulated": ours, "whole": theirs}
-        found.append(culprits.PRECISION.found(own_errors[0], "the gradients", **named))
+        found.append(_imprecision(runs, cut, own_dtype, *own_errors))
     return Report(
         exact=not found,
         relative_error=error,
@@ -85,6 +85,7 @@ def audit_task(task: Task, micro_batch_size: int) -> Report:
         own_dtype=_name(own_dtype),
         own_error=own_errors and own_errors[0],
         own_whole_error=own_errors and own_errors[1],
+        autocast=_autocast(task),
         not_checked=tuple(not_checked),
         notes=(*failed, *_notes(task, runs, whole, found, micro_batch_size)),
     )
@@ -152,8 +153,7 @@ def _own_errors(
     """What the model's own dtype does to both gradients, accumulated and whole, each against itself in float64."""
     if not runs.is_double or own_dtype not in SHORTER:
         return None
-    own = Runs(runs.task, is_double=False)
-    own.refused = runs.refused
+    own = runs.in_own_dtype()
 
     def measured() -> tuple[float, float]:
         own_whole_error = relative_error(own.whole().gradients, whole.gradients)
@@ -168,12 +168,34 @@ def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
     return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
 
 
+def _imprecision(
+    runs: Runs, cut: Sequence[Piece], own_dtype: torch.dtype, own_error: float, own_whole_error: float
+) -> Culprit:
+    """The culprit of sums that are rounded, with what came of wider ones."""
+    wide_error = wide_sums_error(runs, cut)
+    ours, theirs, wide = (f"{100 * error:.2g}%" for error in (own_error, own_whole_error, wide_error))
+    fault = culprits.PRECISION if wide_error < own_error else culprits.PRECISION_OF_CODE
+    return fault.found(
+        own_error,
+        "the gradients",
+        tried=f"on this batch, sums in float32 are off by {wide}.",
+        dtype=_name(own_dtype),
+        accumulated=ours,
+        whole=theirs,
+    )
+
+
 def _own_dtype(task: Task) -> torch.dtype:
     """The dtype that most of the trained numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for _, parameter in named_parameters(task.models):
         counts[parameter.dtype] += parameter.numel() * parameter.requires_grad
     return counts.most_common(1)[0][0]
+
+
+def _autocast(task: Task) -> str | None:
+    kind = task.device.type
+    return _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _hooked_parameters(task: Task) -> list[str]:

@@ -52,6 +52,6 @@ def _sections(report: ga.Report) -> tuple[tuple[Cell, ...], ...]:
         fraction = min(max(culprit.error for culprit in group) / largest, 1.0) if largest else None
         heading = Cell(text=f"{i}. {audit_report.title(group)}", tone=Tone.BAD, fraction=fraction)
         where = f"Where: {', '.join(audit_report.places(group))}"
-        texts = (where, f"Why: {first.what}", f"Type: {first.remedy}", f"Price: {first.price}")
+        texts = (where, *(f"{head} {text}" for head, text in audit_report.explanation(first)))
         sections.append((heading, *(Cell(text=text) for text in texts)))
     return (*sections, *((Cell(text=line, tone=Tone.QUIET),) for line in audit_report.remarks(report)))
