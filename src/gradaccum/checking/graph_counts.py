@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class GraphCount:
     words: str
     line: str  # what to return instead of the mean, with ``{loss}`` for it
     class_weights: Tensor | None = None  # of a cross entropy
+    ignore_index: int | None = None  # of a cross entropy
 
 
 def counts_near(node: Any) -> list[GraphCount]:
@@ -40,27 +42,36 @@ def counts_near(node: Any) -> list[GraphCount]:
             if one is None or one in seen or len(seen) >= _MAX_NODES or len(found) >= _MAX_COUNTS:
                 continue
             seen.add(one)
-            try:
+            with suppress(RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
                 found.extend(_read(one))
-            except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
-                pass
             following += [parent for parent, _ in one.next_functions]
         level = following
-    return found
+    return [_with_options(count, found) for count in found]
+
+
+_CRITERION = "ga.criterion(nn.CrossEntropyLoss())(output, target)"
+
+
+def _with_options(count: GraphCount, found: list[GraphCount]) -> GraphCount:
+    """Names the options that a cross entropy has; smoothing is a second mean over the same (``LossNLL.cpp``)."""
+    options = [] if count.class_weights is None else ["weight=weight"]
+    options += [] if count.ignore_index in (None, -100) else [f"ignore_index={count.ignore_index}"]
+    if any(other.value == count.value and other.ignore_index is None for other in found):
+        options.append("label_smoothing=label_smoothing")
+    return replace(count, line=count.line.replace("Loss()", f"Loss({', '.join(options)})"))
 
 
 def _read(node: Any) -> Iterator[GraphCount]:
     name = node.name()
     if name in ("NllLossBackward0", "NllLoss2DBackward0") and node._saved_reduction == _MEAN:
         weight = node._saved_weight
-        options = [] if weight is None else ["weight=weight"]
         ignored = (node._saved_ignore_index + (1 << 63)) % (1 << 64) - (1 << 63)  # autograd shows it without its sign
-        options += [] if ignored == -100 else [f"ignore_index={ignored}"]
         yield GraphCount(
             float(node._saved_total_weight.detach()),
             "targets that are not ignored" if weight is None else "the class weights of the targets",
-            f"ga.criterion(nn.CrossEntropyLoss({', '.join(options)}))(output, target)",
+            _CRITERION,
             None if weight is None else weight.detach(),
+            ignored,
         )
     elif name in ("DivBackward0", "MulBackward0"):
         for number in _constants(node):

@@ -79,25 +79,30 @@ def readings_that_fit(part: Part, cuts: Sequence[Cut], *, tolerance: float) -> l
             for cut in cuts
         )
 
-    if part.addend is not None and _is_constant(part, cuts, tolerance):
-        return [Reading(kind=CONSTANT, code=rows_code(cuts[0].whole.batch) or "")]
-    found: list[Reading] = []
-    if part.addend is None and fits(lambda cut: declared_shares([one.terms[part.name] for one in cut.parts])):
-        found.append(Reading(kind=DECLARED, code=rows_code(cuts[0].whole.batch) or ""))
-    if fits(lambda cut: [1.0] * len(cut.parts)):
-        found.append(Reading(kind=A_SUM, line="ga.Loss.sum({loss})"))
     whole = cuts[0].whole
     kind = whole.terms[part.name].kind
-    weights = [count.class_weights for count in part.counts(whole) if count.class_weights is not None]
-    of_batch = counts_of(whole.batch, weights[0] if weights else None)
+    if part.addend is not None and _is_constant(part, cuts, tolerance):
+        return [Reading(kind=CONSTANT, code=rows_code(whole.batch) or "")]
+    found: list[Reading] = []
+    if fits(lambda cut: [1.0] * len(cut.parts)):
+        found.append(Reading(kind=A_SUM, line="ga.Loss.sum({loss})"))
+    weighted = next((count for count in part.counts(whole) if count.ignore_index is not None), None)
+    options = (None, None) if weighted is None else (weighted.class_weights, weighted.ignore_index)
+    of_batch = counts_of(whole.batch, *options)
     for count in of_batch:
+        if not count.is_likely and found:
+            break  # the rest is no likelier
         if fits(lambda cut, count=count: _shares_of(cut, lambda run: count.of(run.batch))):
             is_plain_mean = kind == PLAIN and part.addend is None and count.words == "samples"
             line = "{loss}" if is_plain_mean else f"ga.Loss.mean({{loss}}, over={count.code})"
             found.append(Reading(kind=OVER, words=count.words, code=count.code, line=line))
     if kind == SUM and part.addend is None:
         found += _sums_over(part, cuts, of_batch, tolerance)
-    return found + list(_of_graph(part, cuts, fits, has_code=any(one.kind == OVER for one in found)))
+    found += _of_graph(part, cuts, fits, has_code=any(one.kind == OVER for one in found))
+    if part.addend is None and fits(lambda cut: declared_shares([one.terms[part.name] for one in cut.parts])):
+        code = next((one.code for one in found if one.code), "")
+        found.insert(0, Reading(kind=DECLARED, code=code))
+    return found
 
 
 def _shares_of(cut: Cut, count: Callable[[Run], float | None]) -> list[float] | None:

@@ -1,20 +1,20 @@
 """A forward and backward of some rows, as numbers: what the loss returned, and the gradient of each of its roots.
 
 A root is the 0-d tensor that a user's loss function made, before this library gives it a weight: a plain tensor, or
-what ``ga.Loss.mean`` and ``ga.Loss.sum`` were given. Where a root is a sum of scalars, ``loss = first + 0.01 * second``,
-each of them may be a mean over something of its own. Their values are gone by then, but not their gradients: autograd
-takes the edge of a graph in place of a tensor (``torch.autograd.graph.GradientEdge``).
+what ``ga.Loss.mean`` and ``ga.Loss.sum`` were given. Where a root is a sum of scalars, ``loss = first + 0.1 * second``,
+each may be a mean over something of its own. Their values are gone by then, but not their gradients: autograd takes the
+edge of a graph in place of a tensor (``torch.autograd.graph.GradientEdge``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradaccum.checking.graph_counts import GraphCount, counts_near
 from gradaccum.losses.loss import Loss, Weight
@@ -86,10 +86,11 @@ def make_run(
     batch: Any,
     weights: Mapping[str, Weight] | None = None,
     in_full: bool = False,
+    again: Callable[[], Any] | None = None,
 ) -> Run:
     """Makes numbers of what a loss function returned; one backward a term, and one more for each addend.
 
-    Waits for the device. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs.
+    Waits for the device. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs. The graph is used up.
 
     Args:
         loss: a 0-d tensor, a `Loss`, or a dict of these, with its graph.
@@ -98,45 +99,95 @@ def make_run(
         batch: what the loss was made from.
         weights: what ``weights=`` returned for this batch, by name.
         in_full: whether addends and counts are wanted as well, to explain a loss that does not add up.
+        again: makes the loss once more, with a graph of its own and the same random numbers. It is called only where a
+            graph cannot be run through twice: a compiled backward that gives its buffers away. Without it such a loss
+            has no addends.
 
     Raises:
         LossError: as in training: not a scalar, or no graph.
+        RuntimeError: several terms share a graph that cannot be run through twice, and there is no ``again``.
     """
-    returned = loss if isinstance(loss, Mapping) else {}
+    graphs = _Graphs(loss, again, parameters, lambda made: as_terms(made, len(rows), weights))
     terms: dict[str, Term] = {}
-    for name, term in as_terms(loss, len(rows), weights).items():
-        is_plain = isinstance(returned.get(name, loss), Tensor)
-        kind = PLAIN if is_plain else MEAN if term.is_mean else PLAIN_SUM if term.weight is None else SUM
-        terms[name] = _term_of(term, kind, parameters, in_full=in_full)
+    for position, (name, term) in enumerate(graphs.terms.items()):
+        returned = loss[name] if isinstance(loss, Mapping) else loss
+        kind = MEAN if term.is_mean else PLAIN_SUM if term.weight is None else SUM
+        counts = counts_near(term.root.grad_fn) if in_full else ()  # before the graph is freed
+        addends = _addends(graphs, name) if in_full else ()
+        is_last = position == len(graphs.terms) - 1
+        terms[name] = Term(
+            value=float(term.root.detach()),
+            weight=None if term.weight is None else float(term.weight),
+            kind=PLAIN if isinstance(returned, Tensor) else kind,
+            gradient=graphs.gradient(lambda terms, name=name: _root_edge(terms[name]), is_last=is_last),
+            addends=addends,
+            counts=counts,
+        )
     return Run(rows=rows, batch=batch, terms=terms)
 
 
-def _term_of(loss: Loss, kind: str, parameters: Sequence[nn.Parameter], *, in_full: bool) -> Term:
-    root = loss.root
-    gradient: Gradient = [None] * len(parameters)
-    addends: list[Addend] = []
-    if root.requires_grad:
-        gradient = torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
-    if in_full and root.grad_fn is not None:
-        edges = list(_addends_of(root.grad_fn, 0, 1.0))
-        if 1 < len(edges) <= _MAX_ADDENDS:
-            addends = [_addend_of(*edge, parameters) for edge in edges]
-    return Term(
-        value=float(root.detach()),
-        weight=None if loss.weight is None else float(loss.weight),
-        kind=kind,
-        gradient=gradient,
-        addends=addends,
-        counts=counts_near(root.grad_fn) if in_full else (),
-    )
+_Edge = tuple[Any, int, float]
+"""A node of a graph, which of its outputs, and by what its gradient is to be multiplied."""
 
 
-def _addend_of(node: Any, output: int, factor: float, parameters: Sequence[nn.Parameter]) -> Addend:
-    meta = node._input_metadata[output]
-    seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
-    edge = GradientEdge(node, output)
-    gradient = torch.autograd.grad(edge, parameters, grad_outputs=seed, retain_graph=True, allow_unused=True)
-    return Addend(gradient=gradient, counts=counts_near(node))
+class _Graphs:
+    """A loss whose graph is run through several times; where that cannot be, the loss is made again for each time."""
+
+    def __init__(
+        self,
+        loss: Any,
+        again: Callable[[], Any] | None,
+        parameters: Sequence[nn.Parameter],
+        as_terms: Callable[[Any], dict[str, Loss]],
+    ) -> None:
+        self.terms = as_terms(loss)
+        self._again, self._parameters, self._as_terms = again, parameters, as_terms
+
+    def gradient(self, edge_of: Callable[[Mapping[str, Loss]], _Edge | None], *, is_last: bool) -> Gradient:
+        """Returns the gradient at an edge; the last one uses the graph up."""
+        try:
+            return self._run(edge_of(self.terms), retain_graph=not is_last)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error) or self._again is None:
+                raise
+        return self._run(edge_of(self._as_terms(self._again())), retain_graph=False)
+
+    def _run(self, edge: _Edge | None, *, retain_graph: bool) -> Gradient:
+        if edge is None:
+            return [None] * len(self._parameters)
+        node, output, factor = edge
+        meta = node._input_metadata[output]
+        seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
+        return torch.autograd.grad(
+            GradientEdge(node, output),
+            self._parameters,
+            grad_outputs=seed,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+
+
+def _root_edge(loss: Loss) -> _Edge | None:
+    return (*get_gradient_edge(loss.root)[:2], 1.0) if loss.root.requires_grad else None
+
+
+def _addends(graphs: _Graphs, name: str) -> list[Addend]:
+    root = graphs.terms[name].root.grad_fn
+    edges = [] if root is None else list(_addends_of(root, 0, 1.0))
+    if not 1 < len(edges) <= _MAX_ADDENDS:
+        return []
+    counts = [counts_near(node) for node, _, _ in edges]
+
+    def edge_of(terms: Mapping[str, Loss], i: int) -> _Edge:
+        return list(_addends_of(terms[name].root.grad_fn, 0, 1.0))[i]
+
+    try:
+        gradients = [graphs.gradient(lambda terms, i=i: edge_of(terms, i), is_last=False) for i in range(len(edges))]
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        return []
+    return [Addend(gradient=gradient, counts=own) for gradient, own in zip(gradients, counts, strict=True)]
 
 
 def _addends_of(node: Any, output: int, factor: float) -> Iterator[tuple[Any, int, float]]:
