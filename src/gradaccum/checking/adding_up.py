@@ -8,6 +8,7 @@ mean over nothing does not count.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def added_up(parts: Sequence[Measured], shares: Sequence[float]) -> Measured:
     gradient: list[Tensor | None] = []
     for of_parameter in zip(*(part.gradient for part in kept), strict=True):
         present = [one for one in of_parameter if one is not None]
-        gradient.append(sum(present[1:], start=present[0]) if present else None)
+        gradient.append(functools.reduce(torch.add, present) if present else None)
     return Measured(value=total, gradient=gradient or [None] * len(parts[0].gradient))
 
 

@@ -63,7 +63,7 @@ def _one_of(lines: Sequence[str]) -> str:
 
 
 def _lines(diagnosis: Diagnosis) -> list[str]:
-    return ["    " + entry.replace("\n", ", and ") for entry in diagnosis.instead or diagnosis.untried]
+    return ["    " + entry.replace("\n", ", with ") for entry in diagnosis.instead or diagnosis.untried]
 
 
 def _size(difference: Difference) -> float:

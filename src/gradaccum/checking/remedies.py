@@ -301,10 +301,10 @@ def _readings_in_groups(look: _Look, code: str, ids: Tensor) -> list[list[Readin
         own = ids if is_by_place else ids[kept]
         chosen = own == own[int(torch.randint(len(own), (), generator=made))]
         runs = [look.attempt(look.whole.rows[kept[which]]) for which in (chosen | True, chosen, ~chosen)]
-        whole, *parts = [one for one in runs if one is not None] if None not in runs else [None]
-        if whole is None or not parts:
+        present = [one for one in runs if one is not None]
+        if len(present) < len(runs):
             return [[]]
-        cuts.append(Cut(whole=whole, parts=parts))
+        cuts.append(Cut(whole=present[0], parts=present[1:]))
         found = [readings_that_fit(part, cuts[-1:], tolerance=look.tolerance) for part in look.parts]
         if not all(found):
             return [[]]
