@@ -2,7 +2,7 @@
 
 Every reading is tried, not only the first that fits: on a few rows two counts may be the same, and only the user knows
 which is meant. A count of the batch is tried as the code that is printed for it, a count that the graph holds as a
-number, for which the line can name no more than the criterion.
+number: it has a line only where the loss is a criterion of torch.
 """
 
 from __future__ import annotations
@@ -28,18 +28,14 @@ class Reading:
             piece: a penalty on the parameters, exact as a mean over anything).
         words: what it is a mean over; "" for others.
         code: of the count of a ``batch``; "" where there is none.
-        line: the expression to return, with ``{loss}`` in place of the loss; "" where nothing is to change.
+        line: the expression to return, with ``{loss}`` in place of the loss; "" where nothing is to change, or where
+            the count is one of the graph that nothing in the batch gives.
     """
 
     kind: str
     words: str = ""
     code: str = ""
     line: str = ""
-
-    @property
-    def is_tried_as_typed(self) -> bool:
-        """Whether the line stands for itself: no name in it is left for the user to fill in."""
-        return self.kind != OVER or bool(self.code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +94,9 @@ def readings_that_fit(part: Part, cuts: Sequence[Cut], *, tolerance: float) -> l
             found.append(Reading(kind=OVER, words=count.words, code=count.code, line=line))
     if kind == SUM and part.addend is None:
         found += _sums_over(part, cuts, of_batch, tolerance)
-    found += _of_graph(part, cuts, fits, has_code=any(one.kind == OVER for one in found))
+    of_graph = list(_of_graph(part, cuts, fits))
+    named = [one for one in of_graph if one.line]
+    found += named[:1] if named or any(one.kind == OVER for one in found) else of_graph[:1]
     if part.addend is None and fits(lambda cut: declared_shares([one.terms[part.name] for one in cut.parts])):
         code = next((one.code for one in found if one.code), "")
         found.insert(0, Reading(kind=DECLARED, code=code))
@@ -137,21 +135,17 @@ def _sums_over(part: Part, cuts: Sequence[Cut], counts: Sequence[BatchCount], to
 
 
 def _of_graph(
-    part: Part, cuts: Sequence[Cut], fits: Callable[[Callable[[Cut], list[float] | None]], bool], *, has_code: bool
+    part: Part, cuts: Sequence[Cut], fits: Callable[[Callable[[Cut], list[float] | None]], bool]
 ) -> Iterator[Reading]:
-    """Readings by the counts of the graph; those that name no criterion only where the batch has no such count."""
-    lines: set[str] = set()
+    """Readings by the counts of the graph: a criterion by its name, and else a number that has none."""
     runs = [run for cut in cuts for run in (cut.whole, *cut.parts)]
     counts = part.counts(cuts[0].whole)
     if any(len(part.counts(run)) != len(counts) for run in runs):
         return
+    criterion = cuts[0].whole.terms[part.name].criterion if part.addend is None else ""
     for i, count in enumerate(counts):
-        names_criterion = count.line.startswith("ga.criterion")
-        if count.line in lines or (has_code and not names_criterion):
-            continue
         if fits(lambda cut, i=i: _shares_of(cut, lambda run: part.counts(run)[i].value)):
-            lines.add(count.line)
-            yield Reading(kind=OVER, words=count.words, line=count.line)
+            yield Reading(kind=OVER, words=count.words, line=criterion if count.ignore_index is not None else "")
 
 
 def expression(part: Part, run: Run) -> str:

@@ -24,7 +24,6 @@ from gradaccum.checking.readings import (
     A_SUM,
     CONSTANT,
     DECLARED,
-    OVER,
     Part,
     Reading,
     expression,
@@ -128,9 +127,9 @@ class _Look:
         return False
 
     def readings(self, parts: Sequence[Part]) -> list[list[Reading]]:
-        """The readings of each part that fit all cuts; more cuts are made where several counts fit alike."""
+        """The readings of each part that fit all cuts, which are more where some fit the first: counts are small."""
         found = self._fitting(parts)
-        if all(found) and any(len(one) > 1 for one in found):
+        if all(found):
             while self.add_cut():
                 pass
             found = self._fitting(parts)
@@ -141,10 +140,10 @@ class _Look:
 
 
 def _other_cuts(rows: int) -> Iterator[Tensor]:
-    """Positions of a smaller piece, in cuts that part neighbours (0, 1) and halves (0, rows / 2) from each other."""
+    """Positions of the smaller pieces of more cuts; the first part neighbours (0, 1) and halves (0, rows / 2)."""
     seen: set[tuple[int, ...]] = set()
     pairs = ((0, 2), (1, 3)) if rows == 6 else ((0, 3), (1, rows - 2))
-    for chosen in (pairs[0], tuple(range(1, rows, 3)), pairs[1], (rows - 1,)):
+    for chosen in (pairs[0], tuple(range(1, rows, 3)), pairs[1], (rows - 1,), (0,), (2, 4), (2, 3, 5)):
         if min(chosen, default=-1) >= 0 and max(chosen) < rows and len(chosen) < rows and chosen not in seen:
             seen.add(chosen)
             yield torch.tensor(chosen)
@@ -158,11 +157,19 @@ def _by_counts(look: _Look) -> Diagnosis | None:
     if len(look.parts) > 1:
         return _terms(look, found)
     [part], [readings] = look.parts, found
-    lines = [f"return {filled_in(one, part, look.whole)}" for one in readings if one.line]
-    first = next((one for one in readings if one.line), readings[0])
+    if readings[0].kind == DECLARED:
+        return Diagnosis(
+            kind="unknown", what="Run again, the loss adds up as it was returned: it is not the same twice"
+        )
+    first = readings[0]
+    lines = [f"return {filled_in(one, part, look.whole)}" for one in readings if one.line][:_MOST_LINES]
     if first.kind == A_SUM:
-        return Diagnosis(kind="sum", what="The loss is a sum over samples, no mean", instead=tuple(lines[:_MOST_LINES]))
-    return Diagnosis(kind="weight", what=f"The loss is a mean over {first.words}", instead=tuple(lines[:_MOST_LINES]))
+        return Diagnosis(kind="sum", what="The loss is a sum over samples, no mean", instead=tuple(lines))
+    what = f"The loss is a mean over {first.words}"
+    if not lines:
+        count = f"return ga.Loss.mean({expression(part, look.whole)}, over=count)"
+        return Diagnosis(kind="weight", what=f"{what}, which nothing in the batch gives", untried=(count,))
+    return Diagnosis(kind="weight", what=what, instead=tuple(lines))
 
 
 def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
@@ -181,7 +188,8 @@ def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
         lines = [f"return {{**losses, {', '.join(changed)}}}"] if changed else []
         if not all(one.code for one in chosen if one.kind != A_SUM):
             continue  # a count that has no name here
-        if len({one.code for one in chosen if one.kind != A_SUM}) > 1:
+        # Terms over different things, or over something and nothing, need their totals ahead.
+        if len({"" if one.kind == A_SUM else one.code for one in chosen}) > 1:
             lines.append(f"weights=lambda batch: {{{', '.join(counts)}}}")
         entries.append("\n".join(lines))
     words = [_words(part.name, readings[0], look.whole) for part, readings in zip(look.parts, found, strict=True)]
@@ -224,14 +232,14 @@ def _by_addends(look: _Look) -> Diagnosis | None:
     names = _ORDINALS[:number]
     entries: list[str] = []
     for chosen in _combinations(found):
-        if not all(one.kind == CONSTANT or one.is_tried_as_typed for one in chosen):
-            continue
+        if not all(one.code for one in chosen if one.kind != A_SUM):
+            continue  # a count that has no name here
         returned, counts = [], []
         for name, reading in zip(names, chosen, strict=True):
             returned.append(f"{name!r}: " + (f"ga.Loss.sum({name})" if reading.kind == A_SUM else name))
             counts += [] if reading.kind == A_SUM else [f"{name!r}: {reading.code}"]
         lines = [f"return {{{', '.join(returned)}}}"]
-        if any(one.kind == OVER and one.words != "samples" for one in chosen):
+        if any(one.kind != CONSTANT and one.words != "samples" for one in chosen):
             lines.append(f"weights=lambda batch: {{{', '.join(counts)}}}")
         entries.append("\n".join(lines))
     words = {A_SUM: "a sum", CONSTANT: "the same for every micro-batch"}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gradaccum.checking.graph_counts import GraphCount, counts_near
+from gradaccum.checking.graph_counts import GraphCount, counts_near, criterion_of
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.terms import as_terms
 
@@ -48,6 +48,7 @@ class Term:
         gradient: of the root, seed 1.
         addends: in the order of the sum; empty where the root is no sum, and where they were not asked for.
         counts: what the graph near the root was divided by; empty where it was not asked for.
+        criterion: code for the root where it is a cross entropy of torch and nothing else; likewise.
     """
 
     value: float
@@ -56,6 +57,7 @@ class Term:
     gradient: Gradient
     addends: Sequence[Addend] = ()
     counts: Sequence[GraphCount] = ()
+    criterion: str = ""
 
     @property
     def divisor(self) -> float:
@@ -90,7 +92,9 @@ def make_run(
 ) -> Run:
     """Makes numbers of what a loss function returned; one backward a term, and one more for each addend.
 
-    Waits for the device. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs. The graph is used up.
+    Waits for the device, and uses the graph up. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs; but
+    where reentrant checkpoints need a backward that writes ``.grad``, hooks run, and what others than ``parameters``
+    got stays.
 
     Args:
         loss: a 0-d tensor, a `Loss`, or a dict of these, with its graph.
@@ -113,6 +117,7 @@ def make_run(
         returned = loss[name] if isinstance(loss, Mapping) else loss
         kind = MEAN if term.is_mean else PLAIN_SUM if term.weight is None else SUM
         counts = counts_near(term.root.grad_fn) if in_full else ()  # before the graph is freed
+        criterion = criterion_of(term.root.grad_fn) if in_full else ""
         addends = _addends(graphs, name) if in_full else ()
         is_last = position == len(graphs.terms) - 1
         terms[name] = Term(
@@ -122,6 +127,7 @@ def make_run(
             gradient=graphs.gradient(lambda terms, name=name: _root_edge(terms[name]), is_last=is_last),
             addends=addends,
             counts=counts,
+            criterion=criterion,
         )
     return Run(rows=rows, batch=batch, terms=terms)
 
@@ -158,13 +164,28 @@ class _Graphs:
         node, output, factor = edge
         meta = node._input_metadata[output]
         seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
-        return torch.autograd.grad(
-            GradientEdge(node, output),
-            self._parameters,
-            grad_outputs=seed,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        at = GradientEdge(node, output)
+        try:
+            return torch.autograd.grad(
+                at, self._parameters, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        return _accumulated(at, seed, self._parameters, retain_graph=retain_graph)
+
+
+def _accumulated(at: GradientEdge, seed: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool) -> Gradient:
+    """The gradients by a backward that writes ``.grad``, all that reentrant checkpoints allow; ``.grad`` is put back."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.backward(at, seed, retain_graph=retain_graph)
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
 
 
 def _root_edge(loss: Loss) -> _Edge | None:
