@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradaccum.checking.adding_up import Cut, Difference, added_up, as_value, declared_difference, declared_shares
+from gradaccum.checking.adding_up import Cut, Difference, as_value, declared_difference, declared_shares, made_value
 from gradaccum.checking.remedies import Diagnosis
 from gradaccum.checking.root_runs import MEAN, PLAIN, PLAIN_SUM, SUM, Run
 from gradaccum.errors import LossError, MeanError
@@ -38,7 +38,7 @@ def _seen(whole: Run, parts: Sequence[Run]) -> str:
     cut = Cut(whole=whole, parts=parts)
     name, off = max(((name, declared_difference(cut, name)) for name in whole.terms), key=lambda one: _size(one[1]))
     each = [part.terms[name] for part in parts]
-    made = added_up([as_value(term) for term in each], declared_shares(each)).value
+    made = made_value([as_value(term) for term in each], declared_shares(each))
     together = as_value(whole.terms[name]).value
     sizes, values = _listed([len(part.rows) for part in parts]), _listed([as_value(term).value for term in each])
     term = f"The term {name!r}" if name else "The loss"

@@ -172,6 +172,9 @@ def _by_counts(look: _Look) -> Diagnosis | None:
     return Diagnosis(kind="weight", what=what, instead=tuple(lines))
 
 
+_NOT_TWICE = "Run again, the loss adds up as it was returned: it is not the same twice"
+
+
 def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
     """Terms by name that each have a reading: those that were declared right stay as they are."""
     entries: list[str] = []

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradaccum.checking.gradient_sketch import Gradient, sketch_of
 from gradaccum.checking.graph_counts import GraphCount, counts_near, criterion_of
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.terms import as_terms
-
-Gradient = Sequence[Tensor | None]
-"""For each parameter, in the order that they were given in; None where there is none."""
 
 PLAIN, MEAN, SUM, PLAIN_SUM = "plain", "mean", "sum", "plain sum"
 """How a term was returned: a tensor, `Loss.mean`, `Loss.sum` with ``over``, `Loss.sum` without."""
@@ -45,7 +43,7 @@ class Term:
         value: of the root.
         weight: what was declared: `Loss.weight`; for a plain tensor its rows, or what ``weights=`` says.
         kind: "plain", "mean", "sum" (to be divided by the weight), or "plain sum" (by nothing).
-        gradient: of the root, seed 1.
+        gradient: of the root, seed 1, for each parameter in the order that they were given in.
         addends: in the order of the sum; empty where the root is no sum, and where they were not asked for.
         counts: what the graph near the root was divided by; empty where it was not asked for.
         criterion: code for the root where it is a cross entropy of torch and nothing else; likewise.
@@ -160,15 +158,16 @@ class _Graphs:
 
     def _run(self, edge: _Edge | None, *, retain_graph: bool) -> Gradient:
         if edge is None:
-            return [None] * len(self._parameters)
+            return sketch_of([None] * len(self._parameters), self._parameters)
         node, output, factor = edge
         meta = node._input_metadata[output]
         seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
         at = GradientEdge(node, output)
         try:
-            return torch.autograd.grad(
+            found = torch.autograd.grad(
                 at, self._parameters, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True
             )
+            return sketch_of(found, self._parameters)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -176,13 +175,13 @@ class _Graphs:
 
 
 def _accumulated(at: GradientEdge, seed: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool) -> Gradient:
-    """The gradients by a backward that writes ``.grad``, all that reentrant checkpoints allow; ``.grad`` is put back."""
+    """By a backward that writes ``.grad``, which is all that reentrant checkpoints allow; ``.grad`` is put back."""
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         torch.autograd.backward(at, seed, retain_graph=retain_graph)
-        return [parameter.grad for parameter in parameters]
+        return sketch_of([parameter.grad for parameter in parameters], parameters)
     finally:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
