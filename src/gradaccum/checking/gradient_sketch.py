@@ -2,21 +2,22 @@
 
     sketch(g) = signs @ g.view(-1, SIZE)          signs: +1 or -1 at random, the same in every run
 
-A linear map: if gradients add up their sketches do, and if they do not, then the difference shows in all of SIZE sums of
-random signs at once. Its squared norm is the gradient's in expectation, so relative errors keep their size. (Alon,
-Matias and Szegedy, "The space complexity of approximating the frequency moments", 1996.) Elements picked from the
-gradient instead would miss the few rows of a large embedding that a small batch reaches.
+A linear map: if gradients add up their sketches do, and if they do not, the difference shows in all of SIZE sums of
+random signs at once. Its squared norm is the gradient's in expectation, so relative errors keep their size (Alon, Matias
+and Szegedy, "The space complexity of approximating the frequency moments", 1996). Elements picked from the gradient
+instead would miss the few rows of a large embedding that a small batch reaches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradaccum.checking.compare import flat
+from gradaccum.types import HALF_DTYPES
 
 SIZE = 1 << 13  # numbers that are kept of a parameter's gradient: 64 KiB
 
@@ -64,15 +65,28 @@ def sketch_of(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) 
 
 
 def _size(parameter: Tensor) -> int:
-    return min(parameter.numel() * (2 if parameter.is_complex() else 1), SIZE)
+    local = _local(parameter)
+    return min(local.numel() * (2 if local.is_complex() else 1), SIZE)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a distributed tensor: shards add up as the whole does."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor.detach() if to_local is None else to_local().detach()
 
 
 def _sketch(gradient: Tensor) -> Tensor:
-    if gradient.numel() * (2 if gradient.is_complex() else 1) <= SIZE:
-        return flat(gradient).cpu()
-    vector = flat(gradient)
-    rest = -len(vector) % SIZE
-    grid = (torch.cat([vector, vector.new_zeros(rest)]) if rest else vector).view(-1, SIZE)
-    made = torch.Generator().manual_seed(len(grid))
-    signs = torch.randint(0, 2, (len(grid),), generator=made) * 2 - 1
-    return (signs.to(grid) @ grid).cpu()
+    local = _local(gradient)
+    if local.is_sparse or local.is_complex() or local.numel() <= SIZE:
+        vector = flat(local)
+    else:  # no copy of a large one; in half precision the sums would be rounded to it
+        vector = local.reshape(-1).float() if local.dtype in HALF_DTYPES else local.reshape(-1)
+    if len(vector) <= SIZE:
+        return vector.double().cpu()
+    rows, rest = divmod(len(vector), SIZE)
+    made = torch.Generator().manual_seed(rows)
+    signs = (torch.randint(0, 2, (rows,), generator=made) * 2 - 1).to(vector)
+    with torch.autocast(vector.device.type, enabled=False):
+        sketch = (signs @ vector[: rows * SIZE].view(rows, SIZE)).double().cpu()
+    sketch[:rest] += vector[rows * SIZE :].double().cpu()
+    return sketch

@@ -87,6 +87,7 @@ def make_run(
     weights: Mapping[str, Weight] | None = None,
     in_full: bool = False,
     again: Callable[[], Any] | None = None,
+    writes_grad: bool = False,
 ) -> Run:
     """Makes numbers of what a loss function returned; one backward a term, and one more for each addend.
 
@@ -104,12 +105,14 @@ def make_run(
         again: makes the loss once more, with a graph of its own and the same random numbers. It is called only where a
             graph cannot be run through twice: a compiled backward that gives its buffers away. Without it such a loss
             has no addends.
+        writes_grad: takes the gradients by a backward that writes ``.grad``, as sharded models need; ``.grad`` of the
+            parameters is put back.
 
     Raises:
         LossError: as in training: not a scalar, or no graph.
         RuntimeError: several terms share a graph that cannot be run through twice, and there is no ``again``.
     """
-    graphs = _Graphs(loss, again, parameters, lambda made: as_terms(made, len(rows), weights))
+    graphs = _Graphs(loss, again, parameters, lambda made: as_terms(made, len(rows), weights), writes_grad=writes_grad)
     terms: dict[str, Term] = {}
     for position, (name, term) in enumerate(graphs.terms.items()):
         returned = loss[name] if isinstance(loss, Mapping) else loss
@@ -143,9 +146,12 @@ class _Graphs:
         again: Callable[[], Any] | None,
         parameters: Sequence[nn.Parameter],
         as_terms: Callable[[Any], dict[str, Loss]],
+        *,
+        writes_grad: bool,
     ) -> None:
         self.terms = as_terms(loss)
         self._again, self._parameters, self._as_terms = again, parameters, as_terms
+        self._writes_grad = writes_grad
 
     def gradient(self, edge_of: Callable[[Mapping[str, Loss]], _Edge | None], *, is_last: bool) -> Gradient:
         """Returns the gradient at an edge; the last one uses the graph up."""
@@ -163,6 +169,8 @@ class _Graphs:
         meta = node._input_metadata[output]
         seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
         at = GradientEdge(node, output)
+        if self._writes_grad:
+            return _accumulated(at, seed, self._parameters, retain_graph=retain_graph)
         try:
             found = torch.autograd.grad(
                 at, self._parameters, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True
