@@ -95,7 +95,7 @@ LOSS_OF_SUMS = Fault(
     what="The loss is a function of sums over the batch (a root or a ratio of them, say): each micro-batch's gradient "
     "has the right direction, but its share depends on all the others.",
     remedy='ga.TrainStep(model, optimizer, forward=forward, batch_loss=batch_loss, combine="sum"), where forward '
-    "returns the sums and batch_loss makes the loss of them. If it is a mean over a count of your own: "
+    "returns the sums and batch_loss makes the loss of them. If it is a mean over a count of your own (not tried): "
     "ga.Loss.sum(losses.sum(), over=count).",
     price=f"{_ONE_MORE_FORWARD}.",
 )

@@ -206,11 +206,9 @@ def _loss(loss: LossFinding, remedies: Remedies, own_loss: Substitutions, error:
         over = loss.over if loss.over == A_SUM else f"a mean over {loss.over}"
         fault = culprits.WRONG_SHARES
         return [fault.found(error, over=over, taken=loss.taken, instead=loss.instead, tried=remedies.of_shares())]
-    if loss.shares is not None:
-        return [culprits.LOSS_OF_SUMS.found(error, tried=remedies.of_batch_loss(loss))]
-    unexplained = f"{100 * loss.residual:.2g}%"
-    found = culprits.LOSS_OF_PAIRS.found(error, unexplained=unexplained, tried=remedies.of_batch_loss(loss))
-    return [remedies.of_groups(found, own_loss)]
+    fault = culprits.LOSS_OF_PAIRS if loss.shares is None else culprits.LOSS_OF_SUMS
+    found = fault.found(error, unexplained=f"{100 * loss.residual:.2g}%", tried=remedies.of_batch_loss(loss))
+    return [remedies.of_coupled_loss(found, own_loss)]
 
 
 def _unexplained(runs: Runs, clean: Substitutions, is_innocent: bool, error: float, tolerance: float) -> Culprit:

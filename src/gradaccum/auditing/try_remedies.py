@@ -2,7 +2,7 @@
 
     batch-norm    the step's own options, with all other culprits taken out
     loss-weight   the counts found, as shares of the micro-batches
-    coupled-loss  the whole batch's gradient on the outputs, as ``batch_loss=`` hands it on; groups that stay together
+    coupled-loss  several means with a count each; groups of samples; the whole batch's gradient on the outputs
     buffer        the module in evaluation mode
     precision     gradients added up in float32
 
@@ -11,11 +11,11 @@ A change inside of a user's layer or function cannot be tried, and the report sa
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gradaccum.auditing import culprits
 from gradaccum.auditing.audit_run import Runs, Substitutions
@@ -23,10 +23,16 @@ from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import LossFinding
 from gradaccum.checking.compare import different_buffers, relative_error
-from gradaccum.checking.pieces import Piece, pieces, ragged_sizes
-from gradaccum.split.by_samples import split_by_samples
+from gradaccum.checking.pieces import Piece
+from gradaccum.checking.remedies import Diagnosis, remedies
+from gradaccum.checking.root_runs import Run, make_run
+from gradaccum.window.parameters import named_parameters
 
 CHANGES_CODE = "not tried: it changes code of yours."
+# Of a diagnosis whose lines were run, and the kind of culprit that it is.
+_TRIED_KINDS = {"terms": "loss-weight", "weight": "loss-weight", "sum": "loss-weight", "groups": "coupled-loss"}
+_MOST_LINES = 2
+_MOST_LOOK_ROWS = 8
 _BATCH_NORM_OPTIONS = {"exact": "", "frozen": "when fine-tuning "}
 
 
@@ -115,32 +121,43 @@ class Remedies:
         """Returns what came of a loss over the whole batch's outputs."""
         if loss.output_gradients is None:
             return "not tried: what the loss is made of could not be told from the model's own outputs."
-        return worked(self._rest, self._tolerance)
+        of_sums = ' (combine="sum" is that with less memory)' if loss.shares is not None else ""
+        return f"batch_loss= over the outputs{of_sums}: {worked(self._rest, self._tolerance)}"
 
-    def of_groups(self, culprit: Culprit, own_loss: Substitutions) -> Culprit:
-        """Returns the culprit, with a split where micro-batches of whole groups of consecutive samples are exact."""
-        rows = self._runs.task.rows
-        if (
-            self._runs.task.split != split_by_samples()
-            or "groups" not in inspect.signature(split_by_samples).parameters
-        ):
+    def of_coupled_loss(self, culprit: Culprit, own_loss: Substitutions) -> Culprit:
+        """Returns the culprit; several means in one loss, or samples that only meet in groups, with lines for these."""
+        try:
+            found = self._diagnosis(own_loss)
+        except Exception:  # noqa: BLE001  # the user's code, on rows that it was not made for
             return culprit
-        for size in range(2, rows // 2 + 1):
-            if rows % size:
-                continue
-            sizes = [size * groups for groups in ragged_sizes(rows // size, max(1, self._cut[0].rows // size))]
-            try:
-                error = self._error(own_loss, pieces(sizes))
-            except Exception:  # noqa: BLE001  # code that cannot run these pieces
-                continue
-            if error <= self._tolerance:
-                remedy = (
-                    "ga.TrainStep(model, optimizer, loss_fn, split=ga.split_by_samples(groups=groups)), where "
-                    f"groups(batch) returns torch.arange(rows) // {size}: every {size} samples in a row are compared "
-                    "with each other, and with no others."
-                )
-                return replace(culprit, remedy=remedy, price="nothing.", tried=worked(error, self._tolerance))
-        return culprit
+        if not found.instead or found.kind not in _TRIED_KINDS:
+            return culprit
+        lines = [", and ".join(entry.splitlines()) for entry in found.instead[:_MOST_LINES]]
+        return replace(
+            culprit,
+            kind=_TRIED_KINDS[found.kind],
+            what=f"{found.what}.",
+            remedy=" Or: ".join(lines),
+            price="nothing.",
+            tried=f"it was run on the first {self._look_rows()} samples in several cuts, and was right on all.",
+        )
+
+    def _look_rows(self) -> int:
+        return min(self._runs.task.rows, _MOST_LOOK_ROWS)
+
+    def _diagnosis(self, own_loss: Substitutions) -> Diagnosis:
+        rows = torch.arange(self._look_rows())
+        first = -(-len(rows) * 5 // 8)
+
+        def run_rows(chosen: Tensor) -> Run:
+            piece = Piece(1, int(chosen[0]), int(chosen[0]) + 1, order=chosen)
+            with self._runs.running(own_loss) as run:
+                batch = run.cut(piece)
+                parameters = [one for _, one in named_parameters(run.task.models) if one.requires_grad]
+                return make_run(run.call(piece, batch), parameters, rows=chosen, batch=batch, in_full=True)
+
+        parts = [run_rows(part) for part in (rows[:first], rows[first:])]
+        return remedies(run_rows(rows), parts, run_rows, tolerance=self._tolerance)
 
     def _error(self, substitutions: Substitutions, cut: Sequence[Piece] | None = None) -> float:
         accumulated = self._runs.accumulated(cut or self._cut, substitutions)
