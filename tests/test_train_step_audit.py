@@ -16,8 +16,16 @@ def step_of(model: nn.Module, loss_fn: Any = zoo.classes, **options: Any) -> ga.
     return ga.TrainStep(model, torch.optim.Adam(model.parameters()), loss_fn, micro_batch_size=SIZE, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_norm": "exact"}, {"batch_norm": "frozen"},
-                                     {"batch_norm": ga.GhostBatch(2)}, {"batch_norm": "exact", "activations": "recompute"}])  # fmt: skip
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"batch_norm": "exact"},
+    {"batch_norm": "exact", "activations": "recompute"},
+    {"batch_norm": "frozen"},
+    {"batch_norm": ga.GhostBatch(2)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options_are_the_steps_own(options: dict[str, Any]) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)) for _ in range(2)))
     report = step_of(model, **options).audit(zoo.vectors())
