@@ -63,9 +63,10 @@ def test_auto_takes_the_present_size() -> None:
     model, batch = zoo.mlp(), zoo.vectors()
     train_step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), zoo.classes)
     assert train_step.audit(batch).micro_batch_sizes == (7, 6)  # nothing is known yet
-    update = train_step(batch)
+    size = train_step(batch).micro_batch_size
+    assert size is not None
     report = train_step.audit(batch)
-    assert max(report.micro_batch_sizes) <= update.micro_batch_size
+    assert max(report.micro_batch_sizes) <= size
     assert report.exact
 
 

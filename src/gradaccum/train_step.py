@@ -137,7 +137,12 @@ class TrainStep(HasCounts):
         self._split = run_options.split(split, max_rows=self._max_rows)
         # What an audit makes another step of.
         adding = {"accumulate_dtype": accumulate_dtype, "fused": fused}
-        self._configured = {"model": model, "options": run_options, "split": split, "more_options": adding}
+        self._configured: dict[str, Any] = {
+            "model": model,
+            "options": run_options,
+            "split": split,
+            "more_options": adding,
+        }
         self._weights = weights
         models = as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say

@@ -265,6 +265,6 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("arguments", "error", "message"), MISUSE)
 def test_misuse(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    right = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
+    right: dict[str, Any] = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
     with pytest.raises(error, match=message):
         ga.audit(**{**right, **arguments})

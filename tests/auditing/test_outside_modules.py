@@ -62,6 +62,7 @@ def test_a_state_of_a_loss_is_a_culprit() -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            self.centre: Tensor
             self.register_buffer("centre", torch.zeros(zoo.CLASSES))
 
         def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def test_an_option_that_does_not_reach_a_layer_is_not_printed() -> None:
     class Own(nn.BatchNorm1d):
         """Its own forward, without ``F.batch_norm``."""
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+            x = input
             mean, var = x.mean((0, 2), keepdim=True), x.var((0, 2), keepdim=True)
             return (x - mean) / (var + self.eps).sqrt()
 
@@ -135,7 +136,8 @@ def test_a_layer_that_is_set_up_by_what_it_sees_first() -> None:
                 self.is_ready.fill_(True)
             return x + self.shift
 
-    model, batch = zoo.mlp(ActNorm()), zoo.vectors()
+    model: Any = zoo.mlp(ActNorm())
+    batch = zoo.vectors()
     report = ga.audit(model, zoo.classes, batch, 4)
     assert [(culprit.kind, culprit.where) for culprit in report.culprits] == [("buffer", "1")]
     assert "run one forward" in report.culprits[0].remedy

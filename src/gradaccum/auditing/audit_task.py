@@ -56,9 +56,10 @@ def make_task(
             "The batch has 1 row, which cannot be cut in two. Pass a batch of a few micro-batches: 3 * "
             "micro_batch_size samples show as much as more would."
         )
-    inherited = {field.name: getattr(workload, field.name) for field in fields(Workload)}
+    inherited: dict[str, Any] = {field.name: getattr(workload, field.name) for field in fields(Workload)}
+    inherited["model"] = model
     return Task(
-        **{**inherited, "model": model},
+        **inherited,
         options=options,
         split=options.split(split, max_rows=None),
         more_options=more_options or {},
