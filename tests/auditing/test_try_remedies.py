@@ -36,7 +36,7 @@ def test_an_option_that_does_not_reach_a_layer_is_not_printed() -> None:
     class Own(nn.BatchNorm1d):
         """Its own forward, without ``F.batch_norm``."""
 
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+        def forward(self, input: Tensor) -> Tensor:
             x = input
             mean, var = x.mean((0, 2), keepdim=True), x.var((0, 2), keepdim=True)
             return (x - mean) / (var + self.eps).sqrt()

@@ -25,6 +25,8 @@ def run_audit(target: str, *, micro_batch_size: int | None, html: Path | None) -
         micro_batch_size or job.micro_batch_size or _DEFAULT_SIZE,
         forward=job.forward,
         batch_loss=job.batch_loss,
+        split=job.split,
+        batch_norm=job.batch_norm,
     )
     page = Page(
         title=f"{_TITLE} {target}",
