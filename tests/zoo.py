@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
+from gradaccum.auditing.audit_run import Task
+from gradaccum.auditing.audit_task import make_task
+from gradaccum.whole_batch.runners import RunnerOptions
 
 ROWS, FEATURES, CLASSES, TIME = 13, 6, 3, 5
 SIZE = 4  # of micro-batches: 4, 3, 3, 3
@@ -45,6 +48,22 @@ class Case:
 
 def case(model: Any, loss: Any, batch: Any = None, *culprits: tuple[str, str], **options: Any) -> Case:
     return Case(model=model, loss=loss, batch=batch or vectors, culprits=frozenset(culprits), **options)
+
+
+def task(model: Any, loss: LossFunction, batch: Any) -> Task:
+    """What `ga.audit` makes of its arguments."""
+    options = RunnerOptions(
+        loss_fn=loss,
+        forward=None,
+        batch_loss=None,
+        combine="concat",
+        kept_graphs=None,
+        weights=None,
+        batch_norm="micro",
+        lockstep=False,
+        activations="device",
+    )
+    return make_task(model, batch, options, make_step=ga.TrainStep)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

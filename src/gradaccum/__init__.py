@@ -39,9 +39,9 @@ from gradaccum.types import GhostBatch, Job, Update
 from gradaccum.whole_batch.lockstep.gather import gather
 
 if _typing.TYPE_CHECKING:
+    from gradaccum.audit_model import audit
     from gradaccum.auditing.audit_report import Report
     from gradaccum.auditing.culprits import Culprit
-    from gradaccum.auditing.make_audit import audit
     from gradaccum.fit.plan_result import Plan
     from gradaccum.fit.planner import plan
 
@@ -91,7 +91,7 @@ _TOOLS = {
     "Culprit": "auditing.culprits",
     "Plan": "fit.plan_result",
     "Report": "auditing.audit_report",
-    "audit": "auditing.make_audit",
+    "audit": "audit_model",
     "plan": "fit.planner",
 }
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from gradaccum.audit_model import audit
 from gradaccum.auditing.audit_report import Report
-from gradaccum.auditing.make_audit import audit
 
 
 def assert_exact(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.run_counts import HasCounts
 from gradaccum.window.weights import WeightsFunction, weights_by_name
+
+if TYPE_CHECKING:
+    from gradaccum.auditing.audit_report import Report
 
 
 class TrainStep(HasCounts):
@@ -132,6 +135,14 @@ class TrainStep(HasCounts):
             activations=activations,
         )
         self._split = run_options.split(split, max_rows=self._max_rows)
+        # What an audit makes another step of.
+        adding = {"accumulate_dtype": accumulate_dtype, "fused": fused}
+        self._configured: dict[str, Any] = {
+            "model": model,
+            "options": run_options,
+            "split": split,
+            "more_options": adding,
+        }
         self._weights = weights
         models = as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
@@ -218,6 +229,34 @@ class TrainStep(HasCounts):
             self._accumulation.put_back(aside)
             raise
         return loss
+
+    def audit(self, batch: Any) -> Report:
+        """Finds out whether this step makes the whole batch's update, and if not, why; see `gradaccum.audit`.
+
+        A second step with the same functions and options runs on copies: model, buffers, gradients, random state and
+        this step are left as they were. With ``micro_batch_size="auto"`` micro-batches are of the present size, or
+        before the first update of half the batch.
+
+        Args:
+            batch: as it is trained with; it has to fit in memory in one piece.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> def loss_fn(model, micro_batch):
+            ...     return F.mse_loss(model(micro_batch[0]), micro_batch[1])
+            >>> train_step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=4, batch_norm="exact")
+            >>> train_step.audit((torch.randn(13, 3), torch.randn(13, 1))).exact
+            True
+        """
+        from gradaccum.auditing.audit_task import make_task  # training does not wait for it
+        from gradaccum.auditing.make_audit import audit_task
+
+        task = make_task(**self._configured, batch=batch, make_step=TrainStep)
+        size = self._max_rows
+        if self._fitting is not None:
+            size = self._fitting.present_size(batch)
+        return audit_task(task, size or -(-task.rows // 2))
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, in samples and updates, and the micro-batch sizes that were found.

@@ -61,6 +61,8 @@ class Job:
         micro_batch_size: samples that one forward sees.
         forward: ``forward(model, micro_batch)``, for a loss over the whole batch's outputs.
         batch_loss: ``batch_loss(outputs, batch)``.
+        split: how the batch is cut, as for `TrainStep`; ``gradaccum audit`` looks at it.
+        batch_norm: as for `TrainStep`; likewise.
 
     Example:
         >>> def job():
@@ -75,6 +77,8 @@ class Job:
     micro_batch_size: int | None = None
     forward: Callable[[Any, Any], Any] | None = None
     batch_loss: Callable[[Any, Any], Any] | None = None
+    split: Split | None = None
+    batch_norm: Literal["micro", "exact", "frozen"] | GhostBatch = "micro"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ EXACT = ga.Report(
     dtype="float64",
     own_dtype="float32",
 )
-NORMS = tuple(culprits.BATCH_NORM.found(0.1 * (9 - i), f"layers.{i}.norm") for i in range(8))
+NORMS = tuple(culprits.BATCH_NORM.found(0.1 * (9 - i), f"layers.{i}.norm", options="") for i in range(8))
 
 IMPRECISE = culprits.PRECISION.found(0.02, dtype="bfloat16", accumulated="2%", whole="0.3%")
 
@@ -54,7 +54,7 @@ SAID = {
     "off": (with_culprits(NORMS[0]), "Not exact: the accumulated gradient is off by 50% of the whole batch's."),
     "all of it": (with_culprits(NORMS[0], error=float("inf")), "off by all of it"),
     "state": (
-        with_culprits(culprits.BUFFER.found(0.1, "norm", buffers="running_mean", effect=""), error=0.0),
+        with_culprits(culprits.BUFFER.found(0.1, "norm", buffers="running_mean", effect="", remedy=""), error=0.0),
         "the gradient is the whole batch's, but what the update leaves in the model is not",
     ),
     "precision": (

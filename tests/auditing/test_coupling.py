@@ -9,14 +9,14 @@ from torch import Tensor, nn
 import zoo
 from gradaccum.auditing.audit_run import AS_IT_IS, Runs
 from gradaccum.auditing.coupling import coupled_modules
-from gradaccum.auditing.make_audit import make_task
+from gradaccum.checking.pieces import pieces
 
 
 def coupled(
     model: nn.Module, loss: zoo.LossFunction = zoo.classes, batch: object = None, *, is_double: bool = True
 ) -> dict[str, bool]:
-    task = make_task(model, loss, zoo.vectors() if batch is None else batch)
-    return coupled_modules(Runs(task, is_double=is_double), AS_IT_IS)
+    task = zoo.task(model, loss, zoo.vectors() if batch is None else batch)
+    return coupled_modules(Runs(task, is_double=is_double), pieces([6, 7])[0], AS_IT_IS)
 
 
 class Outer(nn.Module):

@@ -11,7 +11,7 @@ import zoo
 from gradaccum.auditing import loss_shares
 from gradaccum.auditing.audit_run import AS_IT_IS, Runs
 from gradaccum.auditing.loss_shares import LossFinding, find_loss_shares
-from gradaccum.auditing.make_audit import make_task
+from gradaccum.checking.pieces import pieces
 
 SIZES = [5, 4, 4]
 
@@ -28,7 +28,7 @@ CASES = {
 
 
 def shares_of(model: nn.Module, loss: zoo.LossFunction, batch: object, sizes: Sequence[int] = SIZES) -> LossFinding:
-    found = find_loss_shares(Runs(make_task(model, loss, batch), is_double=True), sizes, AS_IT_IS)
+    found = find_loss_shares(Runs(zoo.task(model, loss, batch), is_double=True), pieces(sizes), AS_IT_IS)
     assert found is not None
     return found
 
@@ -66,5 +66,5 @@ def test_losses_that_couple_samples(loss: zoo.LossFunction, where: str) -> None:
 def test_too_few_parameters_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_shares, "_solve_on_outputs", lambda *_: None)
     model = nn.Linear(zoo.FEATURES, 1, bias=False)
-    task = make_task(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
-    assert find_loss_shares(Runs(task, is_double=True), [3, 3, 3, 4], AS_IT_IS) is None
+    task = zoo.task(model, lambda model, batch: model(batch[0]).square().mean().sqrt(), zoo.vectors())
+    assert find_loss_shares(Runs(task, is_double=True), pieces([3, 3, 3, 4]), AS_IT_IS) is None

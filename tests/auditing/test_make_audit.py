@@ -198,6 +198,43 @@ def test_hooks_on_parameters_are_not_checked() -> None:
     assert report.not_checked[0].startswith("hooks on parameters (0.weight)")
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((zoo.FEATURES,), 1 + 1j, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_complex_parameters() -> None:
+    def apart(model: Any, batch: Any) -> Tensor:
+        return model(batch[0]).abs().square().mean()
+
+    def coupled(model: Any, batch: Any) -> Tensor:
+        made = model(batch[0])
+        return made.real.square().mean() + made.imag.mean(0).square().sum()
+
+    assert ga.audit(Complex(), apart, zoo.vectors(), 4).exact
+    report = ga.audit(Complex(), coupled, zoo.vectors(), 4)
+    assert blamed(report) == [("coupled-loss", "the loss")]
+    assert report.relative_error > 0.1
+
+
+def test_autocast_is_as_it_is_in_the_models_own_dtype() -> None:
+    model, batch = zoo.mlp(), zoo.vectors()
+    plain = ga.audit(model, zoo.classes, batch, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = ga.audit(model, zoo.classes, batch, 4)
+    assert report.exact, str(report)
+    assert (report.dtype, report.own_dtype, report.autocast) == ("float64", "float32", "bfloat16")
+    assert report.relative_error < ROUNDING
+    assert plain.own_error is not None
+    assert report.own_error is not None
+    assert plain.own_error < 1e-5 < 1e-4 < report.own_error
+    assert "own dtype under autocast to bfloat16" in " ".join(str(report).split())
+
+
 def test_eval_mode_and_a_whole_batch_are_noted() -> None:
     report = ga.audit(zoo.mlp(nn.BatchNorm1d(8)).eval(), zoo.classes, zoo.vectors(), 64)
     assert report.exact
@@ -228,6 +265,6 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("arguments", "error", "message"), MISUSE)
 def test_misuse(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    right = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
+    right: dict[str, Any] = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
     with pytest.raises(error, match=message):
         ga.audit(**{**right, **arguments})

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, ragged_sizes
+from gradaccum.checking.pieces import FixedSplit, equal_sizes, pieces, planned_pieces, ragged_sizes
 
 
 @given(rows=st.integers(2, 300), size=st.integers(1, 64))
@@ -33,10 +33,10 @@ def test_examples(rows: int, size: int, expected: list[int]) -> None:
     assert ragged_sizes(rows, size) == expected
 
 
-def test_micro_batches_are_in_memory_of_their_own() -> None:
-    batch = torch.arange(5.0)
-    split = FixedSplit((3, 2))
-    made = [split.cut(batch, rows) for rows in split.plan(batch, split.largest(batch))]
-    made[1].zero_()
-    assert batch.tolist() == [0, 1, 2, 3, 4]
-    assert [piece.rows for piece in pieces((3, 2))] == [len(one) for one in made]
+def test_a_fixed_split_cuts_numbers_of_rows() -> None:
+    numbers, packed = torch.arange(5), planned_pieces([torch.tensor([4, 0]), slice(1, 4)])
+    for cut, expected in ((pieces((3, 2)), [[0, 1, 2], [3, 4]]), (packed, [[4, 0], [1, 2, 3]])):
+        split = FixedSplit(cut)
+        planned = split.plan(numbers, split.largest(numbers))
+        assert [split.cut(numbers, rows).tolist() for rows in planned] == expected
+        assert [piece.start for piece in cut] == [rows[0] for rows in expected]

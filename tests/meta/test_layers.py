@@ -22,9 +22,10 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("whole batch", frozenset({"whole_batch"})),
     ("fit", frozenset({"fit"})),
     ("checking", frozenset({"checking"})),
+    ("auditing", frozenset({"auditing"})),  # it is handed what makes a step, so both ways to train may offer it
     ("ways to train", frozenset({"accumulator", "train_step"})),
     ("checkpoint", frozenset({"checkpoint"})),
-    ("tools", frozenset({"auditing"})),
+    ("tools", frozenset({"audit_model"})),
     ("edges", frozenset({"integrations", "testing", "cli"})),
 )
 LEVEL = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in rooms}

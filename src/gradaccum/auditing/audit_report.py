@@ -35,6 +35,7 @@ class Report:
         own_dtype: the model's own.
         own_error: in the model's own dtype, how far the accumulated gradient is off its exact value.
         own_whole_error: the same for the whole batch in one piece: what the dtype costs anyway.
+        autocast: to which dtype the call of the audit stood under autocast, if it did; float64 is not cast.
         not_checked: what could not be looked at, and why.
         notes: what else there is to know.
     """
@@ -51,6 +52,7 @@ class Report:
     own_dtype: str
     own_error: float | None = None
     own_whole_error: float | None = None
+    autocast: str | None = None
     not_checked: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -129,8 +131,9 @@ def remarks(report: Report) -> list[str]:
     """Returns lines about precision, notes, and what was not checked."""
     lines: list[str] = []
     if report.own_error is not None and report.own_whole_error is not None:
+        under = f" under autocast to {report.autocast}" if report.autocast else ""
         lines.append(
-            f"In {report.own_dtype}, the model's own dtype: rounding moves the accumulated gradient by "
+            f"In {report.own_dtype}, the model's own dtype{under}: rounding moves the accumulated gradient by "
             f"{number(report.own_error)}, the whole batch's by {number(report.own_whole_error)}."
         )
     if not report.exact and report.equal_sizes_error <= report.tolerance < report.relative_error:
@@ -151,6 +154,12 @@ def title(group: Sequence[Culprit]) -> str:
     """Returns the kind of a group of culprits, and how much the worst of them does alone."""
     worst = percent(max(culprit.error for culprit in group))
     return f"{group[0].kind}: {worst} by itself" + (", the worst of them" if len(group) > 1 else "")
+
+
+def explanation(culprit: Culprit) -> list[tuple[str, str]]:
+    """Returns what there is to say about a culprit, each with its head."""
+    said = (("Why:", culprit.what), ("Type:", culprit.remedy), ("Tried:", culprit.tried), ("Price:", culprit.price))
+    return [(head, text) for head, text in said if text]
 
 
 def percent(error: float) -> str:
@@ -176,7 +185,7 @@ def _explained(position: int, group: Sequence[Culprit]) -> str:
     wrapper = textwrap.TextWrapper(_WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
     lines = [f"{position}. {title(group)}"]
     lines += [f"   {'Where:' if i == 0 else '':6} {name}" for i, name in enumerate(places(group))]
-    for head, text in (("Why:", group[0].what), ("Type:", group[0].remedy), ("Price:", group[0].price)):
+    for head, text in explanation(group[0]):
         wrapper.initial_indent = f"   {head:6} "
         lines.append(wrapper.fill(text))
     return "\n".join(lines)

@@ -48,12 +48,14 @@ class _Place(NamedTuple):
 _Observer = Callable[[_Place, Any, str], Any]
 
 
-def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]:
+def coupled_modules(runs: Runs, smaller: Piece, substitutions: Substitutions) -> dict[str, bool]:
     """Returns the names of the modules that couple samples, in the order they run; "" for code around all of them.
+
+    A ``smaller`` batch, one that the user's code can run, tells by its shapes where the samples are.
 
     The values tell whether it is the statistics of a batch normalisation in the module's own code.
     """
-    rows, half = runs.task.rows, Piece(1, 0, runs.task.rows // 2)
+    rows, take = runs.task.rows, runs.task.split.cut
     clean: dict[_Place, list[Tensor]] = {}
     fewer_rows: dict[_Place, list[Tensor]] = {}
     found: dict[str, None] = {}
@@ -61,12 +63,12 @@ def coupled_modules(runs: Runs, substitutions: Substitutions) -> dict[str, bool]
         _forward(run, whole(rows), run.whole_batch)
     with runs.running(substitutions) as run:
         _observe(run, partial(_keep, fewer_rows))
-        _forward(run, half, run.cut(half))
+        _forward(run, smaller, run.cut(smaller))
     for replacing, factor in _replacements(rows):
         kept = (replacing == torch.arange(rows)).nonzero().flatten()
         with runs.running(substitutions) as run:
             _observe(run, _Comparison(clean, fewer_rows, kept, rows, found))
-            _forward(run, whole(rows), _replaced(run.whole_batch, replacing, factor))
+            _forward(run, whole(rows), _replaced(take(run.whole_batch, replacing), replacing, factor))
     order = {place.name: i for i, place in enumerate(clean)}
     return {name: name in norms.names for name in sorted(found, key=lambda name: order.get(name, -1))}
 
@@ -81,15 +83,15 @@ def _replacements(rows: int) -> list[tuple[Tensor, float]]:
     return [(neighbour, 1.0), (enlarged, _ENLARGED), (first_half, 1.0), (last_half, 1.0)]
 
 
-def _replaced(batch: Any, replacing: Tensor, factor: float) -> Any:
+def _replaced(taken: Any, replacing: Tensor, factor: float) -> Any:
     is_replaced = replacing != torch.arange(len(replacing))
 
     def enlarge(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.is_floating_point():
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == is_replaced.shape and leaf.is_floating_point():
             leaf[is_replaced.to(leaf.device)] *= factor
         return leaf
 
-    return tree.map_leaves(copied(tree.take(batch, replacing)), enlarge)
+    return tree.map_leaves(copied(taken), enlarge)
 
 
 def _forward(run: Run, piece: Piece, batch: Any) -> None:
@@ -202,6 +204,9 @@ def _views_by_row(shape: torch.Size, small: torch.Size | None, rows: int) -> lis
     """Ways to see a tensor with the sample first; none where it has no rows, or a pair of them."""
     if small is not None and len(small) == len(shape):
         dimensions = [i for i, (size, less) in enumerate(zip(shape, small, strict=True)) if size != less]
+        is_of_pairs = [shape[i] for i in dimensions].count(rows) > 1
+        if dimensions and dimensions[0] == 0 and shape[0] == rows and not is_of_pairs:  # the rest was padding
+            dimensions = [0]
     else:
         dimensions = [0] if shape and shape[0] == rows else []
     if len(dimensions) != 1 or shape[dimensions[0]] % rows:

@@ -27,7 +27,7 @@ from gradaccum import tree
 from gradaccum.auditing.audit_run import Run, Runs, Substitutions, loss_value
 from gradaccum.auditing.in_double import no_modes
 from gradaccum.checking.compare import Gradients, flat
-from gradaccum.checking.pieces import Piece, pieces, whole
+from gradaccum.checking.pieces import Piece, whole
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.meaning import means_in
 
@@ -38,7 +38,7 @@ _SAME = 1e-6
 _MOST_COORDINATES = 1 << 20
 _IGNORED = (-100, -1, 0)
 
-A_SUM, SAMPLES = "a plain sum", "a mean over samples"
+A_SUM, SAMPLES, WHAT_IT_SAYS = "a plain sum", "samples", "what it says"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,12 @@ class LossFinding:
     taken: str = ""  # how the library takes it, in words
     residual: float = 0.0  # what shares leave unexplained, of the gradient
     output_gradients: tuple[Tensor, ...] | None = None  # the whole batch's on the outputs, where it was seen
+
+    @property
+    def is_taken_rightly(self) -> bool:
+        """Whether the library gives each micro-batch the share that it has."""
+        is_plain = (self.over, self.taken) in ((SAMPLES, f"a mean over {SAMPLES}"), (A_SUM, A_SUM))
+        return not self.is_coupled and (is_plain or self.over == WHAT_IT_SAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +73,22 @@ class _Counts:
 _Solved = tuple[LossFinding, list[_Counts]]  # with shares and what they leave unexplained, but no meaning yet
 
 
-def find_loss_shares(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> LossFinding | None:
+def find_loss_shares(runs: Runs, cut: Sequence[Piece], substitutions: Substitutions) -> LossFinding | None:
     """Returns what the loss is, with other suspects taken out; None where it cannot be seen."""
     if runs.task.loss_fn is None:
         return None
     try:
-        solved = _solve_on_outputs(runs, sizes, substitutions)
+        solved = _solve_on_outputs(runs, cut, substitutions)
     except Exception:  # noqa: BLE001  # a loss function that writes into outputs, or calls parts of the model as well
         solved = None
-    solved = solved or _solve_on_parameters(runs, sizes, substitutions)
+    solved = solved or _solve_on_parameters(runs, cut, substitutions)
     if solved is None:
         return None
     found, counts = solved
     if found.residual > _EXPLAINED:
         return replace(found, shares=None)
     assert found.shares is not None
-    over, instead = _meaning(runs.task.batch, sizes, found.shares, counts)
+    over, instead = _meaning(runs.task.batch, cut, found.shares, counts)
     return replace(found, is_coupled=not over, over=over, instead=instead, taken=counts[0].taken)
 
 
@@ -104,7 +110,7 @@ class _CutOutputs:
         return leaf
 
 
-def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
+def _solve_on_outputs(runs: Runs, cut: Sequence[Piece], substitutions: Substitutions) -> _Solved | None:
     task, rows = runs.task, runs.task.rows
     hook = _CutOutputs()
     with runs.running(substitutions) as run:
@@ -121,11 +127,11 @@ def _solve_on_outputs(runs: Runs, sizes: Sequence[int], substitutions: Substitut
         shares: list[float] = []
         counts: list[_Counts] = []
         unexplained = 0.0
-        for piece in pieces(sizes):
-            hook.served, hook.leaves = iter([output[piece.start : piece.stop] for output in outputs]), []
+        for piece in cut:
+            hook.served, hook.leaves = iter([output[piece.where] for output in outputs]), []
             loss, value = _forward(run, piece)
             own = torch.cat([flat(one) for one in _gradients(value, hook.leaves)]).nan_to_num(0.0, 0.0, 0.0)
-            expected = torch.cat([flat(one[piece.start : piece.stop]) for one in of_whole])
+            expected = torch.cat([flat(one[piece.where]) for one in of_whole])
             square = (own @ own).item()
             shares.append((own @ expected).item() / square if square > 0 else 0.0)
             unexplained += (expected - shares[-1] * own).square().sum().item()
@@ -147,7 +153,7 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [one.detach() for one in found]
 
 
-def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substitutions) -> _Solved | None:
+def _solve_on_parameters(runs: Runs, cut: Sequence[Piece], substitutions: Substitutions) -> _Solved | None:
     """Least squares over the parameters' gradients, at as many coordinates as are cheap to keep."""
     gradients = runs.whole(substitutions).gradients
     names = [name for name, gradient in gradients.items() if gradient is not None]
@@ -155,7 +161,7 @@ def _solve_on_parameters(runs: Runs, sizes: Sequence[int], substitutions: Substi
     each: list[Tensor] = []
     counts: list[_Counts] = []
     with runs.running(substitutions) as run:
-        for piece in pieces(sizes):
+        for piece in cut:
             loss, value = _forward(run, piece)
             counts.append(_counts(run, loss, value))
             each.append(_sampled(run.gradients(value), names).nan_to_num(0.0, 0.0, 0.0))
@@ -175,7 +181,7 @@ def _sampled(gradients: Gradients, names: Sequence[str]) -> Tensor:
 
 
 def _counts(run: Run, loss: Any, value: Tensor) -> _Counts:
-    declared, taken = None, SAMPLES
+    declared, taken = None, f"a mean over {SAMPLES}"
     if isinstance(loss, Loss):
         declared = None if loss.weight is None else float(loss.weight)
         taken = A_SUM if loss.weight is None else "a mean over the count it was returned with"
@@ -187,7 +193,7 @@ def _counts(run: Run, loss: Any, value: Tensor) -> _Counts:
     return _Counts(found, declared, taken, is_inside)
 
 
-def _meaning(batch: Any, sizes: Sequence[int], shares: Sequence[float], counts: list[_Counts]) -> tuple[str, str]:
+def _meaning(batch: Any, cut: Sequence[Piece], shares: Sequence[float], counts: list[_Counts]) -> tuple[str, str]:
     """What shares are proportional to, and what to return instead; empty where to nothing that is known."""
     if all(abs(share - 1) <= _SAME for share in shares):
         return A_SUM, "return ga.Loss.sum(loss)"
@@ -201,14 +207,18 @@ def _meaning(batch: Any, sizes: Sequence[int], shares: Sequence[float], counts: 
 
     told = [one.declared or 0.0 for one in counts]
     of_loss = [
-        ("what it says", "", told),
-        ("samples", "return the loss as a plain tensor, which is taken as a mean over samples", sizes),
+        (WHAT_IT_SAYS, "", told),
+        (
+            SAMPLES,
+            "return the loss as a plain tensor, which is taken as a mean over samples",
+            [piece.rows for piece in cut],
+        ),
     ]
     of_graph = (
         (means[0][1], f"return {_assigned(means[0][2])}", [count for count, _, _ in means])
         for means in zip(*(one.means for one in counts), strict=False)
     )
-    of_batch = _counts_of_batch(batch, sizes)
+    of_batch = _counts_of_batch(batch, cut)
     candidates = chain(of_loss, *((of_batch, of_graph) if counts[0].is_inside else (of_graph, of_batch)))
     return next(((words, instead) for words, instead, candidate in candidates if fits(candidate)), ("", ""))
 
@@ -218,12 +228,13 @@ def _assigned(instead: str) -> str:
     return instead.removeprefix("criterion = ").replace(" and criterion(", "(") if " and " in instead else instead
 
 
-def _counts_of_batch(batch: Any, sizes: Sequence[int]) -> Iterator[tuple[str, str, list[float]]]:
+def _counts_of_batch(batch: Any, cut: Sequence[Piece]) -> Iterator[tuple[str, str, list[float]]]:
     """Counts that a loss may be taken over, from what is in the batch: labels that are not ignored, then masks."""
+    rows = sum(piece.rows for piece in cut)
     columns = [
-        (path, leaf.split(list(sizes)))
+        (path, [leaf[piece.where] for piece in cut])
         for path, leaf in tree.named_leaves(batch, "micro_batch")
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == sum(sizes) and not leaf.is_complex()
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows and not leaf.is_complex()
     ]
     for ignored in _IGNORED:
         for path, parts in columns:

@@ -1,30 +1,26 @@
-"""`audit`: does accumulation make the update the whole batch would have made, and if not, why?"""
+"""`audit_task`: does accumulation make the update the whole batch would have made, and if not, why?"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from gradaccum.auditing import culprits
 from gradaccum.auditing.audit_report import Report
-from gradaccum.auditing.audit_run import RunResult, Runs, Substitutions, Task
+from gradaccum.auditing.audit_run import AS_IT_IS, RunResult, Runs, Substitutions, Task
+from gradaccum.auditing.audit_task import equal_cut, ways_to_cut
 from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.in_double import SHORTER
 from gradaccum.auditing.suspects import attempted, buffer_culprits, find_culprits
+from gradaccum.auditing.try_remedies import Remedies, wide_sums_error
 from gradaccum.checking.compare import BIASED, MISSING, SCALED, compare, flat, relative_error
-from gradaccum.checking.pieces import equal_sizes, ragged_sizes
+from gradaccum.checking.pieces import Piece, equal_sizes
 from gradaccum.checking.random_ops import UNMATCHED
-from gradaccum.errors import BatchError, LossError, WindowError
-from gradaccum.fit.workload import Workload
-from gradaccum.whole_batch.runners import Combine
-from gradaccum.window.parameters import as_sequence, named_parameters
-from gradaccum.window.weights import WeightsFunction
+from gradaccum.errors import BatchError, GradAccumError, LossError
+from gradaccum.window.parameters import named_parameters
 
 # Rounding in float64 leaves 1e-16 to 1e-13 of a gradient; the smallest fault of the taxonomy, one sample in a million
 # weighted wrongly, 1e-6.
@@ -38,60 +34,18 @@ _MOST_ROUNDING = 1e-3
 _INEXACT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # How many times the whole batch's own rounding the accumulated gradient's may be, before adding up is to blame.
 _MORE_ROUNDING = 2.0
+_MOST_SIZES = 8
 _NOT_IN_DOUBLE = "float64, in which rounding would not hide small faults; the model cannot run in it"
 
 
-def audit(
-    model: nn.Module | Sequence[nn.Module],
-    loss_fn: Callable[[Any, Any], Any] | None = None,
-    batch: Any = None,
-    micro_batch_size: int = 8,
-    *,
-    forward: Callable[[Any, Any], Any] | None = None,
-    batch_loss: Callable[[Any, Any], Any] | None = None,
-    combine: Combine = "concat",
-    weights: WeightsFunction | None = None,
-) -> Report:
-    """Finds out whether accumulation makes the whole batch's update, and what keeps it from that.
-
-    The gradient of the whole batch in one piece is compared with the one `TrainStep` accumulates, in float64 and in the
-    model's own dtype, on copies of the parameters and buffers. Micro-batches are ragged. Random draws for each sample
-    (dropout) are the same on both sides. Where the two differ, suspects are taken out in turn to see what each does.
-    Model, buffers, gradients and random state are left as they were.
-
-    Not seen: hooks on parameters, processes, the optimizer, and state outside of the model and of torch.
-
-    Args:
-        model: one module or a sequence of them, in the mode they train in. Nothing is deep-copied.
-        loss_fn: ``loss_fn(model, micro_batch)``, as for `TrainStep`.
-        batch: a batch that fits in memory in one piece; a few micro-batches tell as much as many.
-        micro_batch_size: the largest number of samples one forward sees; in any case less than the whole batch.
-        forward: ``forward(model, micro_batch)``, in place of ``loss_fn``, where the loss is over the whole batch.
-        batch_loss: ``batch_loss(outputs, batch)``.
-        combine: as for `TrainStep`.
-        weights: ``weights(batch)`` counts what means are taken over, as for `TrainStep`.
+def audit_task(task: Task, micro_batch_size: int) -> Report:
+    """Returns the report on a task in micro-batches of at most so many samples.
 
     Raises:
-        WindowError: an option that makes no sense.
-        BatchError: rows disagree, or there are fewer than two.
-        ParameterError: there is nothing to train.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-        >>> def loss_fn(model, micro_batch):
-        ...     x, y = micro_batch
-        ...     return F.mse_loss(model(x), y)
-        >>> report = ga.audit(model, loss_fn, (torch.randn(12, 4), torch.randn(12, 1)), micro_batch_size=4)
-        >>> report.exact, [(culprit.kind, culprit.where) for culprit in report.culprits]
-        (False, [('batch-norm', '1')])
+        BatchError: the split leaves the batch in one piece, or the user's functions run none of the pieces tried.
+        LossError: the whole batch's own gradient is not finite.
     """
-    if type(micro_batch_size) is not int or micro_batch_size < 1:
-        raise WindowError(
-            f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "
-            "least 1. Where it is found while training, pass a size that was found."
-        )
-    task = make_task(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, combine=combine, weights=weights)
-    sizes, equal = ragged_sizes(task.rows, micro_batch_size), equal_sizes(task.rows, micro_batch_size)
+    cuts = ways_to_cut(task, micro_batch_size)
     not_checked = _hooked_parameters(task)
     runs = Runs(task, is_double=True)
     whole = attempted(runs.whole, _NOT_IN_DOUBLE, not_checked)
@@ -100,25 +54,24 @@ def audit(
         whole = runs.whole()
     _check_finite(whole)
     own_dtype = _own_dtype(task)
-    accumulated = runs.accumulated(sizes)
+    cut, accumulated, failed = _first_that_runs(runs, cuts)
     error = relative_error(accumulated.gradients, whole.gradients)
     tolerance = _tolerance(runs, whole, own_dtype, error)
     if error > tolerance:
-        found = find_culprits(runs, sizes, tolerance=tolerance, not_checked=not_checked)
+        found = find_culprits(runs, cut, (whole, accumulated), tolerance=tolerance, not_checked=not_checked)
     else:
         found = buffer_culprits(task.modules(), whole, accumulated, moved=0.0, tolerance=tolerance)
-    compared, equal_error = accumulated.gradients, error
-    if error > tolerance and equal != sizes:
+        found = Remedies(runs, cut, tolerance=tolerance, rest=error).of_buffers(found, AS_IT_IS)
+    compared, equal_error, equal = accumulated.gradients, error, equal_cut(task, micro_batch_size)
+    if error > tolerance and equal != cut and not failed:
         again = runs.accumulated(equal).gradients
         equal_error = relative_error(again, whole.gradients)
         verdicts = {one.verdict for one in compare(again, whole.gradients, tolerance=tolerance)}
         if SCALED in verdicts and not verdicts & {BIASED, MISSING}:  # ragged pieces hide it: they are not scaled alike
-            compared, error, sizes = again, equal_error, equal
-    own_errors = _own_errors(runs, sizes, whole, own_dtype, not_checked)
+            compared, error, cut = again, equal_error, equal
+    own_errors = _own_errors(runs, cut, whole, own_dtype, not_checked)
     if own_errors is not None and _is_imprecise(task, *own_errors):
-        ours, theirs = (f"{100 * error:.2g}%" for error in own_errors)
-        named = {"dtype": _name(own_dtype), "accumulated": ours, "whole": theirs}
-        found.append(culprits.PRECISION.found(own_errors[0], "the gradients", **named))
+        found.append(_imprecision(runs, cut, own_dtype, *own_errors))
     return Report(
         exact=not found,
         relative_error=error,
@@ -126,39 +79,50 @@ def audit(
         culprits=tuple(found),
         parameters=compare(compared, whole.gradients, tolerance=tolerance),
         samples=task.rows,
-        micro_batch_sizes=tuple(sizes),
+        micro_batch_sizes=tuple(piece.rows for piece in cut),
         equal_sizes_error=equal_error,
         dtype=_name(torch.float64 if runs.is_double else own_dtype),
         own_dtype=_name(own_dtype),
         own_error=own_errors and own_errors[0],
         own_whole_error=own_errors and own_errors[1],
+        autocast=_autocast(task),
         not_checked=tuple(not_checked),
-        notes=tuple(_notes(task, runs, whole, found, micro_batch_size)),
+        notes=(*failed, *_notes(task, runs, whole, found, micro_batch_size)),
     )
 
 
-def make_task(
-    model: Any,
-    loss_fn: Any,
-    batch: Any,
-    *,
-    forward: Any = None,
-    batch_loss: Any = None,
-    combine: Combine = "concat",
-    weights: WeightsFunction | None = None,
-) -> Task:
-    """Checks what `audit` was called with; see there for the arguments and errors."""
-    models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
-    if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # with parameters of its own
-        models.append(batch_loss)
-    workload = Workload.checked(models, loss_fn, batch, forward=forward, batch_loss=batch_loss)
-    if workload.rows < 2:
-        raise BatchError(
-            "The batch has 1 row, which cannot be cut in two. Pass a batch of a few micro-batches: 3 * "
-            "micro_batch_size samples show as much as more would."
-        )
-    inherited = {field.name: getattr(workload, field.name) for field in fields(Workload)}
-    return Task(**{**inherited, "model": model}, combine=combine, weights=weights)
+def _first_that_runs(runs: Runs, cuts: Sequence[Sequence[Piece]]) -> tuple[Sequence[Piece], RunResult, list[str]]:
+    """The first of several ways to cut that the user's functions can run, and a note about those that they cannot."""
+    first: Exception | None = None
+    for cut in cuts:
+        try:
+            accumulated = runs.accumulated(cut)
+        except GradAccumError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the user's code, for which the whole batch was no trouble
+            first = first or error
+            continue
+        if first is None:
+            return cut, accumulated, []
+        return cut, accumulated, [f"pieces of {_sizes(cuts[0])} samples could not be run ({_line(first)}), so it was "
+                                  f"cut into {_sizes(cut)}. Training cuts as it likes: pass split=, or a "
+                                  "micro_batch_size that is a multiple of what belongs together."]  # fmt: skip
+    assert first is not None
+    tried = "; ".join(map(_sizes, cuts))
+    raise BatchError(
+        f"The whole batch of {runs.task.rows} samples runs, and its pieces do not (tried: {tried}): {_line(first)}. "
+        "Training would stop with the same error. If samples belong together, pass a split= that keeps them together; "
+        "if the loss needs the whole batch, forward= and batch_loss=."
+    ) from first
+
+
+def _sizes(cut: Sequence[Piece]) -> str:
+    shown = ", ".join(str(piece.rows) for piece in cut[:_MOST_SIZES])
+    return shown + (", ..." if len(cut) > _MOST_SIZES else "")
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _check_finite(whole: RunResult) -> None:
@@ -184,17 +148,16 @@ def _tolerance(runs: Runs, whole: RunResult, own_dtype: torch.dtype, error: floa
 
 
 def _own_errors(
-    runs: Runs, sizes: Sequence[int], whole: RunResult, own_dtype: torch.dtype, not_checked: list[str]
+    runs: Runs, cut: Sequence[Piece], whole: RunResult, own_dtype: torch.dtype, not_checked: list[str]
 ) -> tuple[float, float] | None:
     """What the model's own dtype does to both gradients, accumulated and whole, each against itself in float64."""
     if not runs.is_double or own_dtype not in SHORTER:
         return None
-    own = Runs(runs.task, is_double=False)
-    own.refused = runs.refused
+    own = runs.in_own_dtype()
 
     def measured() -> tuple[float, float]:
         own_whole_error = relative_error(own.whole().gradients, whole.gradients)
-        return relative_error(own.accumulated(sizes).gradients, runs.accumulated(sizes).gradients), own_whole_error
+        return relative_error(own.accumulated(cut).gradients, runs.accumulated(cut).gradients), own_whole_error
 
     # It may fail where float64 does not: half precision without its kernels.
     return attempted(measured, f"{_name(own_dtype)}, the model's own dtype", not_checked)
@@ -205,12 +168,34 @@ def _is_imprecise(task: Task, own_error: float, own_whole_error: float) -> bool:
     return is_short and math.isfinite(own_whole_error) and not own_error <= _MORE_ROUNDING * own_whole_error
 
 
+def _imprecision(
+    runs: Runs, cut: Sequence[Piece], own_dtype: torch.dtype, own_error: float, own_whole_error: float
+) -> Culprit:
+    """The culprit of sums that are rounded, with what came of wider ones."""
+    wide_error = wide_sums_error(runs, cut)
+    ours, theirs, wide = (f"{100 * error:.2g}%" for error in (own_error, own_whole_error, wide_error))
+    fault = culprits.PRECISION if wide_error < own_error else culprits.PRECISION_OF_CODE
+    return fault.found(
+        own_error,
+        "the gradients",
+        tried=f"on this batch, sums in float32 are off by {wide}.",
+        dtype=_name(own_dtype),
+        accumulated=ours,
+        whole=theirs,
+    )
+
+
 def _own_dtype(task: Task) -> torch.dtype:
     """The dtype that most of the trained numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for _, parameter in named_parameters(task.models):
         counts[parameter.dtype] += parameter.numel() * parameter.requires_grad
     return counts.most_common(1)[0][0]
+
+
+def _autocast(task: Task) -> str | None:
+    kind = task.device.type
+    return _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _hooked_parameters(task: Task) -> list[str]:

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,20 @@ def isolated_state(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tens
         yield
 
 
-def copy_buffers(modules: Mapping[str, nn.Module]) -> Buffers:
-    """Returns copies of all buffers; a buffer of several modules counts under its first name."""
+def copy_state(modules: Mapping[str, nn.Module]) -> Buffers:
+    """Returns copies of all buffers and parameters; one of several modules counts under its first name."""
     first: dict[int, tuple[tuple[str, str], Tensor]] = {}
     for where, module in modules.items():
-        for name, buffer in module.named_buffers(recurse=False):
-            first.setdefault(id(buffer), ((where, name), buffer))
-    return {key: buffer.detach().clone() for key, buffer in first.values()}
+        for name, tensor in chain(module.named_buffers(recurse=False), module.named_parameters(recurse=False)):
+            first.setdefault(id(tensor), ((where, name), tensor))
+    return {key: tensor.detach().clone() for key, tensor in first.values()}
+
+
+def put_state(modules: Mapping[str, nn.Module], state: Buffers) -> None:
+    """Puts a state back, as `copy_state` returned it."""
+    for (where, name), tensor in state.items():
+        parameter = modules[where]._parameters.get(name)
+        if parameter is None:  # a graph may need the buffer that is there
+            modules[where]._buffers[name] = tensor.clone()
+        elif not torch.equal(parameter, tensor):  # which a forward has written; optimizers know it by its identity
+            parameter.data.copy_(tensor)

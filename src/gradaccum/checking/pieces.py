@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -15,16 +15,24 @@ from gradaccum.types import Rows
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive rows of the batch, from ``start`` up to ``stop``."""
+    """Rows of the batch: consecutive ones, from ``start`` up to ``stop``, or those that ``order`` lists."""
 
     index: int  # 1 for the first micro-batch; 0 for the whole batch
     start: int
     stop: int
+    order: Tensor | None = field(
+        default=None, compare=False
+    )  # of a split that packs rows; ``start`` is then its first row
 
     @property
     def rows(self) -> int:
         """The number of rows."""
-        return self.stop - self.start
+        return self.stop - self.start if self.order is None else len(self.order)
+
+    @property
+    def where(self) -> Rows:
+        """The rows, to index a tensor with."""
+        return slice(self.start, self.stop) if self.order is None else self.order
 
 
 def whole(rows: int) -> Piece:
@@ -35,6 +43,21 @@ def whole(rows: int) -> Piece:
 def pieces(sizes: Sequence[int]) -> list[Piece]:
     """Returns consecutive pieces of the given sizes."""
     return [Piece(i, *ends) for i, ends in enumerate(pairwise(accumulate(sizes, initial=0)), start=1)]
+
+
+def planned_pieces(plan: Sequence[Rows]) -> list[Piece]:
+    """Returns the pieces of a split's plan.
+
+    Example:
+        >>> [piece.rows for piece in planned_pieces([slice(0, 2), torch.tensor([4, 2, 3])])]
+        [2, 3]
+    """
+    return [
+        Piece(i, rows.start, rows.stop)
+        if isinstance(rows, slice)
+        else Piece(i, int(rows[0]), int(rows[0]) + 1, order=rows.cpu())
+        for i, rows in enumerate(plan, start=1)
+    ]
 
 
 def equal_sizes(rows: int, micro_batch_size: int) -> list[int]:
@@ -64,21 +87,28 @@ def _balanced(rows: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FixedSplit:
-    """A split into pieces of given sizes. Each micro-batch is a copy, since a loss function may write into it."""
+    """A split into given pieces. A step that is handed the numbers of the rows, ``torch.arange(rows)``, so runs them.
 
-    sizes: tuple[int, ...]
+    Who knows the batch cuts it: a micro-batch's piece is known by its first number.
+    """
 
-    def largest(self, batch: Any) -> int:
+    pieces: Sequence[Piece]
+
+    def rows(self, batch: Tensor) -> int:
         """See `Split`."""
-        return max(self.sizes)
+        return len(batch)
 
-    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+    def largest(self, batch: Tensor) -> int:
+        """See `Split`."""
+        return max(piece.rows for piece in self.pieces)
+
+    def plan(self, batch: Tensor, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
         """See `Split`; the pieces are the same whatever size is asked for."""
-        return [slice(piece.start, piece.stop) for piece in pieces(self.sizes)]
+        return [piece.where for piece in self.pieces]
 
-    def cut(self, batch: Any, rows: Rows) -> Any:
+    def cut(self, batch: Tensor, rows: Rows) -> Tensor:
         """See `Split`."""
-        return copied(tree.take(batch, rows))
+        return batch[rows]
 
 
 def copied(batch: Any) -> Any:

@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import gt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradaccum.checking.pieces import Piece
+from gradaccum.types import Rows
 
 _SPREAD = 2654435761  # Knuth's multiplicative hash: neighbouring numbers, unlike seeds
 ONCE = "Drawn once for each forward, so anew for each micro-batch"
@@ -67,9 +69,12 @@ class RandomCall:
         generator = torch.Generator(device)
         generator.manual_seed(self.seed(is_shared=rows is not None))
         getattr(drawn, method)(*args, generator=generator)
-        return drawn if rows is None or not shape else drawn[(slice(None),) * rows[0] + (rows[1],)]
+        if rows is None or not shape:
+            return drawn
+        drawn = drawn[(slice(None),) * rows[0] + (rows[1],)]
+        return drawn[tuple(slice(size) for size in shape)]  # a micro-batch whose padding was trimmed
 
-    def match_rows(self, shape: tuple[int, ...], others: tuple[Any, ...]) -> tuple[int, slice] | None:
+    def match_rows(self, shape: tuple[int, ...], others: tuple[Any, ...]) -> tuple[int, Rows] | None:
         """Returns the dimension of the samples and this piece's rows in the whole batch's draw; None without rows."""
         if self.piece.index == 0:
             self.draws.of_batch[self.number] = self.name, shape, others
@@ -84,11 +89,23 @@ class RandomCall:
                 self._note(ONCE)
             return None
         size = shape[differ[0]]
-        start = self._start(whole_shape[differ[0]], size)
-        if len(differ) > 1 or start is None:
+        entries = self._entries(whole_shape[differ[0]], size)
+        is_of_pairs = any(whole_shape[i] == self.draws.rows for i in differ[1:])
+        is_trimmed = (whole_shape[0], size) == (self.draws.rows, self.piece.rows) and not differ[0] and not is_of_pairs
+        if (len(differ) > 1 and not is_trimmed) or entries is None or any(map(gt, shape, whole_shape)):
             self._note(UNMATCHED)
             return None
-        return differ[0], slice(start, start + size)
+        return differ[0], entries
+
+    def _entries(self, of_batch: int, of_piece: int) -> Rows | None:
+        """A piece's entries along the dimension of the samples."""
+        if self.piece.order is None:
+            start = self._start(of_batch, of_piece)
+            return None if start is None else slice(start, start + of_piece)
+        each = of_batch // self.draws.rows
+        if of_batch != each * self.draws.rows or of_piece != each * self.piece.rows:
+            return None
+        return (self.piece.order[:, None] * each + torch.arange(each)).flatten()
 
     def _start(self, of_batch: int, of_piece: int) -> int | None:
         """Where a piece's entries begin: each sample has as many, or pieces follow one another."""
@@ -124,19 +141,19 @@ class RandomCall:
         rows = self.match_rows(shape, ())
         has_rows = first is not None and rows is not None and rows[0] == 0
         if has_rows and shape and shape[0] and shape[0] % self.piece.rows == 0:
-            start = self.piece.start * (shape[0] // self.piece.rows)
-            return torch.cat([self._run_row(i, shape[0], start) for i in range(shape[0])])
+            numbers = torch.arange(self.draws.rows * (shape[0] // self.piece.rows))[rows[1]].tolist()
+            return torch.cat([self._run_row(i, shape[0], number) for i, number in enumerate(numbers)])
         if rows is not None and self.piece.index:
             self._note(UNMATCHED)
         return self.run(self.seed(is_shared=False))
 
-    def _run_row(self, i: int, rows: int, start: int) -> Any:
-        """One row, from a seed that belongs to it in the whole batch."""
+    def _run_row(self, i: int, rows: int, number: int) -> Any:
+        """One row, from a seed that belongs to its number in the whole batch."""
         row = [
             value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
             for value in self.args
         ]
-        return self.run(self.seed(is_shared=True) ^ ((start + i) * 40503 + 1), *row)
+        return self.run(self.seed(is_shared=True) ^ (number * 40503 + 1), *row)
 
     def _note(self, why: str) -> None:
         plain = self.name.rstrip("_").removeprefix("_")

@@ -48,18 +48,23 @@ class RandomReplay(TorchDispatchMode):
         self._names = {id(module): name for name, module in modules.items()}
         self._piece = whole(draws.rows)
         self._pieces: dict[int, Piece] = {}
+        self._open = 0  # forwards that have begun and not ended: several in lockstep
 
     @contextmanager
     def forward(self, piece: Piece) -> Iterator[None]:
         """Context manager around the forward of a piece, or of the whole batch."""
         self._begin(piece, 0)
+        self._open += 1
         seed = 0 if self._is_alike else piece.index
         random.seed(seed)
         numpy: Any = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.seed(seed)
         before = _outside_state()
-        yield
+        try:
+            yield
+        finally:
+            self._open -= 1
         if before != _outside_state():
             self._draws.not_replayed[_THE_LOSS, "Python's random or NumPy"] = ONCE
 
@@ -78,6 +83,8 @@ class RandomReplay(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **kwargs)
+        if not self._open and torch.default_generator.initial_seed() >> 44 != _MARK >> 44:
+            return func(*args, **kwargs)  # the library draws seeds for micro-batches in lockstep
         schema = func._schema
         given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
         given.update(zip((argument.name for argument in schema.arguments), args, strict=False))

@@ -25,6 +25,8 @@ def run_audit(target: str, *, micro_batch_size: int | None, html: Path | None) -
         micro_batch_size or job.micro_batch_size or _DEFAULT_SIZE,
         forward=job.forward,
         batch_loss=job.batch_loss,
+        split=job.split,
+        batch_norm=job.batch_norm,
     )
     page = Page(
         title=f"{_TITLE} {target}",
@@ -52,6 +54,6 @@ def _sections(report: ga.Report) -> tuple[tuple[Cell, ...], ...]:
         fraction = min(max(culprit.error for culprit in group) / largest, 1.0) if largest else None
         heading = Cell(text=f"{i}. {audit_report.title(group)}", tone=Tone.BAD, fraction=fraction)
         where = f"Where: {', '.join(audit_report.places(group))}"
-        texts = (where, f"Why: {first.what}", f"Type: {first.remedy}", f"Price: {first.price}")
+        texts = (where, *(f"{head} {text}" for head, text in audit_report.explanation(first)))
         sections.append((heading, *(Cell(text=text) for text in texts)))
     return (*sections, *((Cell(text=line, tone=Tone.QUIET),) for line in audit_report.remarks(report)))

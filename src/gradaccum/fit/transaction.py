@@ -120,6 +120,13 @@ class Fitting:
                 message.splitlines()[0] if message else "no message",
             )
 
+    def present_size(self, batch: Any) -> int | None:
+        """The most rows of a micro-batch that this batch would be cut into now; None before the first batch."""
+        if "_search" not in vars(self):
+            return None
+        pieces, _ = self._cut(batch, *self._largest_and_elements(batch))
+        return max(map(num_rows, pieces), default=None)
+
     def state_dict(self) -> dict[str, Any]:
         """The sizes found so far."""
         return self._search.state_dict()

@@ -32,20 +32,23 @@ class Workload:
 
     @staticmethod
     def checked(
-        model: Any, loss_fn: Any, batch: Any, *, forward: Any, batch_loss: Any, optimizer: Any = None
+        model: Any,
+        loss_fn: Any,
+        batch: Any,
+        *,
+        forward: Any,
+        batch_loss: Any,
+        optimizer: Any = None,
+        split: Any = None,
     ) -> Workload:
-        """The workload of what a user has passed; an error where it cannot be run."""
-        if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
-            raise WindowError(
-                f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
-                f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
-                "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
-            )
-        if loss_fn is not None and (forward is not None or batch_loss is not None):
-            raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
+        """The workload of what a user has passed; an error where it cannot be run.
+
+        A ``split`` of the user's own counts the rows, where it can.
+        """
+        check_functions(loss_fn, forward, batch_loss)
         models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
         refuse_data_parallel(models)
-        rows = tree.rows(batch)
+        rows = split.rows(batch) if hasattr(split, "rows") else tree.rows(batch)
         if rows == 0:
             raise BatchError(
                 "The batch has 0 rows, and nothing can be run with it. Pass a batch as it is trained with."
@@ -86,3 +89,19 @@ class Workload:
         if self.loss_fn is None and is_split:
             rows += self.rows
         return here + elsewhere * rows // self.rows
+
+
+def check_functions(loss_fn: Any, forward: Any, batch_loss: Any) -> None:
+    """Checks that they say what the loss is, and say it once.
+
+    Raises:
+        WindowError: they do not.
+    """
+    if not callable(loss_fn) and not (loss_fn is None and callable(forward) and callable(batch_loss)):
+        raise WindowError(
+            f"loss_fn is {type(loss_fn).__name__}, forward {type(forward).__name__} and batch_loss "
+            f"{type(batch_loss).__name__}. Pass loss_fn(model, micro_batch), or in its place both "
+            "forward=forward(model, micro_batch) and batch_loss=batch_loss(outputs, batch)."
+        )
+    if loss_fn is not None and (forward is not None or batch_loss is not None):
+        raise WindowError("loss_fn and forward= or batch_loss= say two things. Pass loss_fn, or the other two.")
