@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, TypeVar
 
@@ -52,7 +52,11 @@ class Accumulator(HasCounts):
             dict by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
-        scaler: ``torch.amp.GradScaler`` for fp16.
+        scaler: ``torch.amp.GradScaler`` for fp16; several accumulators may share one. Pass the loss itself to
+            `backward`, not ``scaler.scale(loss)``.
+        before_step: called without arguments once for each update that is made, right before the optimizer, when
+            ``.grad`` holds the batch's own gradient, normalised, unscaled and clipped: the place for clipping by value,
+            for logging gradients and for changing them. Step pre-hooks of the optimizer see the same.
         fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
             then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
@@ -96,6 +100,7 @@ class Accumulator(HasCounts):
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        before_step: Callable[[], Any] | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
@@ -109,6 +114,7 @@ class Accumulator(HasCounts):
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
+            before_step=before_step,
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,

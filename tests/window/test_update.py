@@ -283,7 +283,7 @@ def test_only_fused_optimizers_find_out_for_themselves(fused: bool) -> None:
     params = parameters()
     optimizer = Adam(params, fused=fused)
     seen: list[Any] = []
-    optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
+    optimizer.register_step_post_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
     assert one_update(Updater([optimizer]), params).skipped is False
     assert [None if found_inf is None else found_inf.item() for found_inf in seen] == [0.0 if fused else None]
 
@@ -365,7 +365,7 @@ def test_unscaled_into_grad(scaled: bool, correction: float | Tensor | None) -> 
     params = parameters()
     updater = Updater([SGD(params)], scaler=scaler(scaled))
     give(params, gradients(params, 0), scale_of(updater))
-    updater.unscale_into_grad(params, correction)
+    updater.into_grad(params, correction)
     expected = [gradient * (1.0 if correction is None else 0.5) for gradient in gradients(params, 0)]
     torch.testing.assert_close([parameter.grad for parameter in params], expected)
 
