@@ -31,6 +31,7 @@ from gradaccum.window import guards
 from gradaccum.window.loss_scale import check_stays_scaled, refuse_scaled
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks
+from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
 from gradaccum.window.run_counts import RunCounts
@@ -79,6 +80,7 @@ class Accumulation:
         self.open_samples, self._last_total = 0, 0.0
         self._is_for_user = False
         self._is_first_backward = True
+        self._hooks = ParameterHooks()
         self.plan_line = PlanLine(self.models, self.ranks, couples_batch_norms=couples_batch_norms)
         self.counts = RunCounts()
 
@@ -137,6 +139,7 @@ class Accumulation:
             MisuseError: a gradient is left over from something else.
         """
         self._find_parameters()
+        self._hooks.look(self._parameters.named)
         self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         expected = None
         if self.ranks is not None:
@@ -251,6 +254,7 @@ class Accumulation:
         if rescale is not None:
             self._gradients.multiply(rescale)
         self._gradients.add(roots, seeds, also=also, only=only)
+        self._hooks.check()
 
     # --------------------------------------------------------------------------------------------------- settle, close
 
