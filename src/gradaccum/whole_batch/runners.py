@@ -25,7 +25,7 @@ from gradaccum.whole_batch.batch_norm.ghost import Ghosts
 from gradaccum.whole_batch.batch_norm.layers import frozen
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.lockstep.lockstep import Lockstep
-from gradaccum.whole_batch.outputs import CONCAT, SUM
+from gradaccum.whole_batch.outputs import CONCAT, SUM, summable
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.fillers import FilledRunner
@@ -193,6 +193,8 @@ def choose_runner(
         run_one, scope = ghosts.forward(run_one), ghosts.held
     elif options.batch_norm == "frozen":
         scope = functools.partial(frozen, models)
+    if options.batch_loss is not None and options.combine == "sum":
+        run_one = summable(run_one)
     if not options.is_lockstep:
         return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
     # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.

@@ -7,6 +7,7 @@ clamped whole. Hooks that only look, and masks and factors, which are linear, ar
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ _CLAMPING = frozenset(
     "clip_grad_norm_ clip_grad_value_".split()
 )
 
+_hooks_of = operator.attrgetter("_post_accumulate_grad_hooks", "_backward_hooks")
+
 
 class ParameterHooks:
     """Looks at the hooks of the parameters that train, once each."""
@@ -42,7 +45,7 @@ class ParameterHooks:
         """
         self._versions = []
         for name, parameter in named:
-            after, each = parameter._post_accumulate_grad_hooks, parameter._backward_hooks  # type: ignore[attr-defined]
+            after, each = _hooks_of(parameter)
             if (not after and not each) or not parameter.requires_grad:
                 continue
             for hook in list((after or {}).values()):
