@@ -165,7 +165,9 @@ class Outputs:
             )
         plain = _plain_values(outputs)
         if plain != self._plain:
-            here, before = next(((a, b) for a, b in zip(plain, self._plain, strict=False) if a != b), (plain, self._plain))
+            here, before = next(
+                ((a, b) for a, b in zip(plain, self._plain, strict=False) if a != b), (plain, self._plain)
+            )
             raise BatchError(
                 f"forward returned {here!r:.40} for one micro-batch and {before!r:.40} for another, which is no tensor, so "
                 "it is known of neither what it is for the whole batch, and the loss would see the first one's. Return a "

@@ -99,7 +99,9 @@ class LossScale:
             self._has_marked = True
 
 
-def check_stays_scaled(loss_scale: LossScale | None, scaler: GradScaler | None, optimizers: Sequence[Optimizer]) -> None:
+def check_stays_scaled(
+    loss_scale: LossScale | None, scaler: GradScaler | None, optimizers: Sequence[Optimizer]
+) -> None:
     """Checks that gradients may be left scaled in ``.grad``, for the user's own scaler to divide.
 
     Raises:
