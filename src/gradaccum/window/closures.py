@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 _MAX_DEPTH = 4
 _MAX_ITEMS = 64
+_CONTAINERS = (list, dict, set, deque)
+_CODE = (type, ModuleType, FunctionType, MethodType, functools.partial)
+_PUTTING = frozenset(["append", "appendleft", "extend", "insert", "add", "update", "setdefault"])
 
 
 @dataclass(slots=True)
@@ -30,6 +34,8 @@ class Uses:
         stored: names of attributes that are set.
         computes: whether there is arithmetic.
         modules: networks that it has at hand.
+        kept: ids of what it could keep something in: lists, dicts, sets, objects.
+        puts: whether there is code that puts something into one.
     """
 
     attributes: set[str] = field(default_factory=set)
@@ -37,6 +43,8 @@ class Uses:
     stored: set[str] = field(default_factory=set)
     computes: bool = False
     modules: list[nn.Module] = field(default_factory=list)
+    kept: set[int] = field(default_factory=set)
+    puts: bool = False
 
 
 def uses_of(function: Callable[..., Any]) -> Uses:
@@ -53,8 +61,16 @@ def uses_of(function: Callable[..., Any]) -> Uses:
             found.modules.append(value)
             if value is not function:
                 continue
+        elif isinstance(value, _CONTAINERS) or (hasattr(value, "__dict__") and not isinstance(value, _CODE)):
+            found.kept.add(id(value))
         todo.extend((one, depth + 1) for one in _below(value, found))
     return found
+
+
+def closed_over(function: Callable[..., Any], models: Sequence[nn.Module]) -> list[nn.Module]:
+    """Networks that a function has at hand besides the models it trains: a discriminator, a teacher."""
+    own = {id(module) for model in models for module in model.modules()}
+    return [module for module in uses_of(function).modules if id(module) not in own]
 
 
 def place_of(function: Any) -> str:
@@ -96,8 +112,9 @@ def _below(value: Any, found: Uses) -> Iterator[Any]:
         yield from list(value.values())[:_MAX_ITEMS]
     elif isinstance(value, (list, tuple, set)):
         yield from list(value)[:_MAX_ITEMS]
-    elif not isinstance(value, type) and isinstance(call := getattr(type(value), "__call__", None), FunctionType):
-        if not is_torchs(call):
+    elif callable(value) and not isinstance(value, type) and not is_torchs(type(value)):
+        call: Any = type(value).__call__
+        if isinstance(call, FunctionType):
             yield MethodType(call, value)
 
 
@@ -127,8 +144,12 @@ def _note(code: CodeType, found: Uses) -> None:
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             found.attributes.add(name)
             found.chains.add((before, name))
+            found.puts = found.puts or name in _PUTTING
         elif kind == "STORE_ATTR":
             found.stored.add(name)
+            found.puts = True
+        elif kind in ("STORE_SUBSCR", "STORE_GLOBAL"):
+            found.puts = True
         elif kind.startswith(("BINARY_OP", "BINARY_TRUE", "BINARY_MUL")):
             found.computes = True
         if kind.startswith("LOAD"):
