@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradaccum as ga
 from gradaccum.window.options import Options
@@ -405,7 +406,7 @@ def test_what_is_seen_before_a_step_is_the_gradient_itself(
         if hook == "pre-hook":
             handle = optimizer.register_step_pre_hook(look)
         elif hook == "global pre-hook":
-            handle = torch.optim.optimizer.register_optimizer_step_pre_hook(look)
+            handle = register_optimizer_step_pre_hook(look)
         else:
             options["before_step"] = look
         updater = Updater([optimizer], clip_norm=clip_norm, **options)
