@@ -47,6 +47,12 @@ def trained(model: nn.Module, **options: Any) -> Any:
     return step(torch.ones(11, 3))
 
 
+def looped(model: nn.Module) -> None:
+    accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
+    for x in accumulator.over([torch.ones(2, 3)]):
+        accumulator.backward(model(x).mean())
+
+
 @pytest.mark.parametrize("make", [of_the_tutorial, lambda model: Layerwise().hook, clamps])
 @pytest.mark.parametrize("way", ["TrainStep", "Accumulator"])
 def test_an_optimizer_in_the_backward_is_refused_before_it_steps(make: Any, way: str) -> None:
@@ -56,12 +62,7 @@ def test_an_optimizer_in_the_backward_is_refused_before_it_steps(make: Any, way:
         parameter.register_post_accumulate_grad_hook(hook)
     for _ in range(2):  # each time
         with pytest.raises(ga.MisuseError, match=r"runs once a micro-batch.*before_step=function"):
-            if way == "TrainStep":
-                trained(model)
-            else:
-                accumulator = ga.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
-                for x in accumulator.over([torch.ones(2, 3)]):
-                    accumulator.backward(model(x).mean())
+            (trained if way == "TrainStep" else looped)(model)
     assert torch.equal(model.weight, before)
 
 

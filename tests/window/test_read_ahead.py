@@ -158,18 +158,25 @@ def test_a_loop_that_was_left_goes_on() -> None:
 def test_a_loop_over_the_pass_in_its_own_loop() -> None:
     one = accumulator()
     epoch = one.over(torch.randn(5, 4, 3))
-    with pytest.raises(ga.MisuseError, match="inside of a loop over itself"):
+
+    def train_nested() -> None:
         for x in epoch:
             one.backward(MODEL(x).mean())
             for y in epoch:
                 one.backward(MODEL(y).mean())
 
+    with pytest.raises(ga.MisuseError, match="inside of a loop over itself"):
+        train_nested()
+
 
 def test_another_pass_in_the_loop_of_one() -> None:
     one = accumulator(micro_batches=1)
-    with pytest.raises(ga.MisuseError, match=r"ended by another over\(\).*rest of its micro-batches"):
+
+    def train_nested() -> None:
         for i, x in enumerate(one.over(torch.randn(10, 4, 3))):
             one.backward(MODEL(x).mean())
             if i == 2:
-                for y in one.over(torch.randn(2, 4, 3)):
-                    one.backward(MODEL(y).mean())
+                train(one, torch.randn(2, 4, 3))
+
+    with pytest.raises(ga.MisuseError, match=r"ended by another over\(\).*rest of its micro-batches"):
+        train_nested()

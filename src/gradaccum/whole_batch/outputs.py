@@ -169,8 +169,8 @@ class Outputs:
                 ((a, b) for a, b in zip(plain, self._plain, strict=False) if a != b), (plain, self._plain)
             )
             raise BatchError(
-                f"forward returned {here!r:.40} for one micro-batch and {before!r:.40} for another, which is no tensor, so "
-                "it is known of neither what it is for the whole batch, and the loss would see the first one's. Return a "
+                f"forward returned {here!r:.40} for one micro-batch and {before!r:.40} for another. It is no tensor, "
+                "so what it is for the whole batch is not known, and the loss would see the first one's. Return a "
                 "tensor with one row for each sample, or take it from the batch, in batch_loss(outputs, batch)."
             )
         for place, (whole, tensor) in enumerate(zip(self.tensors, found, strict=True)):

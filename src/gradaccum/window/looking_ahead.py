@@ -135,8 +135,8 @@ class LookingAhead(Generic[Item]):
             self._is_cut_short = False
             raise MisuseError(
                 "A pass was ended by another over() of the same accumulator, inside of its loop: the rest of its "
-                "micro-batches would be left out. One accumulator follows one pass at a time. End the outer loop first, "
-                "or make an accumulator of its own for the inner one."
+                "micro-batches would be left out. One accumulator follows one pass at a time. End the outer loop "
+                "first, or make an accumulator of its own for the inner one."
             )
         if self._is_nested:
             self._is_nested = False

@@ -124,6 +124,7 @@ def check_stays_scaled(
 
 
 def has_gradient(optimizer: Optimizer) -> bool:
+    """Whether any of the optimizer's parameters has a gradient."""
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 

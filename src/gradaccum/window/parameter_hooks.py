@@ -22,10 +22,10 @@ _REMEDY = (
     "Remove the hook, and pass what is to be done with the batch's gradient as before_step=function, which is called "
     "once an update, right before the optimizer steps."
 )
-_CLAMPING = frozenset(
-    "clamp clamp_ clamp_min clamp_max clip clip_ nan_to_num nan_to_num_ sign sign_ tanh round renorm "
-    "clip_grad_norm_ clip_grad_value_".split()
-)
+_CLAMPING = frozenset(("clamp", "clamp_", "clamp_min", "clamp_max", "clip", "clip_", "nan_to_num", "nan_to_num_")) | {
+    *("sign", "sign_", "tanh", "round", "renorm", "clip_grad_norm_", "clip_grad_value_")
+}
+
 
 _hooks_of = operator.attrgetter("_post_accumulate_grad_hooks", "_backward_hooks")
 

@@ -51,8 +51,8 @@ class ReadAhead:
             item = next(iterator)
         if computing.uses_model:
             raise MisuseError(
-                "The loader computes its items with the parameters in training, and over() reads one item ahead, before "
-                "the update of the item that is at hand: each would come from the weights before that update. Have the "
+                "The loader computes its items with the parameters in training, and over() reads one item ahead, "
+                "before the update of the item at hand: each would come from the weights before that update. Have the "
                 "loader yield what the items are computed from, and compute them in the loop: for prompts in "
                 "accumulator.over(loader): batch = make(model, prompts)."
             )

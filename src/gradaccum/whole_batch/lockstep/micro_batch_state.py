@@ -207,8 +207,9 @@ def refuse_shared_hooks(models: Iterable[nn.Module], function: Callable[..., Any
                 uses = uses_of(hook)
                 if uses.puts and uses.kept & taken:
                     raise UnsupportedError(
-                        f"The forward hook {place_of(hook)} on {name or type(module).__name__!r} keeps what it sees where "
-                        "the loss takes it from, and in lockstep several micro-batches run side by side: the loss of one "
-                        "would be of the features of another. Have the hook set an attribute of its module, "
-                        "module.features = output, which each micro-batch has for itself, and take it from there."
+                        f"The forward hook {place_of(hook)} on {name or type(module).__name__!r} keeps what it sees "
+                        "where the loss takes it from, and in lockstep several micro-batches run side by side: the "
+                        "loss of one would be of the features of another. Have the hook set an attribute of its "
+                        "module, module.features = output, which each micro-batch has for itself, and take it from "
+                        "there."
                     )
