@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, TypeVar
 
@@ -52,7 +52,11 @@ class Accumulator(HasCounts):
             dict by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
-        scaler: ``torch.amp.GradScaler`` for fp16.
+        scaler: ``torch.amp.GradScaler`` for fp16; several accumulators may share one. Pass the loss itself to
+            `backward`, not ``scaler.scale(loss)``.
+        before_step: called without arguments once for each update that is made, right before the optimizer, when
+            ``.grad`` holds the batch's own gradient, normalised, unscaled and clipped: the place for clipping by value,
+            for logging gradients and for changing them. Step pre-hooks of the optimizer see the same.
         fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
             then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
@@ -96,6 +100,7 @@ class Accumulator(HasCounts):
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        before_step: Callable[[], Any] | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
@@ -109,6 +114,7 @@ class Accumulator(HasCounts):
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
+            before_step=before_step,
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
@@ -141,27 +147,30 @@ class Accumulator(HasCounts):
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.
 
-        Leaving the loop early discards a half window, with a warning. To have two accumulators follow one pass, hand
+        Leaving the loop early discards a half window, with a warning. A loop over a pass that has ended is a new pass
+        over the same loader. One item is read ahead, so a loader must neither fill the memory of an item again with the
+        next nor compute its items with the model: both are errors. To have two accumulators follow one pass, hand
         the pass of the one to the other: ``discriminator.over(generator.over(loader))``.
 
         Args:
             micro_batches: a ``DataLoader`` or any iterable, with a length or without.
 
         Raises:
-            MisuseError: a window that was begun outside of a pass is still open.
+            MisuseError: a window that was begun outside of a pass is still open. In the loop: the loader cannot be read
+                ahead, or the pass was ended by another one.
             WindowError: with ``tail="drop"`` the pass is too short for a single window.
         """
-        before = self._active_pass()
-        if before is not None:
-            before.close()
-        self._refuse_open_window()
+        self._leave_pass()
         follower = Follower(
             pass_begins=self._pass_begins,
             micro_batch_begins=self._micro_batch_begins,
             micro_batch_ends=self._micro_batch_ends,
             pass_ends=self._pass_ends,
             wants_again=self._passes.wants_filler if self._fills else None,
+            parameters=lambda: (one for model in self._accumulation.models for one in model.parameters()),
         )
+        if isinstance(micro_batches, LookingAhead) and micro_batches.is_over:
+            micro_batches = micro_batches.items
         if isinstance(micro_batches, LookingAhead) and not micro_batches.has_begun:
             shared: LookingAhead[Item] = micro_batches
             shared.join(follower)
@@ -237,8 +246,16 @@ class Accumulator(HasCounts):
         """Goes on counting where ``state_dict()`` was taken."""
         self._accumulation.load_state_dict(state)
 
-    def _pass_begins(self) -> AbstractContextManager[None]:
+    def _leave_pass(self, new: LookingAhead[Any] | None = None) -> None:
+        before = self._active_pass()
+        if before is not None and before is not new:
+            before.cut_short()
+        self._refuse_open_window()
+
+    def _pass_begins(self, items: LookingAhead[Any]) -> AbstractContextManager[None]:
         """A pass begins: calls by hand are errors until it ends."""
+        self._leave_pass(items)
+        self._pass = weakref.ref(items)
         self._updates_before_pass = self.updates
         self._outside.close()
         self._accumulation.read_all_graphs()

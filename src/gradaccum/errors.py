@@ -14,7 +14,7 @@
     ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train
     │                                    [window/parameters.py, window/options.py]
     ├── MisuseError (RuntimeError)       something was called by hand that would break the window
-    │                                    [window/guards.py, gradients/gradient_sum.py, accumulator.py]
+    │                                    [window/guards.py, gradients/gradient_sum.py, window/looking_ahead.py]
     ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
     │                                    [whole_batch/forward_replay.py]
     ├── DoesNotFitError (MemoryError)    one sample alone runs out of memory [fit/transaction.py]

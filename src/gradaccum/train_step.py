@@ -69,7 +69,7 @@ class TrainStep(HasCounts):
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
-        clip_norm, scheduler, scaler, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
+        clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
             rows.
@@ -111,6 +111,7 @@ class TrainStep(HasCounts):
         clip_norm: float | None = None,
         scheduler: Any = None,
         scaler: GradScaler | None = None,
+        before_step: Callable[[], Any] | None = None,
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
@@ -151,6 +152,7 @@ class TrainStep(HasCounts):
             clip_norm=clip_norm,
             scheduler=scheduler,
             scaler=scaler,
+            before_step=before_step,
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
@@ -197,11 +199,20 @@ class TrainStep(HasCounts):
             self._bar.updated(update)
         return update
 
-    def backward(self, batch: Any) -> Loss:
+    def backward(self, batch: Any, *, unscale: bool = True) -> Loss:
         """The whole batch's gradient, added to ``.grad`` as torch's own backward does; no update.
 
         For closures (L-BFGS), methods of two gradients (SAM), sums of several batches' losses and for looking at
-        gradients. Clipping, scheduler and progress are left out; a loss scale is divided out again.
+        gradients. Clipping, ``before_step``, scheduler and progress are left out.
+
+        Args:
+            batch: see `__call__`.
+            unscale: with ``scaler=``, whether the loss scale is divided out again. ``scaler.step(optimizer)`` knows of
+                it, and takes the gradients as they are. False leaves them scaled, as torch's own backward of
+                ``scaler.scale(loss)`` does: for a ``scaler.unscale_(optimizer)`` of your own.
+
+        Raises:
+            MisuseError: ``unscale=False`` without a scaler, or on top of gradients that are unscaled.
 
         Returns:
             The whole batch's loss, detached: the mean and what it was taken over; for several terms their sum.
@@ -219,11 +230,11 @@ class TrainStep(HasCounts):
             >>> bool(lbfgs.step(closure) > closure())
             True
         """
-        aside = self._accumulation.set_aside()
+        aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others():
                 self._run(batch)
-                loss = self._accumulation.close_into_grad(aside)
+                loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:
             self._accumulation.discard()
             self._accumulation.put_back(aside)

@@ -333,3 +333,53 @@ def test_all_shared_padding_goes_and_nothing_else(lengths: list[int], left: bool
     counts = torch.tensor(lengths)
     assert starts.tolist() == (WIDTH - counts if left else torch.zeros_like(counts)).tolist()
     assert stops.tolist() == (torch.full_like(counts, WIDTH) if left else counts).tolist()
+
+
+# ------------------------------------------------------------------------------------------- a field and a part of it
+def responses(*, masks: bool = True, shift: int = 0) -> tuple[dict[str, Tensor], list[int]]:
+    """Prompts padded on the left, answers on the right, and the answers' columns once more."""
+    prompts, answers = [3, 1, 4, 2], [1, 2, 4, 3]
+    mask = torch.cat([real(prompts, width=4, left=True), real(answers, width=5)], dim=1).long()
+    ids = torch.randint(5, 99, mask.shape) * mask
+    batch = {"ids": ids, "attention_mask": mask, "responses": ids[:, 4 - shift :].clone()}
+    if masks:
+        batch["response_mask"] = mask[:, 4:].clone()
+        batch["advantages"] = torch.randn(4, 5) * mask[:, 4:]
+    return batch, [a + b for a, b in zip(prompts, answers, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2], [0, 3], [1]])
+def test_the_last_columns_of_a_field_stay_the_last(rows: list[int]) -> None:
+    batch, costs = responses()
+    piece = cut(batch, costs, rows)
+    width = piece["responses"].shape[1]
+    assert piece["ids"].shape[1] < 9
+    assert torch.equal(piece["ids"][:, -width:], piece["responses"])
+    assert torch.equal(piece["attention_mask"][:, -width:], piece["response_mask"])
+    assert piece["advantages"].shape == piece["responses"].shape
+
+
+def test_a_part_that_cannot_be_trimmed_along_keeps_the_whole() -> None:
+    batch, costs = responses()
+    batch["scores"] = torch.randn(4, 5) + 10  # of every column of the answers, padded ones too
+    piece = cut(batch, costs, [0, 1])
+    assert piece["responses"].shape[1] == 5
+    assert torch.equal(piece["ids"], batch["ids"][:2, 1:]), "on the left, where there is no part, it is trimmed"
+
+
+def test_the_first_columns_of_a_field_stay_the_first() -> None:
+    batch, costs = responses(masks=False)
+    del batch["responses"]
+    batch["prompts"] = batch["ids"][:, :4].clone()
+    piece = cut(batch, costs, [0, 1])
+    width = piece["prompts"].shape[1]
+    assert torch.equal(piece["ids"][:, :width], piece["prompts"])
+    assert width == 3
+
+
+def test_a_field_that_is_padded_as_a_part_would_be() -> None:
+    batch, costs = responses()
+    del batch["responses"], batch["response_mask"]
+    piece = cut(batch, costs, [0, 1])
+    assert piece["ids"].shape[1] == 3 + 2
+    assert piece["advantages"].shape[1] == 2

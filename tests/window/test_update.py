@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradaccum as ga
 from gradaccum.window.options import Options
@@ -283,7 +284,7 @@ def test_only_fused_optimizers_find_out_for_themselves(fused: bool) -> None:
     params = parameters()
     optimizer = Adam(params, fused=fused)
     seen: list[Any] = []
-    optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
+    optimizer.register_step_post_hook(lambda one, args, kwargs: seen.append(getattr(one, "found_inf", None)))
     assert one_update(Updater([optimizer]), params).skipped is False
     assert [None if found_inf is None else found_inf.item() for found_inf in seen] == [0.0 if fused else None]
 
@@ -365,7 +366,7 @@ def test_unscaled_into_grad(scaled: bool, correction: float | Tensor | None) -> 
     params = parameters()
     updater = Updater([SGD(params)], scaler=scaler(scaled))
     give(params, gradients(params, 0), scale_of(updater))
-    updater.unscale_into_grad(params, correction)
+    updater.into_grad(params, correction)
     expected = [gradient * (1.0 if correction is None else 0.5) for gradient in gradients(params, 0)]
     torch.testing.assert_close([parameter.grad for parameter in params], expected)
 
@@ -381,3 +382,84 @@ def test_half_precision_gradients_keep_their_dtype(dtype: torch.dtype) -> None:
     applied = Updater([SGD([parameter], lr=1.0)], clip_norm=1.0).apply([parameter], torch.tensor(3.0))
     assert applied.grad_norm == 12
     assert parameter.detach().tolist() == [-0.5] * 4
+
+
+# -------------------------------------------------------------------------------------------------- before the step
+@fused_or_not
+@scaled_or_not
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("where", ["before_step", "pre-hook", "global pre-hook"])
+def test_what_is_seen_before_a_step_is_the_gradient_itself(
+    fused: bool, scaled: bool, clip_norm: float | None, where: str
+) -> None:
+    """And what is made of it is what the optimizer takes."""
+
+    def trained(hook: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+        params, found = parameters(), []
+
+        def look(*_: Any) -> None:
+            found.extend(parameter.grad.clone() for parameter in params)  # type: ignore[union-attr]
+            nn.utils.clip_grad_value_(params, 1e-2)
+
+        optimizer = AdamW(params, lr=0.1, eps=1e-2, fused=fused)
+        handle = None
+        if hook == "pre-hook":
+            handle = optimizer.register_step_pre_hook(look)
+        elif hook == "global pre-hook":
+            handle = register_optimizer_step_pre_hook(look)
+        else:
+            options["before_step"] = look
+        updater = Updater([optimizer], clip_norm=clip_norm, **options)
+        give(params, gradients(params, 0), scale_of(updater) * 4)
+        try:
+            assert updater.apply(params, 0.25).skipped is False
+        finally:
+            if handle is not None:
+                handle.remove()
+        return found, [parameter.detach() for parameter in params]
+
+    params = parameters(torch.float64)
+    give(params, [gradient.double() for gradient in gradients(parameters(), 0)])
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(params, clip_norm)
+    found, moved = trained(where, scaler=scaler(scaled))
+    for seen, parameter in zip(found, params, strict=True):
+        torch.testing.assert_close(seen.double(), parameter.grad, rtol=1e-6, atol=1e-7)
+    nn.utils.clip_grad_value_(params, 1e-2)
+    AdamW(params, lr=0.1, eps=1e-2).step()
+    for mine, whole in zip(moved, params, strict=True):
+        torch.testing.assert_close(mine.double(), whole.detach(), rtol=1e-5, atol=1e-6)
+
+
+@fused_or_not
+@scaled_or_not
+def test_nothing_is_called_before_a_step_that_is_skipped(fused: bool, scaled: bool) -> None:
+    params, calls = parameters(), []
+    updater = Updater([Adam(params, fused=fused)], scaler=scaler(scaled), before_step=lambda: calls.append(1))
+    assert one_update(updater, params, bad=math.inf).skipped
+    assert calls == []
+    assert one_update(updater, params).skipped is False
+    assert calls == [1]
+
+
+def test_before_step_once_an_update_of_several_optimizers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).double()
+    calls: list[Tensor] = []
+    optimizers = [SGD(part.parameters(), lr=0.1) for part in model]
+    data = torch.randn(10, 3, dtype=torch.float64)
+    accumulator = ga.Accumulator(
+        model, optimizers, micro_batches=2, before_step=lambda: calls.append(model[0].weight.grad.clone())
+    )
+    whole = [torch.autograd.grad(model(data[:6]).square().mean(), model[0].weight)[0]]
+    for x in accumulator.over(data.split(3)):
+        accumulator.backward(model(x).square().mean())
+        if accumulator.updates == 1 and len(whole) == 1:
+            whole.append(torch.autograd.grad(model(data[6:]).square().mean(), model[0].weight)[0])
+    assert len(calls) == 2
+    for seen, wanted in zip(calls, whole, strict=True):
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
+
+
+def test_before_step_is_a_function() -> None:
+    with pytest.raises(ga.ParameterError, match="called once an update, without arguments"):
+        Options(before_step=1.0)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.gradient_buffers import PersistentGradients, WideGradients
 from gradaccum.gradients.graph import Graph, read_graph, run_backward
+from gradaccum.gradients.others_parameters import OthersParameters
 
 _MAX_SHOWN = 3
 
@@ -57,6 +58,7 @@ class GradientSum:
         self._reads_all = self._is_to_be_read = True
         self._is_open = False
         self._reaches_others = False
+        self._others = OthersParameters()
         self._own = frozenset(id(parameter) for parameter in self.parameters)
         self._watched: nn.Parameter | None = None
         self._watched_gradient: Tensor | None = None
@@ -73,6 +75,7 @@ class GradientSum:
         """
         self.check_empty()
         self._is_open = self._is_to_be_read = True
+        self._others.begin()
         if self._wide is not None:
             self._wide.begin()
         if self._persistent is not None:  # after the sums have their dtype
@@ -89,9 +92,14 @@ class GradientSum:
         Raises:
             MisuseError: a gradient is there already, which the window would be added to.
         """
+        if self._refuse_left():
+            self.clear()
+
+    def _refuse_left(self) -> bool:
+        """Refuses gradients left over from something else; whether there are some of zero."""
         left = [(name, parameter) for name, parameter in self._named if parameter.grad is not None]
         if not left:
-            return
+            return False
         nonzero = [name for name, parameter in left if _has_nonzero(parameter.grad)]
         if nonzero:
             shown = ", ".join(nonzero[:_MAX_SHOWN]) + (", ..." if len(nonzero) > _MAX_SHOWN else "")
@@ -100,7 +108,7 @@ class GradientSum:
                 f"({shown}). The window's gradient would be added to it, and the update would be that of neither. "
                 "Call optimizer.zero_grad() before training starts, and keep other backward() calls out of it."
             )
-        self.clear()
+        return True
 
     def add(
         self,
@@ -131,6 +139,7 @@ class GradientSum:
             if graph is not None:
                 self._look_for_others(graph)
             if self._reaches_others:
+                self._others.check()
                 inputs = [*(parameter for parameter in self.parameters if parameter.requires_grad), *also]
             among = None if inputs is None else frozenset(map(id, inputs))
             if graph is not None and self._fused is not None and self._fused.run(roots, seeds, among, graph):
@@ -148,9 +157,10 @@ class GradientSum:
         backwards unread would take 48 us more each, seen with a graph of five nodes.)
         """
         self._is_to_be_read = self._reads_all
-        reaches_others = any(
-            isinstance(leaf, nn.Parameter) and id(leaf) not in self._own for leaf in graph.leaves.values()
-        )
+        leaves = graph.leaves.values()
+        others = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in self._own]
+        self._others.note(others)
+        reaches_others = bool(others)
         reentrant = [node for node in graph.checkpoints if node.name() == "CheckpointFunctionBackward"]
         for node in reentrant:  # its graph is made in the backward; of its parameters only a module's are known
             function = getattr(node, "run_function", None)
@@ -245,6 +255,9 @@ class GradientSum:
     def _check_unchanged(self) -> None:
         watched, gradient = self._watched, self._watched_gradient
         if watched is None or gradient is None:
+            if self._refuse_left():  # of a backward by hand, before the window's first
+                for parameter in self.parameters:
+                    parameter.grad = None
             return
         if watched.grad is gradient and gradient._version == self._watched_version:
             return

@@ -2,7 +2,7 @@
 
 Nothing in a batch says which dimension is padded, on which side, and up to where. A field whose last columns hold one
 value may be padded there, or its samples may all end alike (in an end-of-text token); then trimming would drop real
-columns from the gradient without a word. So three things have to come together:
+columns from the gradient without a word. So four things have to come together:
 
 1. **A claim.** Along a dimension of some width, each sample of a field ends (or, on the left, begins) in a run of one
    value: the one that the cheapest sample ends in, since it is padded most. The sample's length is what is left.
@@ -13,6 +13,10 @@ columns from the gradient without a word. So three things have to come together:
 3. **No veto.** Every field is constant past the lengths along each dimension of that width, sample by sample, or is
    the same for all samples (positions, a causal mask). A field that is neither holds something real there.
 
+4. **Together.** Where a field is the first or the last columns of a wider one (responses of ``input_ids``, a response
+   mask of the attention mask), or is padded exactly as those would be, what is cut off at that side is cut off both, or
+   neither: models and losses slice the one to fit the other.
+
 A width that fails is left as it is on that side; so is one that only the costs call padded on both sides. Where costs
 count real columns, a believed length is never below its cost, so nothing real is cut off on the padded side. On the
 other side that would take samples that begin, or end, in runs of one value exactly as long as the costs suggest.
@@ -21,6 +25,8 @@ Whether the model looks at padding is not known here; see `split_by_cost`.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -97,14 +103,17 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
             lengths[width, side] = longest
         else:
             doubt = f"a field of shape {tuple(veto.shape)} is not constant where others are padded"
-    real: dict[int, tuple[Tensor, Tensor]] = {}
     for width in dict.fromkeys(width for width, _ in lengths):
         sides = [(width, side) for side in _Side]
         is_named = all(any(claim.is_named for claim in believed[side]) for side in sides if side in lengths)
         if all(side in lengths for side in sides) and not is_named:
             doubt = f"the costs go with lengths along a dimension of {width} from the left and from the right"
-            continue
-        left, right = (torch.tensor(lengths.get(side, [width] * len(costs))) for side in sides)
+            lengths = {(other, side): longest for (other, side), longest in lengths.items() if other != width}
+    while failed := _keep_together(fields, lengths):
+        doubt = failed
+    real: dict[int, tuple[Tensor, Tensor]] = {}
+    for width in dict.fromkeys(width for width, _ in lengths):
+        left, right = (torch.tensor(lengths.get((width, side), [width] * len(costs))) for side in _Side)
         real[width] = width - left, right
     return Padding(real=real, doubt=doubt)
 
@@ -221,6 +230,39 @@ def _is_ranked(claim: _Claim, costs: Sequence[float]) -> bool:
         return False
     ranked = [length for _, length in sorted(zip(costs, lengths, strict=True))]
     return ranked == sorted(ranked)
+
+
+def _keep_together(fields: Sequence[Tensor], lengths: dict[tuple[int, _Side], list[int]]) -> str:
+    """Gives widths of which one is a part of the other the same columns to lose at the side they share.
+
+    Where that cannot be, takes both out of ``lengths`` at that side, and returns why; empty where all are together.
+    """
+    widths = sorted({field.shape[1] for field in fields if field.shape[1] > 1}, reverse=True)
+    for side, wide, narrow in itertools.product(_Side, widths, widths):
+        if narrow >= wide or ((wide, side) not in lengths and (narrow, side) not in lengths):
+            continue
+        of_part, of_wide = ([field for field in fields if field.shape[1] == width] for width in (narrow, wide))
+        longest = lengths.get((wide, side), [wide] * len(fields[0]))
+        needed = [max(length - (wide - narrow), 0) for length in longest]
+        own = [_lengths(field, 1, side).tolist() for field in of_part if field.numel()]
+        alike = len(set(needed)) > 2 and (wide, side) in lengths and needed in own
+        if not alike and not any(_is_part(part, whole, side) for part in of_part for whole in of_wide):
+            continue
+        if (wide, side) not in lengths or any(any(map(operator.gt, of_field, needed)) for of_field in own):
+            lengths.pop((wide, side), None)
+            lengths.pop((narrow, side), None)
+            return f"a dimension of {narrow} is a part of one of {wide}, and is not padded where that is"
+        lengths[narrow, side] = needed
+    return ""
+
+
+def _is_part(part: Tensor, whole: Tensor, side: _Side) -> bool:
+    """Whether a field is the outermost columns of a wider one, at this side."""
+    width = part.shape[1]
+    if part.shape[2:] != whole.shape[2:] or part.dtype.is_floating_point:
+        return False
+    columns = whole[:, -width:] if side is _Side.RIGHT else whole[:, :width]
+    return bool((part == columns).all())
 
 
 def _veto(

@@ -76,6 +76,43 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF_DTYPES else tensor
 
 
+def summable(output_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``output_of`` for statistics: numbers are 0-d tensors, which add up like the others.
+
+    Raises:
+        BatchError: something else than tensors and numbers is among them.
+    """
+
+    def outputs_of(micro_batch: Any) -> Any:
+        outputs = output_of(micro_batch)
+        tensors = list(tree.tensors(outputs))
+        if not tensors:
+            return outputs  # refused in a moment
+        wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+
+        def statistic(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) or leaf is None:
+                return leaf
+            if type(leaf) not in (int, float):
+                raise BatchError(
+                    f'forward returned a {type(leaf).__name__} among its statistics: {leaf!r:.40}. With combine="sum" '
+                    "micro-batches are added up, and the loss would see the first one's alone. Return tensors and "
+                    "numbers: torch.tensor(values) for several; what no sum can be made of is had from the batch, in "
+                    "batch_loss(outputs, batch)."
+                )
+            dtype = torch.int64 if type(leaf) is int else torch.float64 if wide else torch.float32
+            return torch.tensor(leaf, dtype=dtype, device=tensors[0].device)
+
+        return tree.map_leaves(outputs, statistic)
+
+    return outputs_of
+
+
+def _plain_values(outputs: Any) -> list[Any]:
+    """The numbers and words among outputs, and columns of them."""
+    return [leaf for leaf in tree.leaves(outputs) if isinstance(leaf, (int, float, str, list, tuple))]
+
+
 CONCAT = Combination(
     start=lambda tensor, rows: tensor.new_zeros((rows, *tensor.shape[1:])),
     put=_put_concat,
@@ -100,6 +137,7 @@ class Outputs:
         self.rows = rows
         self.tensors: list[Tensor] = []
         self._structure: Any = None
+        self._plain: list[Any] = []
         self._dtypes: list[torch.dtype] = []
         self._parts: list[list[Tensor]] = []
 
@@ -117,12 +155,23 @@ class Outputs:
             )
         if not self.tensors:
             self._structure = rebuilt(outputs, [tensor.new_empty(0) for tensor in found])
+            self._plain = _plain_values(outputs)
             self._dtypes = [tensor.dtype for tensor in found]
             self.tensors = [self.combination.start(tensor, self.rows) for tensor in found]
         if len(found) != len(self.tensors):
             raise BatchError(
                 f"forward returned {len(found)} tensors for one micro-batch and {len(self.tensors)} for another, so "
                 "they are not the outputs of one batch. Return the same structure for every micro-batch."
+            )
+        plain = _plain_values(outputs)
+        if plain != self._plain:
+            here, before = next(
+                ((a, b) for a, b in zip(plain, self._plain, strict=False) if a != b), (plain, self._plain)
+            )
+            raise BatchError(
+                f"forward returned {here!r:.40} for one micro-batch and {before!r:.40} for another. It is no tensor, "
+                "so what it is for the whole batch is not known, and the loss would see the first one's. Return a "
+                "tensor with one row for each sample, or take it from the batch, in batch_loss(outputs, batch)."
             )
         for place, (whole, tensor) in enumerate(zip(self.tensors, found, strict=True)):
             self.combination.put(whole, tensor, rows, samples, place)

@@ -25,9 +25,10 @@ from gradaccum.whole_batch.batch_norm.ghost import Ghosts
 from gradaccum.whole_batch.batch_norm.layers import frozen
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.lockstep.lockstep import Lockstep
-from gradaccum.whole_batch.outputs import CONCAT, SUM
+from gradaccum.whole_batch.outputs import CONCAT, SUM, summable
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.closures import closed_over
 from gradaccum.window.fillers import FilledRunner
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.runner import Plain, Ran, Runner
@@ -192,7 +193,9 @@ def choose_runner(
         ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
         run_one, scope = ghosts.forward(run_one), ghosts.held
     elif options.batch_norm == "frozen":
-        scope = functools.partial(frozen, models)
+        scope = functools.partial(frozen, models, others=functools.cache(lambda: closed_over(function, models)))
+    if options.batch_loss is not None and options.combine == "sum":
+        run_one = summable(run_one)
     if not options.is_lockstep:
         return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
     # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.

@@ -29,8 +29,10 @@ from gradaccum.losses.terms import as_terms, no_gradient, without_value
 from gradaccum.types import Update
 from gradaccum.window import guards
 from gradaccum.window.forward_state import ForwardState
+from gradaccum.window.loss_scale import check_stays_scaled, refuse_scaled
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks
+from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
 from gradaccum.window.run_counts import RunCounts
@@ -70,6 +72,7 @@ class Accumulation:
             clip_norm=options.clip_norm,
             schedulers=options.schedulers,
             scaler=options.scaler,
+            before_step=options.before_step,
             narrow=None if options.accumulate_dtype is None else lambda: self._gradients.narrow(),
         )
         if self.ranks is not None and self.ranks.shards:
@@ -82,6 +85,8 @@ class Accumulation:
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
         self._is_for_user = False
+        self._is_first_backward = True
+        self._hooks = ParameterHooks()
         self.plan_line = PlanLine(self.models, self.ranks, couples_batch_norms=couples_batch_norms)
         self.counts = RunCounts()
 
@@ -139,9 +144,8 @@ class Accumulation:
         Raises:
             MisuseError: a gradient is left over from something else.
         """
-        if self._parameters.has_changed():
-            self._parameters.find()
-            self._look_at_parameters()
+        self._find_parameters()
+        self._hooks.look(self._parameters.named)
         self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         expected = None
         if self.ranks is not None:
@@ -167,6 +171,8 @@ class Accumulation:
             torch.cuda.reset_peak_memory_stats(self.device())
         if self._state.is_looking:
             self._state.window_begins()
+        if self._updater.loss_scale is not None:
+            self._updater.loss_scale.begin(self.device())
         self._started = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------- add
@@ -247,6 +253,9 @@ class Accumulation:
         only: Sequence[Tensor] | None = None,
     ) -> None:
         roots, seeds = zip(*several, strict=True)
+        if self._is_first_backward:
+            refuse_scaled(roots, is_scaled_here=self._updater.loss_scale is not None)
+            self._is_first_backward = False
         if self.ranks is not None and self.ranks.boost is not None:
             seeds = tuple(seed * self.ranks.boost for seed in seeds)
         if self._updater.loss_scale is not None:
@@ -255,6 +264,7 @@ class Accumulation:
         if rescale is not None:
             self._gradients.multiply(rescale)
         self._gradients.add(roots, seeds, also=also, only=only)
+        self._hooks.check()
 
     # --------------------------------------------------------------------------------------------------- settle, close
 
@@ -327,17 +337,22 @@ class Accumulation:
             if text:
                 guards.warn(text)
 
-    def close_into_grad(self, aside: Sequence[Tensor | None]) -> Loss:
-        """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update."""
+    def close_into_grad(self, aside: Sequence[Tensor | None], *, unscales: bool = True) -> Loss:
+        """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update.
+
+        With ``unscales`` a loss scale is divided out again.
+        """
         normaliser = self._opened()
         result = self._settle(self._gradients.parameters)
         self._check_window(normaliser)
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise no_gradient(self._parameters.optimized)
-        self._updater.unscale_into_grad(parameters, result.correction)
+        self._updater.into_grad(parameters, result.correction, unscales=unscales)
         self._gradients.narrow()
         self.put_back(aside)
+        if unscales and self._updater.loss_scale is not None:
+            self._updater.loss_scale.mark_unscaled()
         loss = loss_of(normaliser)
         self.means.window_closed()
         self._reset()
@@ -351,8 +366,11 @@ class Accumulation:
         self._reset()
         return lost
 
-    def set_aside(self) -> list[Tensor | None]:
+    def set_aside(self, *, unscales: bool = True) -> list[Tensor | None]:
         """Takes gradients that are there away, for `close_into_grad` to put back."""
+        self._find_parameters()
+        if not unscales:
+            check_stays_scaled(self._updater.loss_scale, self._options.scaler, self.optimizers)
         self._is_for_user = True
         return self._gradients.set_aside()
 
@@ -378,6 +396,12 @@ class Accumulation:
     def _reset(self) -> None:
         self._normaliser = None
         self._sizes, self.open_samples = [], 0
+
+    def _find_parameters(self) -> None:
+        """Looks for the parameters anew where the optimizers have been given others."""
+        if self._parameters.has_changed():
+            self._parameters.find()
+            self._look_at_parameters()
 
     def _look_at_parameters(self) -> None:
         named, options = self._parameters.named, self._options

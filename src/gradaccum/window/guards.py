@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from gradaccum.errors import DiscardedWindowWarning, GradAccumWarning, MisuseError
 
@@ -81,6 +82,15 @@ def no_calls_by_hand(
         for scheduler in schedulers:
             held.enter_context(checked_before(scheduler, "step", refuse_schedule))
         yield
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks of the user's run before the optimizer steps, and see its gradients."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+    if not own and not _global_optimizer_pre_hooks:
+        return False
+    hooks = [*own.values(), *_global_optimizer_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) != __name__ for hook in hooks)  # those above only look who steps
 
 
 def user_line() -> str:

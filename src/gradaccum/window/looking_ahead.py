@@ -13,6 +13,11 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
+from gradaccum.errors import MisuseError
+from gradaccum.window.read_ahead import ReadAhead
+
 Item = TypeVar("Item")
 
 END: Any = object()
@@ -27,24 +32,26 @@ class Follower:
     """What is called in a pass, by whoever counts its micro-batches.
 
     Attributes:
-        pass_begins: before the first item; what it returns is held until the pass ends.
+        pass_begins: before the first item, with the pass; what it returns is held until the pass ends.
         micro_batch_begins: before an item is handed out; gets it, whether it is the last, and the pass.
         micro_batch_ends: before the item after it is asked for, or the pass ends.
         pass_ends: at the end; gets whether all items have been handed out, or the loop was left before; and what had
             been read ahead and not handed out of a bare iterator, which cannot be asked for it again.
         wants_again: whether the item before is to be handed out again instead of the next one; gets whether there is no
             next one, and whether there was one before. None for never.
+        parameters: what is in training.
     """
 
-    pass_begins: Callable[[], AbstractContextManager[None]]
+    pass_begins: Callable[[LookingAhead[Any]], AbstractContextManager[None]]
     micro_batch_begins: Callable[[Any, bool, LookingAhead[Any]], None]
     micro_batch_ends: Callable[[], None]
     pass_ends: Callable[[bool, deque[Any]], None]
     wants_again: Callable[[bool, bool], bool] | None = None
+    parameters: Callable[[], Iterable[Tensor]] = tuple
 
 
 class LookingAhead(Generic[Item]):
-    """The items of a stream, for one ``for`` loop.
+    """The items of a stream, for one ``for`` loop; a loop over a pass that has ended is a new pass.
 
     Nothing is asked for twice, and nothing further ahead than a follower looks. An error of the stream is raised in
     the place of the item that failed, after the ones before it have been handed out.
@@ -61,6 +68,9 @@ class LookingAhead(Generic[Item]):
         self._is_over = False
         self._repeats = follower.wants_again is not None
         self._before: Any = END
+        self._current: Any = END  # read, and about to be handed out
+        self._reading = ReadAhead(self._items)
+        self._is_cut_short = self._is_nested = False
 
     def join(self, follower: Follower) -> None:
         """Has another one follow the same pass, before it begins."""
@@ -94,10 +104,17 @@ class LookingAhead(Generic[Item]):
         return len(self._items)  # type: ignore[arg-type]
 
     def __iter__(self) -> LookingAhead[Item]:
+        if self._is_over:
+            self._iterator, self._reading = None, ReadAhead(self._items)
+            self._is_exhausted = self._is_over = self._is_cut_short = self._is_nested = False
+            self._before = END
+        elif self._iterator is not None:
+            self._is_nested = True  # or a loop that was left goes on
         return self
 
     def __next__(self) -> Item:
         if self._is_over:
+            self._refuse_rest()
             raise StopIteration
         try:
             item = self._advance()
@@ -112,11 +129,31 @@ class LookingAhead(Generic[Item]):
             raise StopIteration
         return item
 
+    def _refuse_rest(self) -> None:
+        """For a loop that asks on after its pass has ended in another one."""
+        if self._is_cut_short:
+            self._is_cut_short = False
+            raise MisuseError(
+                "A pass was ended by another over() of the same accumulator, inside of its loop: the rest of its "
+                "micro-batches would be left out. One accumulator follows one pass at a time. End the outer loop "
+                "first, or make an accumulator of its own for the inner one."
+            )
+        if self._is_nested:
+            self._is_nested = False
+            raise MisuseError(
+                "A pass was iterated inside of a loop over itself, which took the rest of its micro-batches. A pass is "
+                "for one loop at a time: call accumulator.over(loader) again after it, for a pass of its own."
+            )
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for follower in self._followers for parameter in follower.parameters())
+
     def _advance(self) -> Item:
         """The next item, told to all followers, or END."""
+        self._current = END
         if self._iterator is None:
             for follower in self._followers:
-                self._held.enter_context(follower.pass_begins())
+                self._held.enter_context(follower.pass_begins(self))
             self._iterator = iter(self._items)
         else:
             for follower in self._followers:
@@ -129,7 +166,7 @@ class LookingAhead(Generic[Item]):
             return self._before
         if not self._ahead:
             return self._nothing_left()
-        item = self._ahead.popleft()
+        item = self._current = self._ahead.popleft()
         if not self._ahead:
             self._fill(1)
         is_last = not self._ahead and self._error is None
@@ -166,6 +203,11 @@ class LookingAhead(Generic[Item]):
         """Ends the pass where it stands; a loop that is left by ``break`` or an exception does so too."""
         self._end(completely=False)
 
+    def cut_short(self) -> None:
+        """Ends the pass for another one; a loop that would go on with it gets an error."""
+        self._is_cut_short = True
+        self._end(completely=False)
+
     def __del__(self) -> None:
         if self._iterator is not None:
             self.close()
@@ -173,10 +215,13 @@ class LookingAhead(Generic[Item]):
     def _fill(self, count: int) -> None:
         assert self._iterator is not None, "the stream is opened with the first item"
         while len(self._ahead) < count and not self._is_exhausted:
+            waiting = list(self._ahead) if self._current is END else [self._current, *self._ahead]
             try:
-                self._ahead.append(next(self._iterator))
+                self._ahead.append(self._reading.next(self._iterator, waiting, self._parameters))
             except StopIteration:
                 self._is_exhausted = True
+            except MisuseError:  # of reading ahead: the item at hand must not be used
+                raise
             except Exception as error:  # noqa: BLE001 - raised again in its place
                 self._is_exhausted, self._error = True, error
 
@@ -185,7 +230,8 @@ class LookingAhead(Generic[Item]):
             return
         self._is_over = True
         unused = self._ahead if self._iterator is self._items else deque()
-        self._iterator, self._ahead, self._error = iter(()), deque(), None  # lets go of a loader's workers
+        self._iterator, self._ahead, self._error = iter(()), unused, None  # lets go of a loader's workers
+        self._current = END
         with ExitStack() as ending:  # all of them are told, also where one raises
             for follower in self._followers:
                 ending.callback(follower.pass_ends, completely, unused)

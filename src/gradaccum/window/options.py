@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Options:
     accumulate_dtype: torch.dtype | None = None
     persistent_gradients: bool = False
     sync: Sync = "auto"
+    before_step: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         choice_of(self.fused)
@@ -41,6 +42,11 @@ class Options:
             raise WindowError(
                 f"clip_norm={self.clip_norm}: clipping to it would erase or reverse every gradient. Pass a positive "
                 'norm, float("inf") to measure without clipping, or None.'
+            )
+        if self.before_step is not None and not callable(self.before_step):
+            raise ParameterError(
+                f"before_step={self.before_step!r} is called once an update, without arguments, before the optimizer "
+                "steps. Pass a function: before_step=lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0)."
             )
         for scheduler in self.schedulers:
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,17 +36,16 @@ class Parameters:
         """Looks for the parameters anew."""
         self.named = named_parameters(self.models)
         check_parameters(self.named, self.optimizers)
-        self.optimized: list[nn.Parameter] = [
-            parameter
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ]
+        self.optimized = self._held()
 
     def has_changed(self) -> bool:
         """Whether the optimizers have been given other parameters since."""
-        held = sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
-        return held != len(self.optimized)
+        held = self._held()
+        return len(held) != len(self.optimized) or not all(map(operator.is_, held, self.optimized))
+
+    def _held(self) -> list[nn.Parameter]:
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        return list(itertools.chain.from_iterable(groups))
 
 
 def named_parameters(models: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:

@@ -7,6 +7,7 @@ Each of these reads and writes every gradient once if done by itself. They are f
     fused optimizer                   one read; the factor goes to the optimizer as ``grad_scale``, and the finite check
                                       as ``found_inf``, so that neither a pass nor a wait for the device is needed
     GradScaler                        its own unscaling pass, with the correction in the scale
+    before_step or a step pre-hook    the gradient itself has to be in ``.grad`` first: nothing is handed over
 
 ``optimizer.grad_scale`` (the gradient is divided by it) and ``optimizer.found_inf`` are how torch's GradScaler hands
 these to fused optimizers, see ``torch/amp/grad_scaler.py``, `GradScaler.step`.
@@ -25,6 +26,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum.norms import are_finite, combined, grouped, norms
+from gradaccum.window.guards import has_step_hooks
+from gradaccum.window.loss_scale import LossScale, has_gradient
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
@@ -47,12 +50,14 @@ class Updater:
         clip_norm: largest 2-norm over all gradients together; None to not clip.
         schedulers: advanced once for each update that was made.
         scaler: of fp16 training; a disabled one counts as none.
+        before_step: called once for each update that is made, when ``.grad`` holds the gradient itself: corrected,
+            unscaled and clipped. Hooks that run before an optimizer's step see the same.
         narrow: called right before the optimizers step, where gradients are of more precision than these take: gives
             them the dtype of their parameters. Then nothing is folded into fused optimizers, whose factor would come
             after the rounding.
 
     Attributes:
-        loss_scale: whose ``scale()`` every seed has to pass through; None without fp16 scaling.
+        loss_scale: what every seed has to be scaled by; None without fp16 scaling.
         is_stepping: whether an update is being made.
         total_norm: from parameters and an order to the norm of all their gradients together, where these lie in parts
             on several processes; None where they are whole.
@@ -65,6 +70,7 @@ class Updater:
         clip_norm: float | None = None,
         schedulers: Sequence[Any] = (),
         scaler: GradScaler | None = None,
+        before_step: Callable[[], Any] | None = None,
         narrow: Callable[[], None] | None = None,
     ) -> None:
         self._optimizers = optimizers
@@ -72,7 +78,8 @@ class Updater:
         # The largest absolute value answers whether all are finite, and cannot overflow itself.
         self._order = math.inf if clip_norm is None else 2.0
         self._schedulers = schedulers
-        self.loss_scale = scaler if scaler is not None and scaler.is_enabled() else None
+        self.loss_scale = LossScale(scaler, optimizers) if scaler is not None and scaler.is_enabled() else None
+        self._before_step = before_step
         self._narrow = narrow
         self.is_stepping = False
         self.total_norm: Callable[[Sequence[nn.Parameter], float], Tensor] | None = None
@@ -98,26 +105,36 @@ class Updater:
             raise
         finally:
             self.is_stepping = False
+            if self.loss_scale is not None:
+                self.loss_scale.end()
         return applied
 
     def _forget_step(self) -> None:
         """After a step that raised: what torch's scaler has noted of it would spoil the next one."""
         if self.loss_scale is not None:
-            self.loss_scale._per_optimizer_states.clear()
+            self.loss_scale.scaler._per_optimizer_states.clear()
         for optimizer in self._optimizers:
             optimizer.__dict__.pop("grad_scale", None)
             optimizer.__dict__.pop("found_inf", None)
 
-    def unscale_into_grad(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> None:
-        """Leaves the gradient itself in ``.grad``: corrected, and without the loss scale."""
-        if self.loss_scale is not None and parameters:
-            scale = self.loss_scale.scale(torch.ones((), device=parameters[0].device, dtype=torch.float64))
-            assert isinstance(scale, Tensor)
+    def into_grad(
+        self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None, *, unscales: bool = True
+    ) -> None:
+        """Leaves the gradient itself in ``.grad``: corrected and, with ``unscales``, without the loss scale."""
+        scale = None if self.loss_scale is None or not unscales else self.loss_scale.of_window()
+        if scale is not None and parameters:
+            scale = scale.to(parameters[0].device, torch.float32 if scale.device.type == "mps" else torch.float64)
             correction = (1.0 if correction is None else correction) / scale
         _multiply(parameters, correction)
 
+    def _is_looked_at(self) -> bool:
+        """Whether somebody looks at the gradients before the optimizers step, and may change them."""
+        return self._before_step is not None or any(map(has_step_hooks, self._optimizers))
+
     def _apply(self, parameters: Sequence[nn.Parameter], correction: float | Tensor | None) -> Applied:
-        skips_by_itself = self._narrow is None and all(map(_skips_by_itself, self._optimizers))
+        skips_by_itself = (
+            self._narrow is None and all(map(_skips_by_itself, self._optimizers)) and not self._is_looked_at()
+        )
         if self._clip_norm is None and not skips_by_itself and self.total_norm is None:
             return self._step_if(are_finite(_values_of(parameters)), parameters, correction, None)
         norm = self._norm(parameters)
@@ -142,24 +159,34 @@ class Updater:
         if finite and self._narrow is not None:
             finite = self._narrowed(parameters)
         if finite:
+            self._call_before_step()
             for optimizer in self._optimizers:
                 optimizer.step()
         return Applied(grad_norm, skipped=not finite)
 
+    def _call_before_step(self) -> None:
+        if self._before_step is not None:
+            self._before_step()
+
     def _apply_scaled(
-        self, scaler: GradScaler, parameters: Sequence[nn.Parameter], correction: float | Tensor | None
+        self, loss_scale: LossScale, parameters: Sequence[nn.Parameter], correction: float | Tensor | None
     ) -> Applied:
+        scaler = loss_scale.scaler
+        loss_scale.take_over()
         # Torch's scaler refuses an optimizer none of whose parameters has a gradient.
-        optimizers = [optimizer for optimizer in self._optimizers if _has_gradient(optimizer)]
+        optimizers = [optimizer for optimizer in self._optimizers if has_gradient(optimizer)]
         if any(values.dtype == torch.float64 for values in _values_of(parameters)):
             _multiply(parameters, correction)  # an fp32 scale would cost nine digits
             correction = None
-        is_plain = self._narrow is None and self._clip_norm is None and len(optimizers) == 1
+        is_plain = (
+            self._narrow is None and self._clip_norm is None and len(optimizers) == 1 and not self._is_looked_at()
+        )
         if is_plain and _skips_by_itself(optimizers[0]):
-            skipped = self._step_scaled(scaler, optimizers[0], correction, parameters[0].device)
-            scaler.update()
+            with loss_scale.in_scaler():
+                skipped = self._step_scaled(scaler, optimizers[0], correction, parameters[0].device)
+            loss_scale.update()
             return Applied(None, skipped)
-        with _scale_corrected(scaler, correction):
+        with loss_scale.in_scaler(correction):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
         grad_norm = None
@@ -174,9 +201,10 @@ class Updater:
                 _multiply(parameters, factor)
                 skipped = not self._narrowed(parameters)
             if not skipped:
+                self._call_before_step()
                 for optimizer in optimizers:
                     scaler.step(optimizer)
-        scaler.update()
+        loss_scale.update()
         return Applied(grad_norm, skipped)
 
     def _narrowed(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -247,10 +275,6 @@ def _read_if_on_host(found_inf: Tensor) -> bool | Tensor:
     return bool(found_inf) if found_inf.device.type == "cpu" else found_inf
 
 
-def _has_gradient(optimizer: Optimizer) -> bool:
-    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
-
-
 def _is_fused(optimizer: Optimizer) -> bool:
     # Asked anew each time: loading a state brings the groups of another optimizer, which may not have been fused.
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -298,17 +322,3 @@ def _watched_step(optimizer: Optimizer) -> Iterator[list[Tensor | None]]:
         yield ran
     finally:
         handle.remove()
-
-
-@contextmanager
-def _scale_corrected(scaler: GradScaler, correction: float | Tensor | None) -> Iterator[None]:
-    """Unscaling divides by the scale, so a scale divided by the correction corrects in the same pass."""
-    scale = scaler._scale
-    if correction is None or scale is None:
-        yield
-        return
-    try:
-        scaler._scale = scale / correction
-        yield
-    finally:
-        scaler._scale = scale

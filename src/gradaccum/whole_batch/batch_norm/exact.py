@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.errors import BatchError, UnsupportedError
-from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
+from gradaccum.whole_batch.batch_norm.layers import Call, Layers, all_seen, answered, batch_norms, calls
 from gradaccum.whole_batch.batch_norm.moments import Moments, Normalize, Share, advance, merge
+
+_WANTED = 'batch_norm="exact"'
 
 Meet = Callable[[Any, str, Any, Callable[[Sequence[Any]], Any]], Any]
 """``(key, where, mine, combine)``: waits until all micro-batches are at the key, and returns what ``combine``, called
@@ -53,12 +56,16 @@ class Exact:
         self._across_ranks = across_ranks
         self._statistics: dict[Any, list[Statistics]] = {}
         self._is_backward = False
+        self._seen = threading.local()  # calls of one micro-batch, which has a thread of its own
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context manager in which the batch runs; on success the running statistics advance."""
         try:
-            with answered(self._layers, wanted='batch_norm="exact"'):
+            seen = all_seen(
+                batch_norms(self._layers.models), num_calls=lambda: getattr(self._seen, "calls", 0), wanted=_WANTED
+            )
+            with answered(self._layers, wanted=_WANTED), seen:
                 yield
             for of_layer in self._statistics.values():
                 for statistics in of_layer:
@@ -83,6 +90,7 @@ class Exact:
                 'batch_norm="exact" has to see every BatchNorm call, and this one is being compiled. Leave '
                 "torch.compile out, also around the loss function."
             )
+        self._seen.calls = getattr(self._seen, "calls", 0) + 1
         mean, var = Moments.apply(call.input, self._check)
         mine = Share(count=call.num_values, mean=mean, var=var), call, torch.is_grad_enabled()
         statistics = meet(("batch norm", *self._layers.key(call)), self._layers.name(call), mine, self._merged)
@@ -167,7 +175,7 @@ class Whole:
     def held(self) -> Iterator[None]:
         """Context manager in which the batch runs."""
         self._layers = Layers(self._models)
-        with answered(self._layers, wanted='batch_norm="exact"'), calls.in_backward(self._again):
+        with answered(self._layers, wanted=_WANTED), calls.in_backward(self._again):
             yield
 
     def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:

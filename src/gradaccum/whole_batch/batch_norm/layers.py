@@ -11,10 +11,12 @@ Not seen are ``torch.batch_norm`` called directly, a function that was imported 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaccum.errors import UnsupportedError
 from gradaccum.whole_batch.interception import Handlers, Replacement
+from gradaccum.window.closures import is_torchs
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +193,45 @@ def refuse_unseen(models: Iterable[nn.Module], *, wanted: str) -> None:
 
 
 @contextmanager
-def frozen(models: Iterable[nn.Module]) -> Iterator[None]:
+def all_seen(layers: Iterable[_BatchNorm], *, num_calls: Callable[[], int], wanted: str) -> Iterator[None]:
+    """Context manager in which layers with a forward of their own must come to ``torch.nn.functional.batch_norm``.
+
+    Args:
+        layers: those of the models.
+        num_calls: how many calls this thread has made so far.
+        wanted: what needs to see them.
+
+    Raises:
+        UnsupportedError: the forward of one, in training mode, has not.
+    """
+    before = threading.local()
+
+    def begins(layer: nn.Module, args: Any) -> None:
+        before.calls = [*getattr(before, "calls", ()), num_calls()]
+
+    def ends(layer: nn.Module, args: Any, output: Any) -> None:
+        if before.calls.pop() == num_calls() and layer.training:
+            raise UnsupportedError(
+                f"{wanted} has to see every BatchNorm call, and {type(layer).__name__}, a BatchNorm with a forward of "
+                "its own, normalises without torch.nn.functional.batch_norm: with the statistics of each "
+                "micro-batch, and the gradient would not be the whole batch's. Call F.batch_norm in its forward, or "
+                "have it see the batch by ga.gather(x), and derive it from nn.Module."
+            )
+
+    with ExitStack() as held:
+        for layer in layers:
+            if not is_torchs(type(layer).forward):
+                held.callback(layer.register_forward_pre_hook(begins).remove)
+                held.callback(layer.register_forward_hook(ends).remove)
+        yield
+
+
+@contextmanager
+def frozen(models: Iterable[nn.Module], *, others: Callable[[], Iterable[nn.Module]] = tuple) -> Iterator[None]:
     """Context manager in which running statistics normalise, and stay; the layers' weights and biases train on.
 
-    The BatchNorm layers are in evaluation mode, and nothing else is: not what a layer holds besides.
+    The BatchNorm layers are in evaluation mode, and nothing else is: not what a layer holds besides. Those of
+    ``others``, networks that are run and not trained here, are too, if they have running statistics.
 
     Raises:
         UnsupportedError: a layer has no running statistics.
@@ -206,6 +244,7 @@ def frozen(models: Iterable[nn.Module]) -> Iterator[None]:
             "layers have none (track_running_stats=False): they would go on with each micro-batch's own. Use "
             'batch_norm="exact".'
         )
+    layers.extend(layer for layer in batch_norms(others()) if layer.running_mean is not None)
     training = [layer for layer in layers if layer.training]
     try:
         for layer in training:

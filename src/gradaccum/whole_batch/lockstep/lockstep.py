@@ -28,7 +28,12 @@ from gradaccum.whole_batch.batch_norm.exact import Exact
 from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
 from gradaccum.whole_batch.lockstep.gather import Gathers
-from gradaccum.whole_batch.lockstep.micro_batch_state import Attributes, Streams, attributes_seen
+from gradaccum.whole_batch.lockstep.micro_batch_state import (
+    Attributes,
+    Streams,
+    attributes_seen,
+    refuse_shared_hooks,
+)
 from gradaccum.whole_batch.outputs import Combination, Outputs, rebuilt
 from gradaccum.whole_batch.whole_over_ranks import shares_of_all
 from gradaccum.window.accumulation import Accumulation
@@ -74,6 +79,7 @@ class Lockstep:
                 held.enter_context(saved())
                 self.uncut.run(accumulation, batch, pieces, ran=ran)
                 return
+            refuse_shared_hooks(self.models, self.run_one)
             across = None if ranks is None else shares_of_all(ranks)
             exact = Exact(self.models, across_ranks=across) if self.is_exact else None
             if exact is not None:

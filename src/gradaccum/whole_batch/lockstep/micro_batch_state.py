@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ import torch
 from torch import nn, overrides
 from torch.utils import _python_dispatch as dispatch
 
+from gradaccum.errors import UnsupportedError
 from gradaccum.whole_batch.interception import Handlers, Replacement
+from gradaccum.window.closures import is_torchs, place_of, uses_of
 from gradaccum.window.snapshot import RandomState
 
 Result = TypeVar("Result")
@@ -185,3 +187,29 @@ def attributes_seen() -> Iterator[None]:
     """Context manager in which modules say which attributes are set in threads with `Attributes.noted`."""
     with _set.held(), _delete.held():
         yield
+
+
+def refuse_shared_hooks(models: Iterable[nn.Module], function: Callable[..., Any]) -> None:
+    """Refuses forward hooks that put what they see where ``function``, which runs a micro-batch, takes it from.
+
+    Between the hook and the taking, other micro-batches put theirs there.
+
+    Raises:
+        UnsupportedError: there is such a hook.
+    """
+    taken: set[int] | None = None
+    for model in models:
+        for name, module in model.named_modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if is_torchs(hook):
+                    continue
+                taken = uses_of(function).kept if taken is None else taken
+                uses = uses_of(hook)
+                if uses.puts and uses.kept & taken:
+                    raise UnsupportedError(
+                        f"The forward hook {place_of(hook)} on {name or type(module).__name__!r} keeps what it sees "
+                        "where the loss takes it from, and in lockstep several micro-batches run side by side: the "
+                        "loss of one would be of the features of another. Have the hook set an attribute of its "
+                        "module, module.features = output, which each micro-batch has for itself, and take it from "
+                        "there."
+                    )
