@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
+from gradaccum.chunks.row_chunks import chunked
 from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
@@ -77,6 +78,7 @@ __all__ = [
     "Update",
     "WindowError",
     "audit",
+    "chunked",
     "criterion",
     "gather",
     "plan",

@@ -34,6 +34,8 @@ class Loss:
         weight: number of items (samples, tokens, sum of class weights): a number or a 0-d tensor; None for a
             sum that is not to be divided by anything.
         is_mean: whether ``root`` has already been divided by ``weight``.
+        ignored: labels and the label whose items add nothing, neither to ``root`` nor to ``weight``, where
+            ``ga.criterion`` made the loss and knows them. What is computed from a loss does not have it any more.
 
     Example:
         >>> losses = torch.tensor([1.0, 2.0, 6.0])
@@ -47,6 +49,7 @@ class Loss:
     root: Tensor
     weight: Weight | None
     is_mean: bool
+    ignored: tuple[Tensor, int] | None = None
 
     @staticmethod
     def mean(value: Tensor, over: Weight) -> Loss:
