@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
+from gradaccum.chunks.head_criterion import criterion
 from gradaccum.chunks.row_chunks import chunked
 from gradaccum.errors import (
     BatchError,
@@ -29,7 +30,6 @@ from gradaccum.errors import (
     UnsupportedError,
     WindowError,
 )
-from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
