@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
+from gradaccum.chunks.causal_head import chunked_head
 from gradaccum.chunks.head_criterion import criterion
 from gradaccum.chunks.row_chunks import chunked
 from gradaccum.errors import (
@@ -79,6 +80,7 @@ __all__ = [
     "WindowError",
     "audit",
     "chunked",
+    "chunked_head",
     "criterion",
     "gather",
     "plan",

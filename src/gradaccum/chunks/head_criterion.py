@@ -87,7 +87,7 @@ class HeadCriterion:
         """
         label = self.criterion.ignored_label(targets[0]) if targets else None
         is_per_row = bool(targets) and targets[0].dim() == hidden.dim() - 1
-        with _gathered(self.head) as head:
+        with gathered(self.head) as head:
             return in_chunks(
                 lambda rows, *of_rows: self.criterion(head(rows), *of_rows),
                 hidden,
@@ -98,7 +98,7 @@ class HeadCriterion:
 
 
 @contextmanager
-def _gathered(head: Head) -> Iterator[Head]:
+def gathered(head: Head) -> Iterator[Head]:
     """A head whose parameters are whole meanwhile.
 
     FSDP2's hooks would gather the parameters once for each chunk, and again in its backward; ranks with other numbers
