@@ -126,11 +126,10 @@ def test_one_head_and_a_window() -> None:
     assert whole_loss(model, batch).item() != pytest.approx(copied(**batch).loss.item(), abs=1e-6)
 
 
-def test_what_was_set_before_is_set_again() -> None:
+def test_it_is_undone_after_an_error() -> None:
     model, batch = make("Llama"), make_batch()
-    with ga.chunked_head(model, size=9), pytest.raises(ZeroDivisionError):
-        with ga.chunked_head(model, size=3):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), ga.chunked_head(model, size=9):
+        raise ZeroDivisionError
     assert isinstance(model(**batch).loss, Tensor)
 
 
@@ -168,5 +167,5 @@ def test_two_ranks(how: str) -> None:
     oracle = make("Llama")
     shares = [make_batch(5 - rank, seed=rank) for rank in range(2)]
     whole_loss(oracle, {name: torch.cat([share[name] for share in shares]) for name in shares[0]}).backward()
-    for found in results_of(over_ranks, 2, how):
+    for found in results_of(over_ranks, 2, how, seconds=400.0)  # importing transformers takes its time:
         assert_close(found, gradients(oracle))

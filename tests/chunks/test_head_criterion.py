@@ -171,7 +171,8 @@ def shares(rank: int) -> list[Batch]:
 def test_two_ranks(how: str, tied: bool) -> None:
     oracle = make(tied=tied)
     batches = [
-        {name: torch.cat([one[name], other[name]]) for name in one} for one, other in zip(shares(0), shares(1), strict=True)
+        {name: torch.cat([one[name], other[name]]) for name in one}
+        for one, other in zip(shares(0), shares(1), strict=True)
     ]
     wanted = whole_batches(oracle, sgd(oracle), batches, whole_loss)
     for found in results_of(over_ranks, 2, how, tied):

@@ -51,7 +51,9 @@ class Tied(nn.Module):
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(FEATURES, CLASSES),
     "no bias": lambda: nn.Linear(FEATURES, CLASSES, bias=False),
-    "two layers": lambda: nn.Sequential(nn.Linear(FEATURES, 600), nn.GELU(), nn.LayerNorm(600), nn.Linear(600, CLASSES)),
+    "two layers": lambda: nn.Sequential(
+        nn.Linear(FEATURES, 600), nn.GELU(), nn.LayerNorm(600), nn.Linear(600, CLASSES)
+    ),
     "LoRA": LoRA,
     "used twice": lambda: nn.Sequential(nn.Linear(FEATURES, FEATURES), Twice()),
     "tied": Tied,
@@ -113,7 +115,9 @@ LOSSES: dict[str, Case] = {
     "z-loss": (with_z, lambda: (make_labels(),)),
 }
 LOSSES["class probabilities"] = (
-    lambda head, hidden, target: ga.criterion(nn.CrossEntropyLoss())(head(hidden).flatten(0, -2), target.flatten(0, -2)),
+    lambda head, hidden, target: ga.criterion(nn.CrossEntropyLoss())(
+        head(hidden).flatten(0, -2), target.flatten(0, -2)
+    ),
     LOSSES["class probabilities"][1],
 )
 
@@ -247,7 +251,11 @@ def test_frozen(frozen: str) -> None:
 
 
 def test_without_gradients_no_backward_is_run() -> None:
-    head, hidden, labels = nn.Linear(FEATURES, CLASSES), torch.randn(*LEADING, FEATURES, requires_grad=True), make_labels()
+    head, hidden, labels = (
+        nn.Linear(FEATURES, CLASSES),
+        torch.randn(*LEADING, FEATURES, requires_grad=True),
+        make_labels(),
+    )
     loss = cross_entropy()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -444,7 +452,11 @@ def test_one_chunk_is_alive_at_a_time() -> None:
 
 
 def test_in_single_precision() -> None:
-    head, hidden, labels = nn.Linear(FEATURES, CLASSES), torch.randn(*LEADING, FEATURES, requires_grad=True), make_labels()
+    head, hidden, labels = (
+        nn.Linear(FEATURES, CLASSES),
+        torch.randn(*LEADING, FEATURES, requires_grad=True),
+        make_labels(),
+    )
     loss = cross_entropy()
     wanted = gradients(loss(head, hidden, labels), [hidden, *head.parameters()])
     head.float()

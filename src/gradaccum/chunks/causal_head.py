@@ -48,9 +48,7 @@ def chunked_head(model: nn.Module, size: int = 1024) -> Iterator[None]:
     Raises:
         UnsupportedError: the model has no such head or loss; when it is called: it changes its logits before the loss.
 
-    Example:
-        >>> with ga.chunked_head(model, size=512):  # doctest: +SKIP
-        ...     update = accumulator.backward(model(**batch).loss)
+    Example: ``with ga.chunked_head(model, size=512): update = accumulator.backward(model(**batch).loss)``.
     """
     inner = _unwrapped(model)
     chunks = _ChunkedHead(inner, *_head_of(inner), size)

@@ -95,7 +95,9 @@ def in_chunks(
 
 def _check_arguments(hidden: Any, targets: Sequence[Any], size: int) -> None:
     if type(size) is not int or size < 1:
-        raise WindowError(f"size={size!r}: a chunk has at least 1 row, so size is an int from 1. 1024 suits most heads.")
+        raise WindowError(
+            f"size={size!r}: a chunk has at least 1 row, so size is an int from 1. 1024 suits most heads."
+        )
     if not isinstance(hidden, Tensor) or hidden.dim() == 0 or not hidden.is_floating_point():
         what = f"{hidden.dtype} of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise BatchError(
@@ -185,9 +187,7 @@ class _Run:
         if not loss.root.requires_grad:
             return
         wanted = [i for i, is_wanted in enumerate(self._wanted) if is_wanted]
-        found = term.gradients.add(
-            loss.root, seed, [rows[i] for i in wanted], begun=begun, keeps_graph=keeps_graph
-        )
+        found = term.gradients.add(loss.root, seed, [rows[i] for i in wanted], begun=begun, keeps_graph=keeps_graph)
         for i, gradient in zip(wanted, found, strict=True):
             if gradient is not None:
                 of_rows = term.of_rows[i]
@@ -201,7 +201,10 @@ class _Run:
         if self._has_graph and (leaves or any(self._wanted)):
             held = [
                 [
-                    *(None if rows is None else rows.view(given.shape) for rows, given in zip(term.of_rows, self._given)),
+                    *(
+                        None if rows is None else rows.view(given.shape)
+                        for rows, given in zip(term.of_rows, self._given)
+                    ),
                     *(term.gradients.take(leaf) for leaf in leaves),
                 ]
                 for term in self._terms.values()
