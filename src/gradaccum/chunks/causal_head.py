@@ -36,9 +36,9 @@ def chunked_head(model: nn.Module, size: int = 1024) -> Iterator[None]:
     """Runs the head and the loss of a causal language model in chunks of tokens, as `chunked` does.
 
     Inside of the context ``model(**batch, labels=labels).loss`` is a `Loss` over the labels that count; there are no
-    logits, and using what stands in their place raises an error. With ``num_items_in_batch`` it is the tensor that the model's own loss would be: the sum divided by
-    that number. Without labels the model does what it always does. Its loss is that of ``ForCausalLMLoss``, except that
-    logits of float64 stay so.
+    logits, and using what stands in their place raises an error. With ``num_items_in_batch`` it is the tensor that the
+    model's own loss would be: the sum divided by that number. Without labels the model does what it always does. Its
+    loss is that of ``ForCausalLMLoss``, except that logits of float64 stay so.
 
     Args:
         model: a causal language model of Hugging Face whose logits go from its last layer straight to its loss (Llama,
@@ -48,7 +48,11 @@ def chunked_head(model: nn.Module, size: int = 1024) -> Iterator[None]:
     Raises:
         UnsupportedError: the model has no such head or loss; when it is called: it changes its logits before the loss.
 
-    Example: ``with ga.chunked_head(model, size=512): update = accumulator.backward(model(**batch).loss)``.
+    Example:
+        Inside of a loop over micro-batches::
+
+            with ga.chunked_head(model, size=512):
+                update = accumulator.backward(model(**batch).loss)
     """
     inner = _unwrapped(model)
     chunks = _ChunkedHead(inner, *_head_of(inner), size)

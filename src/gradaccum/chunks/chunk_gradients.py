@@ -160,7 +160,7 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    # A node below which nothing else is wanted was not run, so its hooks did not, and what it has saved is still there.
+    # A node below which nothing else is wanted was not run, nor its hooks, and what it saved is still there.
     for at, (_, add) in list(left.items()):
         gradient = found[len(inputs) + at]
         if gradient is not None:
@@ -179,8 +179,8 @@ def _check(graph: Graph, begun: int) -> None:
             )
         if kind == "CheckpointFunctionBackward":
             raise UnsupportedError(
-                "loss_of_rows runs a reentrant checkpoint, through which torch runs no backward for chosen tensors, and "
-                "a chunk's must not reach .grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+                "loss_of_rows runs a reentrant checkpoint, through which torch runs no backward for chosen tensors, "
+                "and a chunk's must not reach .grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
                 "none: the chunk's graph is gone as soon as it has run."
             )
         if node in graph.leaves or node._sequence_nr() >= begun or kind in _REPEATABLE:

@@ -203,7 +203,7 @@ class _Run:
                 [
                     *(
                         None if rows is None else rows.view(given.shape)
-                        for rows, given in zip(term.of_rows, self._given)
+                        for rows, given in zip(term.of_rows, self._given, strict=True)
                     ),
                     *(term.gradients.take(leaf) for leaf in leaves),
                 ]
