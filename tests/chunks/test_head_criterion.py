@@ -50,7 +50,7 @@ def make_batch(rows: int, *, seed: int = 0, masked: bool = False) -> Batch:
     }
 
 
-def loss_in_chunks(chunk: int = 7, **options: Any) -> Callable[[Any, Batch], ga.Loss]:
+def loss_in_chunks(*, chunk: int = 7, **options: Any) -> Callable[[Any, Batch], ga.Loss]:
     def loss(model: Any, batch: Batch) -> ga.Loss:
         head = getattr(model, "module", model).lm_head
         criterion = ga.criterion(nn.CrossEntropyLoss(**options), head=head, chunk=chunk)
@@ -85,7 +85,7 @@ def test_as_in_the_readme_of_torch() -> None:
     batch["labels"][batch["labels"] == IGNORED] = 3
     seen: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    options = {"ignore_index": 3, "label_smoothing": 0.1}
+    options: dict[str, Any] = {"ignore_index": 3, "label_smoothing": 0.1}
     loss = loss_in_chunks(**options)(model, batch)
     loss.value.backward()
     whole_loss(oracle, batch, **options).backward()

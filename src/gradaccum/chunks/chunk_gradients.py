@@ -180,8 +180,8 @@ def _check(graph: Graph, begun: int) -> None:
         if kind == "CheckpointFunctionBackward":
             raise UnsupportedError(
                 "loss_of_rows runs a reentrant checkpoint, through which torch runs no backward for chosen tensors, "
-                "and a chunk's must not reach .grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
-                "none: the chunk's graph is gone as soon as it has run."
+                "and a chunk's must not reach .grad. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), "
+                "or none: the chunk's graph is gone as soon as it has run."
             )
         if node in graph.leaves or node._sequence_nr() >= begun or kind in _REPEATABLE:
             continue

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradaccum.chunks.row_chunks import in_chunks
 from gradaccum.errors import UnknownLossError
@@ -109,11 +109,11 @@ def gathered(head: Head) -> Iterator[Head]:
     if fsdp is None or not isinstance(head, fsdp.FSDPModule):
         yield head
         return
-    assert isinstance(head, nn.Module)
-    head.unshard()
-    dtype = next((parameter.dtype for parameter in head.parameters()), None)
-    forward: Any = head.forward
+    sharded: Any = head
+    sharded.unshard()
+    dtype = next((parameter.dtype for parameter in sharded.parameters()), None)
+    forward: Any = sharded.forward
     try:
         yield lambda rows: forward(rows.to(dtype))
     finally:
-        head.reshard()
+        sharded.reshard()

@@ -323,7 +323,7 @@ class _HandOver(Function):
 
 @contextmanager
 def _no_saved_tensor_hooks() -> Iterator[None]:
-    autograd: Any = torch._C._autograd
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     aside: list[Any] = []
     while (hooks := autograd._top_saved_tensors_default_hooks(False)) is not None:
         aside.append(hooks)

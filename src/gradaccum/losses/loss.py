@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import register_pytree_node
 
 from gradaccum.errors import LossError, MisuseError
 
@@ -161,6 +162,15 @@ class Loss:
             "its gradient would be that of this micro-batch. Write accumulator.backward(loss), or return the loss from "
             "TrainStep's loss_fn. Outside of training: loss.value.backward()."
         )
+
+
+# A model may return its loss from its forward. FSDP2, and fillers for it, look there for the tensors that a backward
+# starts from, inside of what torch knows as containers.
+register_pytree_node(
+    Loss,
+    lambda loss: ([loss.root], (loss.weight, loss.is_mean)),
+    lambda roots, rest: Loss(*roots, *rest),
+)
 
 
 def _is_same_weight(one: Weight | None, other: Weight | None) -> bool:
