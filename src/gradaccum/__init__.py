@@ -8,6 +8,9 @@ from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
 from gradaccum.checkpoint.checkpoint import Checkpoint
+from gradaccum.chunks.causal_head import chunked_head
+from gradaccum.chunks.head_criterion import criterion
+from gradaccum.chunks.row_chunks import chunked
 from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
@@ -28,7 +31,6 @@ from gradaccum.errors import (
     UnsupportedError,
     WindowError,
 )
-from gradaccum.losses.criterion import criterion
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.weight_of import weight_of
 from gradaccum.split.by_cost import split_by_cost
@@ -78,6 +80,8 @@ __all__ = [
     "Update",
     "WindowError",
     "audit",
+    "chunked",
+    "chunked_head",
     "criterion",
     "gather",
     "plan",

@@ -24,7 +24,7 @@
     ├── InexactError (AssertionError)    an audit found that accumulation is not the whole batch
     │                                    [auditing/audit_report.py]
     ├── UnsupportedError (NotImplementedError)   a combination that would not be exact, refused
-    │                                    [sync/detect.py, window/parameters.py, whole_batch/batch_norm/layers.py]
+    │                                    [sync/detect.py, window/parameters.py, chunks/row_chunks.py]
     └── MissingExtraError (ImportError)  an optional dependency is needed for what was asked [report/__init__.py]
 
     GradAccumWarning (UserWarning)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import gradaccum as ga
 
@@ -224,3 +225,11 @@ def test_a_sum_of_criteria_is_the_whole_batch_s() -> None:
     train_step.backward((x, labels))
     made = [parameter.grad for parameter in model.parameters()]
     torch.testing.assert_close(made, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_torch_finds_the_tensor_of_a_loss_that_a_model_returns() -> None:
+    loss = ga.Loss.mean(torch.ones(()), over=3)
+    leaves, structure = tree_flatten({"loss": loss})
+    assert leaves == [loss.root]
+    again = tree_unflatten([2 * leaf for leaf in leaves], structure)["loss"]
+    assert (again.item(), again.weight, again.is_mean) == (2, 3, True)

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("words", frozenset({"errors", "types", "tree", "norms"})),
     ("drawing", frozenset({"report"})),  # knows tables and curves, and nothing of what is in them: anybody may draw
     ("stages", frozenset({"split", "losses", "gradients", "sync", "memory"})),
+    ("inside the sample", frozenset({"chunks"})),
     ("window", frozenset({"window"})),
     ("whole batch", frozenset({"whole_batch"})),
     ("fit", frozenset({"fit"})),

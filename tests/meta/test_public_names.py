@@ -14,7 +14,7 @@ PUBLIC = {
     # several processes, and going on after a stop
     "GlobalBatchSampler", "Checkpoint", "RankError",
     # losses
-    "Loss", "criterion",
+    "Loss", "criterion", "chunked", "chunked_head",
     # how a batch is cut
     "split_by_cost", "split_by_samples",
     # layers over the batch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradaccum.errors import UnknownLossError
 from gradaccum.losses.loss import Loss
-from gradaccum.losses.torch_losses import RULES, Rule, add_up, rule_of, torch_class_of
+from gradaccum.losses.torch_losses import RULES, Rule, add_up, ignored_label, rule_of, torch_class_of
 
 TorchLoss = nn.Module | Callable[..., Tensor]
 
@@ -26,31 +26,10 @@ _LEGACY = ("size_average", "reduce")
 
 
 def criterion(loss: TorchLoss) -> Criterion:
-    r"""Wraps a loss of torch so that it returns a `Loss` with the right weight.
-
-        value = (\sum_i l_i) / w        w: elements, samples, targets that count, class weights, sequences, ...
-
-    The weight is an int where it follows from shapes, and a 0-d tensor on the data's device where it depends on the
-    targets: there is no synchronisation with the device. A reduction of "sum" stays a sum.
-
-    Args:
-        loss: an instance of a loss class of ``torch.nn``, its functional form, or a ``functools.partial`` of that. It
-            may be of a subclass that inherits ``forward``. A module is read at every call and never changed: it stays
-            yours to move, to save and to optimize. Hooks registered on it do not run.
-
-    Returns:
-        A callable that takes what ``loss`` takes; for a functional form also its options, such as ``ignore_index``.
+    """A `Criterion`, of which the public ``criterion`` in ``chunks/head_criterion.py`` says what it does.
 
     Raises:
         UnknownLossError: ``loss`` is none of torch's, or its reduction is "none".
-
-    Example:
-        >>> criterion = ga.criterion(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]), ignore_index=-1))
-        >>> loss = criterion(torch.zeros(3, 2), torch.tensor([0, 1, -1]))
-        >>> loss.value, loss.weight
-        (tensor(0.6931), tensor(4.))
-        >>> ga.criterion(F.mse_loss)(torch.zeros(3, 2), torch.ones(3, 2)).weight
-        6
     """
     return Criterion(loss)
 
@@ -81,7 +60,17 @@ class Criterion:
         weight = None if reduction == "sum" else rule.over[reduction](losses, arguments)
         # Not by Loss.sum, which reads a user's count where it lies on the host: torch.compile would break its graph
         # there, and fake tensors have nothing to read. This count was made here.
-        return Loss(root=add_up(losses), weight=weight, is_mean=False)
+        label = ignored_label(arguments)
+        ignored = None if label is None else (arguments["target"], label)
+        return Loss(root=add_up(losses), weight=weight, is_mean=False, ignored=ignored)
+
+    def ignored_label(self, target: Tensor) -> int | None:
+        """The label whose items have no loss and no weight, where the options of the loss say so before a call."""
+        rule, options = _rule_and_options(self.loss)
+        default = rule.signature.parameters.get("ignore_index")
+        if default is None:
+            return None
+        return ignored_label({"ignore_index": default.default, **options, "target": target})
 
     def __repr__(self) -> str:
         return f"ga.criterion({_name(self.loss)})"

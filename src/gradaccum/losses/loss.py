@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import register_pytree_node
 
 from gradaccum.errors import LossError, MisuseError
 
@@ -34,6 +35,8 @@ class Loss:
         weight: number of items (samples, tokens, sum of class weights): a number or a 0-d tensor; None for a
             sum that is not to be divided by anything.
         is_mean: whether ``root`` has already been divided by ``weight``.
+        ignored: labels and the label whose items add nothing, neither to ``root`` nor to ``weight``, where
+            ``ga.criterion`` made the loss and knows them. What is computed from a loss does not have it any more.
 
     Example:
         >>> losses = torch.tensor([1.0, 2.0, 6.0])
@@ -47,6 +50,7 @@ class Loss:
     root: Tensor
     weight: Weight | None
     is_mean: bool
+    ignored: tuple[Tensor, int] | None = None
 
     @staticmethod
     def mean(value: Tensor, over: Weight) -> Loss:
@@ -158,6 +162,15 @@ class Loss:
             "its gradient would be that of this micro-batch. Write accumulator.backward(loss), or return the loss from "
             "TrainStep's loss_fn. Outside of training: loss.value.backward()."
         )
+
+
+# A model may return its loss from its forward. FSDP2, and fillers for it, look there for the tensors that a backward
+# starts from, inside of what torch knows as containers.
+register_pytree_node(
+    Loss,
+    lambda loss: ([loss.root], (loss.weight, loss.is_mean)),
+    lambda roots, rest: Loss(*roots, *rest),
+)
 
 
 def _is_same_weight(one: Weight | None, other: Weight | None) -> bool:

@@ -117,14 +117,21 @@ def target_weight(losses: Tensor, arguments: Arguments) -> Weight:
         return losses.numel()
     # Torch takes bytes as class indices too, and -100 compared with bytes would mean the byte 156.
     labels = target.long()
-    # Linear cross entropy writes its default as None, and means -100.
-    ignore_index = -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
+    ignore_index = ignored_label(arguments)
     class_weights: Tensor | None = arguments["weight"]
     if class_weights is None:
         return (labels != ignore_index).sum()
     is_ignored = labels == ignore_index
     weights = class_weights.detach()[labels.masked_fill(is_ignored, 0)]
     return add_up(weights.masked_fill(is_ignored, 0), divides=True)
+
+
+def ignored_label(arguments: Arguments) -> int | None:
+    """The label whose items have no loss and no weight; None where the loss has none, or no labels."""
+    if "ignore_index" not in arguments or arguments["target"].is_floating_point():
+        return None
+    # Linear cross entropy writes its default as None, and means -100.
+    return -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
 
 
 def element_weight(losses: Tensor, arguments: Arguments) -> Weight:
