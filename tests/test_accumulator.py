@@ -267,7 +267,9 @@ def test_a_new_pass_ends_the_one_before() -> None:
     accumulator.backward(squares(model, next(first)))
     with pytest.warns(ga.DiscardedWindowWarning, match="1 micro-batches"):
         train(accumulator, model, pairs(1, 1))
-    assert list(first) == []
+    with pytest.raises(ga.MisuseError, match="ended by another over"):
+        next(first)
+    assert next(first, None) is None
     assert accumulator.samples == 2
 
 
