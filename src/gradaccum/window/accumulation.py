@@ -55,11 +55,15 @@ class Accumulation:
         options: Options = _DEFAULTS,
         *,
         couples_batch_norms: bool = True,
+        is_look: bool = False,
     ) -> None:
         self._options = options
         self._parameters = Parameters(model, optimizer)
         self.models, self.optimizers = self._parameters.models, self._parameters.optimizers
-        self.ranks: OverRanks | None = over_ranks(self.models, options.sync, self._parameters.named)
+        # A look at a few rows before training is this process's own, and finds by trying what means are over.
+        self.ranks: OverRanks | None = None
+        if not is_look:
+            self.ranks = over_ranks(self.models, options.sync, self._parameters.named)
         options.check_with(self.optimizers, has_ranks=self.ranks is not None)
         self._look_at_parameters()
         self._updater = Updater(
@@ -72,6 +76,7 @@ class Accumulation:
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
         self._means = SampleMeans()
+        self._means.is_looking = not is_look
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
