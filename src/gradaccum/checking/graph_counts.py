@@ -1,0 +1,81 @@
+"""The numbers that a loss was divided by, as its autograd graph holds them: candidates for what a mean is over.
+
+`losses.meaning` decides by the graph alone, and so must know which of several divisors is the mean's. Here each is only
+a candidate, that is tried against gradients: all of them are listed, constants included. The attributes read are those
+that PyTorch documents for graph inspection (``grad_fn._saved_*``, "Autograd mechanics").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# A loss's divisions are near its root; the walk stops where the model begins.
+_MAX_DEPTH, _MAX_NODES, _MAX_COUNTS = 16, 128, 16
+_MEAN = 1  # at::Reduction::Mean
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCount:
+    """One number that the graph of a loss divides by."""
+
+    value: float
+    words: str
+    line: str  # what to return instead of the mean, with ``{loss}`` for it
+    class_weights: Tensor | None = None  # of a cross entropy
+
+
+def counts_near(node: Any) -> list[GraphCount]:
+    """Returns the counts near a node, in the order of the graph; waits for the device where they lie there."""
+    found: list[GraphCount] = []
+    seen: set[Any] = set()
+    level = [node]
+    for _ in range(_MAX_DEPTH):
+        following: list[Any] = []
+        for one in level:
+            if one is None or one in seen or len(seen) >= _MAX_NODES or len(found) >= _MAX_COUNTS:
+                continue
+            seen.add(one)
+            try:
+                found.extend(_read(one))
+            except (RuntimeError, AttributeError):  # freed, modified in place, or kept by another name
+                pass
+            following += [parent for parent, _ in one.next_functions]
+        level = following
+    return found
+
+
+def _read(node: Any) -> Iterator[GraphCount]:
+    name = node.name()
+    if name in ("NllLossBackward0", "NllLoss2DBackward0") and node._saved_reduction == _MEAN:
+        weight = node._saved_weight
+        options = [] if weight is None else ["weight=weight"]
+        ignored = (node._saved_ignore_index + (1 << 63)) % (1 << 64) - (1 << 63)  # autograd shows it without its sign
+        options += [] if ignored == -100 else [f"ignore_index={ignored}"]
+        yield GraphCount(
+            float(node._saved_total_weight.detach()),
+            "targets that are not ignored" if weight is None else "the class weights of the targets",
+            f"ga.criterion(nn.CrossEntropyLoss({', '.join(options)}))(output, target)",
+            None if weight is None else weight.detach(),
+        )
+    elif name in ("DivBackward0", "MulBackward0"):
+        for number in _constants(node):
+            value = number if name == "DivBackward0" else 1 / number if number else math.inf
+            yield GraphCount(value, "what it was divided by", "ga.Loss.mean({loss}, over=count)")
+    elif name == "MeanBackward0":
+        yield GraphCount(float(node._saved_self_sym_numel), "elements", "ga.Loss.mean({loss}, over=losses.numel())")
+    elif getattr(node, "_saved_reduction", None) == _MEAN:
+        yield GraphCount(float(node._saved_self.numel()), "elements", "ga.Loss.mean({loss}, over=output.numel())")
+
+
+def _constants(node: Any) -> Iterator[float]:
+    """The 0-d operands of a product or a quotient that need no gradient; a quotient's numerator is none."""
+    for saved, parent in (("_saved_other", 1), ("_saved_self", 0)):
+        if node.next_functions[parent][0] is None and not (parent == 0 and node.name() == "DivBackward0"):
+            operand = getattr(node, saved)
+            if isinstance(operand, Tensor) and operand.dim() == 0:
+                yield float(operand.detach())
