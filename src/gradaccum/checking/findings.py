@@ -1,9 +1,9 @@
 """What a look found, in words: who is to blame for a difference, and what can be done about it.
 
-    a layer     a module's outputs depend on who shares its micro-batch, though its inputs do not     a warning
-    a state     forwards leave another buffer, parameter or attribute behind                          a warning
-    a backward  values add up and the gradients that the loss hands out agree, parameters' do not     a warning
-    the loss    nothing of these                                                                      an error
+a layer     a module's outputs depend on who shares its micro-batch, though its inputs do not     a warning
+a state     forwards leave another buffer, parameter or attribute behind                          a warning
+a backward  values add up and the gradients that the loss hands out agree, parameters' do not     a warning
+the loss    nothing of these                                                                      an error
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ class Difference:
     draw: Draw
 
     @property
+    def is_any(self) -> bool:
+        """Whether there is a difference at all."""
+        return self.off > self.tolerance or bool(self.state)
+
+    @property
     def cut(self) -> str:
         """The cut in words."""
         return f"{sum(self.samples)} samples together and {' + '.join(map(str, self.samples))}"
@@ -92,7 +97,7 @@ def blame(look: Look, seen: Difference, recordings: tuple[Recording, Recording] 
     if found is not None:
         module = look.modules[found[0]]
         name = look.names[found[0]]
-        if name in look.step.coupled_batch_norms:  # of which is warned already
+        if name in look.step.coupled_batch_norms():  # of which is warned already
             return Finding(evidence=f"{NOT_CHECKED} beyond BatchNorm: {name} depends on the micro-batch in any mode")
         if not states or isinstance(module, _BatchNorm):
             return _finding_of_layer(look, seen, found[0], found[1])
@@ -104,9 +109,7 @@ def blame(look: Look, seen: Difference, recordings: tuple[Recording, Recording] 
     return Finding(evidence="not exact: the loss does not add up", error=error)
 
 
-def _layer(
-    look: Look, seen: Difference, recordings: tuple[Recording, Recording] | None
-) -> tuple[int, float] | None:
+def _layer(look: Look, seen: Difference, recordings: tuple[Recording, Recording] | None) -> tuple[int, float] | None:
     if recordings is None or not seen.off > seen.tolerance:
         return None
     whole, parts = recordings
@@ -153,7 +156,9 @@ def _remedy_of_layer(look: Look, key: int) -> str:
             'loss, or pass that network too: model=[model, other] with batch_norm="exact".'
         )
     if isinstance(module, _BatchNorm):
-        return "It has a forward of its own, which batch_norm= does not reach. Use nn.BatchNorm, GroupNorm or LayerNorm."
+        return (
+            "It has a forward of its own, which batch_norm= does not reach. Use nn.BatchNorm, GroupNorm or LayerNorm."
+        )
     if key in look.own:
         return (
             "Statistics over the batch: with lockstep=True and x = ga.gather(x) before they are taken, they are those "
@@ -168,7 +173,9 @@ def _remedy_of_layer(look: Look, key: int) -> str:
 
 def _finding_of_state(look: Look, seen: Difference, states: Mapping[int, list[str]]) -> Finding:
     places = [f"{look.names[key]}.{name}" for key, names in states.items() for name in names]
-    shown = ", ".join(places[:_MAX_SHOWN]) + (f" and {len(places) - _MAX_SHOWN} more" if len(places) > _MAX_SHOWN else "")
+    shown = ", ".join(places[:_MAX_SHOWN]) + (
+        f" and {len(places) - _MAX_SHOWN} more" if len(places) > _MAX_SHOWN else ""
+    )
     first = next(iter(states))
     kind = type(look.modules[first]).__name__
     changes = "change" if len(places) > 1 else "changes"

@@ -44,7 +44,7 @@ class StepToCheck:
         optimizers: whose parameters are trained.
         options: how micro-batches are run.
         split: how a batch is cut.
-        coupled_batch_norms: names of the layers that see the micro-batch, of which is warned already.
+        coupled_batch_norms: finds the names of layers that see the micro-batch, of which is warned elsewhere.
     """
 
     models: Sequence[nn.Module]
@@ -52,7 +52,7 @@ class StepToCheck:
     optimizers: Sequence[Optimizer]
     options: RunnerOptions
     split: Split
-    coupled_batch_norms: Sequence[str] = ()
+    coupled_batch_norms: Callable[[], Sequence[str]]
 
     @property
     def functions(self) -> list[Any]:
@@ -68,6 +68,11 @@ class Draw:
     replay: Draws | None = None  # what each sample draws is the same on both sides
     is_alike: bool = False  # and what is drawn once a forward, too
     continues: bool = False  # Python's and NumPy's generators go on from piece to piece
+
+    @property
+    def reservation(self) -> str:
+        """What the plan line adds."""
+        return " with what is drawn once a forward alike" if self.is_alike else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +114,15 @@ class Look:
     draws_outside: bool = False
     _start: tuple[RandomState, Any, Any] = field(default_factory=lambda: _generators())
 
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return sum(map(num_rows, self.atoms))
+
+    def samples(self, sizes: Sequence[int]) -> list[int]:
+        """The rows of consecutive pieces of so many atoms."""
+        return [num_rows(piece) for piece in self.pieces(sizes)]
+
     def pieces(self, sizes: Sequence[int]) -> list[Rows]:
         """Consecutive atoms, so many in each piece."""
         found: list[Rows] = []
@@ -141,9 +155,7 @@ class Look:
             if options.weights is not None:
                 totals = weights_by_name(options.weights(split.cut(batch, _joined(self.atoms))))
             aside = accumulation.set_aside()
-            accumulation.open(
-                totals=totals, first_share=(rows[0], sum(rows)), samples=sum(rows), pieces=len(rows)
-            )
+            accumulation.open(totals=totals, first_share=(rows[0], sum(rows)), samples=sum(rows), pieces=len(rows))
             runner.run(accumulation, batch, pieces, ran=lambda done: None)
             loss = accumulation.close_into_grad(aside)
             gradients = {name: p.grad for name, p in named_parameters(step.models) if p.requires_grad}
@@ -160,7 +172,7 @@ class Look:
         noting = _NotingSplit(step.split, len(pieces) > 1)
         with ExitStack() as held:
             self._watched = watched = held.enter_context(no_trace(step.models, step.functions))
-            if step.coupled_batch_norms and all(one.running_mean is not None for one in batch_norms(step.models)):
+            if step.coupled_batch_norms() and all(one.running_mean is not None for one in batch_norms(step.models)):
                 held.enter_context(frozen(step.models))
             replay: RandomReplay | None = None
             if draw.replay is not None:

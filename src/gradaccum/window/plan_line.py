@@ -63,7 +63,6 @@ class PlanLine:
         self._is_logged = self._is_logged or is_final
         self._has_seen_split = is_split
 
-
     def _found(self, coupled_layers: int) -> str:
         if not coupled_layers:
             return self.evidence
