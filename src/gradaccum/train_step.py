@@ -297,11 +297,11 @@ class TrainStep(HasCounts):
         if ranks is None and len(pieces) < 2:
             plan_line.evidence = NOTHING_IS_CUT
             return
-        self._to_check = None
         found = look_first(to_check, batch, pieces, ranks=ranks)
         plan_line.evidence = found.evidence
         if found.error is not None:
-            raise found.error
+            raise found.error  # and again, should somebody go on after it
+        self._to_check = None
         if found.warning is not None:
             warnings.warn(found.warning, GradAccumWarning, stacklevel=user_stack_level())
 

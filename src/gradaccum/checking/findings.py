@@ -20,7 +20,7 @@ from gradaccum.checking.look_run import Draw, Look, Side
 from gradaccum.checking.loss_fault import loss_fault
 from gradaccum.checking.module_outputs import Recording, are_gradients_alike, first_difference
 from gradaccum.errors import GradAccumError
-from gradaccum.window.plan_line import NOT_CHECKED, exact_on
+from gradaccum.window.plan_line import NOT_CHECKED
 
 _MAX_SHOWN = 3
 

@@ -117,7 +117,7 @@ def _look_at(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) 
     for sizes in cuts:
         try:
             parts = look.run(sizes)
-        except Exception as error:  # noqa: BLE001  # odd pairs, say, which training need not have
+        except Exception as error:  # odd pairs, say, which training need not have
             if is_out_of_memory(error):
                 raise
             raised = raised or f"pieces of {' + '.join(map(str, sizes))} samples raise {_in_short(error)}"
@@ -199,7 +199,9 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
     recordings = Recording(), Recording()
     repeated = look.run(together, draw=seen.draw, recording=recordings[0])
     off_by_itself = difference(repeated.gradients, seen.whole.gradients)
-    if seen.draw.replay is None and off_by_itself > seen.tolerance or off_by_itself > max(seen.off / 2, seen.tolerance):
+    if (seen.draw.replay is None and off_by_itself > seen.tolerance) or off_by_itself > max(
+        seen.off / 2, seen.tolerance
+    ):
         return Finding(evidence=f"{NOT_CHECKED}: the loss of the same samples is another one when it is made again")
     look.run(sizes, draw=seen.draw, recording=recordings[1])
     dtype = lowest_precision({dtype, *recordings[0].dtypes})

@@ -12,8 +12,10 @@ write without saying so, in tensors of more than 16 MiB.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import itertools
 import logging
 import random
 import sys
@@ -35,6 +37,7 @@ from gradaccum.window.snapshot import RandomState
 _MOST_COPIED_BYTES = 16 * 2**20  # buffers up to here are copied; larger ones are saved when an operation writes them
 _MOST_ENTRIES = 10_000  # of a container in a closure: more are data, no counters
 _MOST_VISITED = 1_000  # objects that are reached through functions
+_ITERATORS = (itertools.count, type(iter(range(0))), type(iter([])), type(iter(())))  # that can be copied
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -80,7 +83,9 @@ class Watched:
                     self._before[id(module), held] = parameter, parameter._version
             for held, buffer in module._buffers.items():
                 if buffer is not None:
-                    self._before[id(module), held] = buffer, self._add_buffer(buffer)
+                    before = self._add_buffer(buffer)
+                    if not _is_mere_count(module, held):
+                        self._before[id(module), held] = buffer, before
             remember(vars(module), self._remembered, self._undone)
             for held, value in vars(module).items():
                 if isinstance(value, Tensor):  # a queue, say, that is no buffer
@@ -177,13 +182,19 @@ class Watched:
                 held = cell.cell_contents
             except ValueError:  # empty still
                 continue
-            if isinstance(held, _SIMPLE):  # a counter that the function rebinds
+            if isinstance(held, (*_SIMPLE, *_ITERATORS)):  # a counter that the function rebinds, or moves on
                 self._undone.callback(setattr, cell, "cell_contents", held)
+            if isinstance(held, _ITERATORS):
+                cell.cell_contents = copy.copy(held)
             self._add_object(held, name)
         if (function.__module__ or "").partition(".")[0] not in ("torch", "gradaccum"):
             for name in function.__code__.co_names:
                 if name in function.__globals__:
-                    self._add_object(function.__globals__[name], name)
+                    held = function.__globals__[name]
+                    if isinstance(held, _ITERATORS):
+                        self._undone.callback(function.__globals__.__setitem__, name, held)
+                        function.__globals__[name] = copy.copy(held)
+                    self._add_object(held, name)
 
 
 @contextmanager
@@ -223,6 +234,11 @@ def no_trace(models: Sequence[nn.Module], functions: Sequence[Any]) -> Iterator[
 
 def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     raise StepsInside(f"{type(optimizer).__name__} steps inside of it")
+
+
+def _is_mere_count(module: nn.Module, name: str) -> bool:
+    """Whether a buffer counts forwards and nothing comes of it: BatchNorm's, unless its average is cumulative."""
+    return name == "num_batches_tracked" and getattr(module, "momentum", None) is not None
 
 
 def _attributes(module: nn.Module) -> list[Any]:
