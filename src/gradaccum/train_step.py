@@ -286,7 +286,7 @@ class TrainStep(HasCounts):
 
     def _halves(self, batch: Any) -> Sequence[Rows]:
         """What "auto" runs in its first update, at most."""
-        rows = tree.rows(batch)
+        rows = sum(map(num_rows, self._split.plan(batch, self._split.largest(batch)))) if tree.rows(batch) else 0
         return [slice(0, rows - rows // 2), slice(rows - rows // 2, rows)] if rows > 1 else [slice(0, rows)]
 
     def _look_first(self, batch: Any, pieces: Sequence[Rows]) -> None:

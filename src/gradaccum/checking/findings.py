@@ -149,7 +149,7 @@ def _finding_of_layer(look: Look, seen: Difference, key: int, off: float) -> Fin
 
 
 def _remedy_of_layer(look: Look, key: int) -> str:
-    module, name = look.modules[key], look.names[key]
+    module = look.modules[key]
     if isinstance(module, _BatchNorm) and key not in look.own:
         return (
             "It is in training mode, and no part of the models that train here. Call .eval() on its network for this "

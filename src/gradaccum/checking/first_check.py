@@ -156,10 +156,12 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
     count = max(one for one in _CUTS if one <= min(count, len(atoms)))
     atoms = sorted(atoms, key=lambda atom: atom.start if isinstance(atom, slice) else int(atom[0]))
     spread = [atoms[i * (len(atoms) - 1) // (count - 1)] for i in range(count)]
-    few = step.split.cut(batch, torch.cat([_indices(atom) for atom in spread]))
-    bounds = [sum(num_rows(atom) for atom in spread[:i]) for i in range(count + 1)]
-    slices = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    return Look(step, tree.to_device(copied(few), device), slices)
+    # In the batch's order, so that what is paired by its place stays paired.
+    indices, order = torch.cat([_indices(atom) for atom in spread]).sort()
+    few = step.split.cut(batch, indices)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    return Look(step, tree.to_device(copied(few), device), [_as_rows(one) for one in places.split(_sizes(spread))])
 
 
 def _atoms(split: Split, batch: Any) -> Sequence[Rows]:
@@ -173,6 +175,16 @@ def _single_rows(rows: Rows) -> list[Rows]:
     if isinstance(rows, slice):
         return [slice(i, i + 1) for i in range(rows.start, rows.stop)]
     return [rows[i : i + 1] for i in range(len(rows))]
+
+
+def _sizes(pieces: Sequence[Rows]) -> list[int]:
+    return [num_rows(piece) for piece in pieces]
+
+
+def _as_rows(indices: torch.Tensor) -> Rows:
+    first, last = int(indices[0]), int(indices[-1])
+    is_run = last - first == len(indices) - 1 and bool((indices.diff() == 1).all())
+    return slice(first, last + 1) if is_run else indices
 
 
 def _indices(rows: Rows) -> torch.Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class Look:
     ) -> Iterator[tuple[Callable[[Any], Any], Split]]:
         """Context manager for one run: what is put round the user's function, and what cuts the batch."""
         step, draw = self.step, draw or Draw()
-        noting = _NotingSplit(step.split, len(pieces) > 1)
+        noting = _NotingSplit(step.split, self.rows, is_cut=len(pieces) > 1)
         with ExitStack() as held:
             self._watched = watched = held.enter_context(no_trace(step.models, step.functions))
             if step.coupled_batch_norms() and all(one.running_mean is not None for one in batch_norms(step.models)):
@@ -234,6 +235,7 @@ class _NotingSplit:
     """A split that knows its micro-batches again, by their first tensor."""
 
     split: Split
+    all_rows: int
     is_cut: bool
     _pieces: list[tuple[Tensor, Piece]] = field(default_factory=list)
     _rows: int = 0
@@ -257,16 +259,17 @@ class _NotingSplit:
         """The piece that a micro-batch is."""
         first = next(tree.tensors(micro_batch), None)
         found = next((piece for tensor, piece in reversed(self._pieces) if tensor is first), None)
-        return found if self.is_cut and found is not None else whole(tree.rows_or_none(micro_batch) or self._rows)
+        return found if self.is_cut and found is not None else whole(self.all_rows)
 
 
 def _joined(atoms: Sequence[Rows]) -> Rows:
     """Several rows as one piece: a slice where they follow one another."""
     if all(isinstance(one, slice) for one in atoms):
         slices: list[Any] = list(atoms)
-        if all(one.stop == other.start for one, other in zip(slices, slices[1:], strict=False)):
+        if all(one.stop == other.start for one, other in pairwise(slices)):
             return slice(slices[0].start, slices[-1].stop)
-    return torch.cat([torch.arange(one.start, one.stop) if isinstance(one, slice) else one for one in atoms])
+    indices = [torch.arange(one.start, one.stop) if isinstance(one, slice) else one for one in atoms]
+    return torch.cat(indices).sort().values
 
 
 def _generators() -> tuple[RandomState, Any, Any]:

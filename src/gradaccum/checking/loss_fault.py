@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from gradaccum.checking.remedies import Diagnosis, remedies
 from gradaccum.checking.root_runs import PLAIN, Run, make_run
 from gradaccum.errors import LossError, MeanError
 from gradaccum.tree import to_device
-from gradaccum.types import num_rows
+from gradaccum.types import Rows
 from gradaccum.window.parameters import named_parameters
 from gradaccum.window.weights import weights_by_name
 
@@ -98,8 +97,6 @@ def _diagnosed(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
     """What the loss is, and the runs of the pieces; nothing where they cannot be had."""
     step = look.step
     parameters = [one for _, one in named_parameters(step.models) if one.requires_grad]
-    all_rows = torch.arange(sum(num_rows(atom) for atom in look.atoms))
-    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 
     def run(rows: Tensor, *, in_full: bool = True) -> Run:
         with look.running([rows], draw=Draw() if draw.replay is None else draw) as (around, split):
@@ -115,16 +112,12 @@ def _diagnosed(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
                 in_full=in_full,
             )
 
-    atoms = [range(*_ends(atom)) for atom in look.atoms]
-    pieces = [
-        torch.tensor([row for atom in atoms[start:stop] for row in atom])
-        for start, stop in zip(bounds, bounds[1:], strict=False)
-    ]
+    everything, *pieces = (_indices(piece) for piece in (*look.pieces([len(look.atoms)]), *look.pieces(sizes)))
     with suppress(Exception):  # whatever the user's code raises here, it is no answer to what it is
         parts = [run(piece) for piece in pieces]
-        return remedies(run(all_rows), parts, run, tolerance=max(tolerance, _FINEST)), parts
+        return remedies(run(everything), parts, run, tolerance=max(tolerance, _FINEST)), parts
     return Diagnosis(kind="unknown"), []
 
 
-def _ends(atom: Any) -> tuple[int, int]:
-    return (atom.start, atom.stop) if isinstance(atom, slice) else (int(atom[0]), int(atom[-1]) + 1)
+def _indices(rows: Rows) -> Tensor:
+    return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.cpu()

@@ -38,6 +38,7 @@ _MOST_COPIED_BYTES = 16 * 2**20  # buffers up to here are copied; larger ones ar
 _MOST_ENTRIES = 10_000  # of a container in a closure: more are data, no counters
 _MOST_VISITED = 1_000  # objects that are reached through functions
 _ITERATORS = (itertools.count, type(iter(range(0))), type(iter([])), type(iter(())))  # that can be copied
+_LIBRARIES = ("torch", "numpy", "gradaccum")
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -163,7 +164,7 @@ class Watched:
             self._add_holder(value.__self__, name)
         elif inspect.isfunction(value):
             self._add_function(value)
-        elif callable(value) and not isinstance(value, type):
+        elif _is_of_the_user(value):
             self._add_holder(value, name)
 
     def _add_holder(self, holder: Any, name: str) -> None:
@@ -171,9 +172,12 @@ class Watched:
         if isinstance(holder, nn.Module):
             self._add_object(holder, name)
         elif hasattr(holder, "__dict__") and not isinstance(holder, (type, Optimizer)):
-            remember(vars(holder), self._remembered, self._undone)
-            for attribute, value in list(vars(holder).items()):
-                if isinstance(value, (nn.Module, Tensor, torch.Generator, list, dict, random.Random)):
+            attributes = dict(vars(holder))
+            self._undone.callback(_put_attributes_back, holder, attributes)
+            for attribute, value in attributes.items():
+                if isinstance(value, _ITERATORS):
+                    vars(holder)[attribute] = copy.copy(value)
+                elif isinstance(value, (nn.Module, Tensor, torch.Generator, list, dict, random.Random)):
                     self._add_object(value, attribute)
 
     def _add_function(self, function: Any) -> None:
@@ -248,6 +252,22 @@ def _attributes(module: nn.Module) -> list[Any]:
 def _hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [vars(module).get(name) or {} for name in names]
+
+
+def _is_of_the_user(value: Any) -> bool:
+    """Whether an object is of a class that no library known here has made; those hold threads, files and locks."""
+    package = type(value).__module__.partition(".")[0]
+    is_known = package in _LIBRARIES or package in sys.stdlib_module_names
+    return hasattr(value, "__dict__") and not isinstance(value, type) and not is_known
+
+
+def _put_attributes_back(holder: Any, attributes: dict[str, Any]) -> None:
+    now = vars(holder)
+    for name in [name for name in now if name not in attributes]:
+        del now[name]
+    for name, value in attributes.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
 
 
 def _put_data_back(parameter: nn.Parameter, data: Tensor) -> None:

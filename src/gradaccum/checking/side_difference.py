@@ -19,8 +19,8 @@ from gradaccum.checking.look_run import Side
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # The last bit of each; float16's is also that of TF32.
 LAST_BIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# How much more than a change of all parameters in their last bit rounding may do: it happens in every operation. In half
-# precision, products are summed in float32, and the inputs' last bits are most of it.
+# How much more than a change of all parameters in their last bit rounding may do: it happens in every operation. In
+# half precision, products are summed in float32, and the inputs' last bits are most of it.
 MORE_THAN_MEASURED = {torch.float64: 30.0, torch.float32: 30.0, torch.float16: 4.0, torch.bfloat16: 4.0}
 _SMALL = 1e-2  # of the whole gradient's norm: see above
 _BY_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
