@@ -1,9 +1,9 @@
 """What every module returned, in two runs of the same samples: the first one that depends on how they were cut.
 
 Hooks on all modules, also on those that no model owns, keep copies of inputs and outputs. Modules finish from the
-inside out, so the first whose outputs differ although its inputs agree is the one that couples samples; if it is a whole
-model, its own forward does. Outputs are compared where they have rows: a dimension along which the pieces make up the
-whole.
+inside out, so the first whose outputs differ although its inputs agree is the one that couples samples; if it is a
+whole model, its own forward does. Outputs are compared where they have rows: a dimension along which the pieces make up
+the whole.
 """
 
 from __future__ import annotations

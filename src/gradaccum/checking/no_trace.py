@@ -61,7 +61,7 @@ class Watched:
         self._undone = undone
         self._saved = SavedBeforeWriting([])
         # What forwards may change, as it was: copies of buffers, versions of the rest.
-        self._before: dict[tuple[int, str], tuple[Tensor, Tensor | int]] = {}
+        self._before: dict[tuple[int, str], tuple[Tensor, Tensor | tuple[int, int]]] = {}
         self._remembered: set[int] = set()
         self._visited: set[int] = set()
         for i, model in enumerate(models):
@@ -81,7 +81,7 @@ class Watched:
             for held, parameter in module._parameters.items():
                 if parameter is not None:
                     self._add_parameter(parameter)
-                    self._before[id(module), held] = parameter, parameter._version
+                    self._before[id(module), held] = parameter, _version(parameter)
             for held, buffer in module._buffers.items():
                 if buffer is not None:
                     before = self._add_buffer(buffer)
@@ -90,7 +90,9 @@ class Watched:
             remember(vars(module), self._remembered, self._undone)
             for held, value in vars(module).items():
                 if isinstance(value, Tensor):  # a queue, say, that is no buffer
-                    self._before[id(module), held] = value, value._version
+                    self._before[id(module), held] = value, _version(value)
+                elif _draws(value):
+                    self._add_object(value, "")
             self._saved.watch(tensors_in(_attributes(module)))
             for hooks in _hooks_of(module):
                 for hook in list(hooks.values()):
@@ -110,10 +112,10 @@ class Watched:
             for hook in list((hooks or {}).values()):
                 self._add_object(hook, "")
 
-    def _add_buffer(self, buffer: Tensor) -> Tensor | int:
+    def _add_buffer(self, buffer: Tensor) -> Tensor | tuple[int, int]:
         if buffer.nbytes > _MOST_COPIED_BYTES:
             self._saved.watch([buffer])
-            return buffer._version
+            return _version(buffer)
         values = buffer.detach().clone()
         if id(buffer) not in self._remembered:
             self._remembered.add(id(buffer))
@@ -130,7 +132,7 @@ class Watched:
             if isinstance(before, Tensor):
                 is_changed = not torch.equal(now, before)
             else:
-                is_changed = now is not tensor or now._version != before
+                is_changed = now is not tensor or _version(now) != before
             if is_changed:
                 found[key, name] = now.detach().clone()
         return found
@@ -146,7 +148,7 @@ class Watched:
             remember(value, self._remembered, self._undone)
         elif isinstance(value, random.Random):
             self._undone.callback(value.setstate, value.getstate())
-        elif type(value).__module__ == "numpy.random._generator":
+        elif _draws(value):
             state = value.bit_generator.state
             self._undone.callback(setattr, value.bit_generator, "state", state)
         elif isinstance(value, Tensor):
@@ -238,6 +240,16 @@ def no_trace(models: Sequence[nn.Module], functions: Sequence[Any]) -> Iterator[
 
 def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     raise StepsInside(f"{type(optimizer).__name__} steps inside of it")
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, or given other data."""
+    return tensor._version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) else 0
+
+
+def _draws(value: Any) -> bool:
+    """Whether a value is a generator of Python's or NumPy's."""
+    return isinstance(value, random.Random) or type(value).__module__ == "numpy.random._generator"
 
 
 def _is_mere_count(module: nn.Module, name: str) -> bool:
