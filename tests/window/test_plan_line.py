@@ -8,7 +8,6 @@ from torch import nn
 import gradaccum as ga
 from gradaccum.window.plan_line import PlanLine, exact_on, plan_line
 
-
 EXACT = exact_on([5, 3])
 
 
@@ -31,9 +30,7 @@ def test_what_was_checked_is_named() -> None:
 
 
 @pytest.mark.parametrize(("layers", "words"), [(1, "1 BatchNorm layer sees"), (3, "3 BatchNorm layers see")])
-def test_layers_that_see_the_micro_batch_are_counted(
-    layers: int, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_layers_that_see_the_micro_batch_are_counted(layers: int, words: str, caplog: pytest.LogCaptureFixture) -> None:
     line = PlanLine([nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(layers)))], None, couples_batch_norms=True)
     line.evidence = exact_on([5, 3])
     with caplog.at_level(logging.INFO, "gradaccum"), pytest.warns(ga.BatchNormWarning):

@@ -22,6 +22,7 @@ LAST_BIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0
 # How much more than a change of all parameters in their last bit rounding may do: it happens in every operation. In
 # half precision, products are summed in float32, and the inputs' last bits are most of it.
 MORE_THAN_MEASURED = {torch.float64: 30.0, torch.float32: 30.0, torch.float16: 4.0, torch.bfloat16: 4.0}
+_NOTHING = 1e-3  # of a state's entries: below it their difference counts by itself
 _SMALL = 1e-2  # of the whole gradient's norm: see above
 _BY_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -57,7 +58,8 @@ def state_difference(made: Side, expected: Side, *, tolerance: float) -> dict[tu
         size, off = _norms([theirs]), _norms([_minus(ours, theirs)])
         if not math.isfinite(off[0]) and torch.equal(ours.isnan(), theirs.isnan()):
             continue
-        error = off[0] / size[0] if size[0] > 0 else math.inf
+        # The running mean of what is centred already is zero, and rounding.
+        error = off[0] / max(size[0], _NOTHING * math.sqrt(theirs.numel()))
         if error > tolerance:
             found[key] = error
     return found
