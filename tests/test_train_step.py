@@ -187,9 +187,8 @@ def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "gradaccum"):
         train_step((X, Y))
         train_step((X, Y))
-    assert [record.message for record in caplog.records] == [
-        "batch 13 = 4 micro-batches of 3 to 4 | exact (checked on 3 + 1 samples)"
-    ]
+    line = "batch 13 = 4 micro-batches of 3 to 4 | exact (checked on 3 + 1 samples)"
+    assert [record.message for record in caplog.records] == [line]
 
 
 def test_a_state_is_counted_on_from_with_another_size() -> None:

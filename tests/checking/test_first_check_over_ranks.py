@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from ranks import results_of
-from tasks import pieces
 from wrapping import sharded, wrapped
 
 SHARES = ([7, 6], [13, 0], [0, 13])
@@ -49,13 +48,13 @@ def check_steps(rank: int, world_size: int, how: str) -> list[Any]:
     """For each way to share a batch: the evidence, the error of a loss that does not add up, a warning of rank 0's."""
     found: list[Any] = []
     for shares, size in zip(SHARES, (4, "auto", 4), strict=True):
-        own = pieces(make_batch(), shares)[rank]
+        x, labels = (column.split(shares)[rank] for column in make_batch())
+        own = x, labels
         torch.manual_seed(0)
         model = nn.Linear(3, 4).double()
         trained = sharded(model, world_size) if how == "FSDP2" else wrapped(model, how)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         step = ga.TrainStep(trained, optimizer, counted, micro_batch_size=size)  # type: ignore[arg-type]
-        before = {name: value.clone() for name, value in model.state_dict().items()}
         samples = step(own).samples
         found.append((step._accumulation.plan_line.evidence, samples))
         if how == "FSDP2":
