@@ -200,6 +200,11 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
         return Finding(evidence=f"{NOT_CHECKED}: the gradient of the samples looked at {what}")
     dtype = lowest_precision(dtypes_of(look.step.models))
     seen = _difference(look, whole, parts, sizes, Draw(), TOLERANCE[dtype])
+    if seen.is_any:  # autocast may be on inside of the loss function
+        found = Recording()
+        look.run(together, recording=found)
+        dtype = lowest_precision({dtype, *found.dtypes})
+        seen = _difference(look, whole, parts, sizes, Draw(), TOLERANCE[dtype])
     for draw in _draws(look):
         if not seen.is_any:
             break
@@ -216,7 +221,6 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
     ):
         return Finding(evidence=f"{NOT_CHECKED}: the loss of the same samples is another one when it is made again")
     look.run(sizes, draw=seen.draw, recording=recordings[1])
-    dtype = lowest_precision({dtype, *recordings[0].dtypes})
     nudged = look.run(together, draw=seen.draw, nudge=LAST_BIT[dtype])
     rounding = MORE_THAN_MEASURED[dtype] * difference(nudged.gradients, repeated.gradients)
     tolerance = max(TOLERANCE[dtype], min(rounding, _MOST_ROUNDING))

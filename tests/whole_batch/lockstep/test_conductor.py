@@ -213,9 +213,8 @@ class Skipping(nn.Module):
 )
 def test_different_paths_are_refused(at_the_end: bool, message: str) -> None:
     with pytest.raises(ga.UnsupportedError, match=message):
-        trained(
-            Skipping(at_the_end=at_the_end).double(), make_batches(1), micro_batch_size=4, check="off"
-        )  # 4, 3, 3, 3
+        # pieces of 4, 3, 3 and 3
+        trained(Skipping(at_the_end=at_the_end).double(), make_batches(1), micro_batch_size=4, check="off")
     assert_no_thread_of_lockstep()
 
 
