@@ -75,11 +75,10 @@ def readings_that_fit(part: Part, cuts: Sequence[Cut], *, tolerance: float) -> l
             for cut in cuts
         )
 
-    if any(
-        solved_shares(part.of(cut.whole), [part.of(one) for one in cut.parts])[1] > _HOPELESS * tolerance
-        for cut in cuts
-    ):
-        return []
+    for cut in cuts:
+        _, left = solved_shares(part.of(cut.whole), [part.of(one) for one in cut.parts])
+        if left > _HOPELESS * tolerance:
+            return []
     whole = cuts[0].whole
     kind = whole.terms[part.name].kind
     if part.addend is not None and _is_constant(part, cuts, tolerance):
