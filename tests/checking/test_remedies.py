@@ -302,6 +302,12 @@ CASES = {
         "return ga.criterion(nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1))(output, target)",
         classes,
     ),
+    "class weights of pixels, some ignored": Case(
+        lambda m, b: F.cross_entropy(m.conv(b["image"]), b["maps"], weight=CLASS_WEIGHTS[:3], ignore_index=255),
+        "weight",
+        "return ga.Loss.mean(loss, over=weight[batch['maps'][batch['maps'] != 255]].sum())",
+        lambda m, b: {**pixels(m, b), "weight": CLASS_WEIGHTS[:3]},
+    ),
     "class weights by name": Case(
         lambda m, b: criterion_of_classes(class_scores(m, b), b["classes"]),
         "weight",

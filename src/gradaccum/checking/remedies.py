@@ -77,7 +77,7 @@ def remedies(whole: Run, parts: Sequence[Run], run: RunRows, *, tolerance: float
         tolerance: relative, for gradients and values.
 
     Returns:
-        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to three more.
+        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to seven more.
     """
     look = _Look(whole, parts, run, tolerance)
     for explain in (_by_counts, _by_addends, _by_groups, _by_shares):
