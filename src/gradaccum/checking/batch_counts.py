@@ -182,4 +182,4 @@ def _weighted(path: str, leaf: Tensor, weight: Tensor, ignored: Sequence[int]) -
 
 
 def _are_classes(labels: Tensor, weight: Tensor) -> bool:
-    return labels.numel() > 0 and 0 <= int(labels.min()) and int(labels.max()) < len(weight)
+    return labels.numel() > 0 and int(labels.min()) >= 0 and int(labels.max()) < len(weight)
