@@ -6,7 +6,9 @@ differ. Which counts there are is decided on one batch (the whole look), and eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +17,37 @@ from torch import Tensor
 
 from gradaccum import tree
 
-# Values that stand for "does not count" somewhere: of torch, of detection anchors, of padding, of segmentation maps.
-_IGNORED = (-100, -1, 0, 1, 255)
+# Values that stand for "does not count": of torch, of detection anchors, of segmentation maps. Padding is often 0 or 1.
+_IGNORED, _PADDING = (-100, -1, 255), (0, 1)
 _MAX_LEAVES = 24
 _MAX_ELEMENTS = 1 << 24  # of a leaf that is looked through; counting is otherwise not free
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCount:
-    """A count of a batch: the code for it, with ``batch`` for the batch, and what it counts in words."""
+    """A count of a batch.
+
+    Attributes:
+        code: as it is typed, with ``batch`` for the batch.
+        words: what it counts.
+        is_likely: whether a mean over this is common. Others fit by chance more often than they are meant, and are
+            worth showing only where none that is likely fits.
+        weight: class weights, under the name ``weight`` in the code.
+    """
 
     code: str
     words: str
-    weight: Tensor | None = None  # class weights, under the name ``weight`` in the code
+    is_likely: bool = True
+    weight: Tensor | None = None
 
     def of(self, batch: Any) -> float | None:
         """Returns the count of a batch; None where the code cannot be run on it, or gives no count."""
         names: dict[str, Any] = {"torch": torch, "batch": batch, "weight": self.weight}
         try:
-            count = float(eval(self.code, names))  # made here, of paths that `_paths` let through
+            count = float(eval(self.code, names))  # made in this file, of paths that `_paths` let through
         except Exception:  # noqa: BLE001  # a candidate that a batch has no place for is none
             return None
-        return count if 0 <= count < float("inf") else None
+        return count if 0 <= count < math.inf else None
 
 
 def rows_code(batch: Any) -> str | None:
@@ -45,7 +56,7 @@ def rows_code(batch: Any) -> str | None:
 
 
 def id_columns(batch: Any) -> list[tuple[str, Tensor]]:
-    """Returns columns of whole numbers with their code, one number a row: what may say which samples belong together."""
+    """Returns columns of whole numbers with their code: what may say which samples belong together."""
     return [
         (path, leaf.detach().cpu())
         for path, leaf in _paths(batch)
@@ -53,39 +64,39 @@ def id_columns(batch: Any) -> list[tuple[str, Tensor]]:
     ]
 
 
-def counts_of(batch: Any, class_weights: Tensor | None = None) -> list[BatchCount]:
+def counts_of(batch: Any, class_weights: Tensor | None = None, ignore_index: int | None = None) -> list[BatchCount]:
     """Returns all counts of a batch that a mean may be over, the likeliest first.
 
     Args:
         batch: the largest there is: values that are to be ignored are looked for in it.
         class_weights: as the graph of the loss holds them, if it does: a vector, one number for each class.
+        ignore_index: likewise.
     """
-    leaves = [(path, leaf) for path, leaf in _paths(batch) if leaf.dim() and leaf.numel() <= _MAX_ELEMENTS]
+    ignored = _IGNORED if ignore_index in (None, *_IGNORED) else (ignore_index, *_IGNORED)
     found: list[BatchCount] = []
     if (code := rows_code(batch)) is not None:
         found.append(BatchCount(code, "samples"))
+    leaves = [(path, leaf) for path, leaf in _paths(batch) if 0 < leaf.numel() <= _MAX_ELEMENTS and leaf.dim()]
     for path, leaf in leaves:
-        if class_weights is not None:
-            found += _weighted(path, leaf, class_weights)
-    for path, leaf in leaves:
-        found += _labels(path, leaf) if _is_whole(leaf) else []
-    for path, leaf in leaves:
-        found += _masks(path, leaf)
+        if class_weights is not None and _is_whole(leaf):
+            found += _weighted(path, leaf, class_weights, ignored)
+        if _is_mask(leaf):
+            found += _mask(path, leaf)
+        elif _is_whole(leaf):
+            found += _labels(path, leaf, ignored)
+        if not _is_mask(leaf) and not bool((leaf < 0).any()):
+            found.append(BatchCount(f"{path}.sum()", f"the sum of {path}", is_likely=leaf.dim() == 1))
+        found.append(BatchCount(f"{path}.numel()", f"the elements of {path}", is_likely=False))
     found += _both(leaves)
-    found += [BatchCount(f"{path}.numel()", f"the elements of {path}") for path, _ in leaves]
-    return list({one.code: one for one in found}.values())
+    return sorted({one.code: one for one in found}.values(), key=lambda one: not one.is_likely)
 
 
 def _paths(batch: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a batch by code that leads to them; not those under keys that no code can be written for."""
-    for count, (path, leaf) in enumerate(tree.named_leaves(batch, "batch")):
-        if count >= _MAX_LEAVES:
-            return
-        if (
-            isinstance(leaf, Tensor)
-            and not leaf.is_complex()
-            and BatchCount(f"{path}.numel()", "").of(batch) is not None
-        ):
+    for path, leaf in itertools.islice(tree.named_leaves(batch, "batch"), _MAX_LEAVES):
+        if not isinstance(leaf, Tensor) or leaf.is_complex():
+            continue
+        if BatchCount(f"{path}.numel()", "").of(batch) is not None:
             yield path, leaf
 
 
@@ -93,45 +104,48 @@ def _is_whole(leaf: Tensor) -> bool:
     return not leaf.is_floating_point() and leaf.dtype != torch.bool
 
 
-def _labels(path: str, leaf: Tensor) -> Iterator[BatchCount]:
+def _is_mask(leaf: Tensor) -> bool:
+    return leaf.dtype == torch.bool or bool(((leaf == 0) | (leaf == 1)).all())
+
+
+def _labels(path: str, leaf: Tensor, ignored: Sequence[int]) -> Iterator[BatchCount]:
     """Entries of whole numbers that do not stand for "ignored"; also without the first of each sample.
 
     A causal language model predicts the next token, and the first one is predicted from nothing: its own loss shifts
     the labels by one (transformers, ``ForCausalLMLoss``).
     """
-    if leaf.numel() == 0:
-        return
-    ends = {int(leaf.min()), int(leaf.max())}
+    values = list(dict.fromkeys([*ignored, *_PADDING]))
     if leaf.dim() > 1:
-        ends.add(int(leaf[..., -1].flatten().mode().values))  # what rows are padded with
-    for value in [one for one in (*_IGNORED, *sorted(ends - {*_IGNORED})) if bool((leaf == one).any())]:
+        last = int(leaf[..., -1].flatten().mode().values)  # what rows are padded with
+        values += [] if last in values else [last]
+    for value in [one for one in values if _holds(leaf, one)]:
         for cut, where in _shifted(leaf):
-            yield BatchCount(f"({path}{cut} != {value}).sum()", f"entries of {path}{where} that are not {value}")
+            code, words = f"({path}{cut} != {value}).sum()", f"entries of {path}{where} that are not {value}"
+            yield BatchCount(code, words, is_likely=value in ignored)
         if leaf.dim() > 1:
             words = f"samples with an entry of {path} that is not {value}"
-            yield BatchCount(f"({path} != {value}).flatten(1).any(1).sum()", words)
+            yield BatchCount(f"({path} != {value}).flatten(1).any(1).sum()", words, is_likely=False)
     for least in (0, 1):
-        if ends and min(ends) < least - 1:  # two values below it that `!=` cannot tell from each other
+        if len(leaf[leaf < least].unique()) > 1:  # two values below it, that one `!=` cannot name
             for cut, where in _shifted(leaf):
-                yield BatchCount(
-                    f"({path}{cut} >= {least}).sum()", f"entries of {path}{where} that are at least {least}"
-                )
+                yield BatchCount(f"({path}{cut} >= {least}).sum()", f"entries of {path}{where} from {least} on")
 
 
-def _masks(path: str, leaf: Tensor) -> Iterator[BatchCount]:
-    """The sum of a mask, of lengths, of weights of samples; where a mask says what is padding, of what is not."""
-    if leaf.numel() == 0 or bool((leaf < 0).any()):
-        return
-    is_mask = bool(((leaf == 0) | (leaf == 1)).all())
-    for cut, where in _shifted(leaf) if is_mask else [("", "")]:
-        yield BatchCount(f"{path}{cut}.sum()", f"the sum of {path}{where}")
-    if is_mask and leaf.dtype == torch.bool:
-        for cut, where in _shifted(leaf):
-            yield BatchCount(f"(~{path}{cut}).sum()", f"entries of {path}{where} that are False")
-    if is_mask and leaf.dim() > 1:
-        yield BatchCount(f"{path}.flatten(1).any(1).sum()", f"samples with an entry in {path}")
-        if leaf.shape[-1] > 1:
-            yield BatchCount(f"{path}[..., :-1].sum()", f"the sum of {path} without the last of each sample")
+def _holds(leaf: Tensor, value: int) -> bool:
+    return bool((leaf == value).any())
+
+
+def _mask(path: str, leaf: Tensor) -> Iterator[BatchCount]:
+    """Entries that a mask lets count; of one that says what is padding, the others."""
+    for cut, where in _shifted(leaf):
+        yield BatchCount(f"{path}{cut}.sum()", f"entries of {path}{where} that are set")
+        others = f"(~{path}{cut}).sum()" if leaf.dtype == torch.bool else f"({path}{cut} == 0).sum()"
+        yield BatchCount(others, f"entries of {path}{where} that are not set")
+    if leaf.dim() > 1:
+        words = f"samples with an entry of {path} that is set"
+        yield BatchCount(f"{path}.flatten(1).any(1).sum()", words, is_likely=False)
+        words = f"entries of {path}, without the last of each sample, that are set"
+        yield BatchCount(f"{path}[..., :-1].sum()", words, is_likely=False)
 
 
 def _shifted(leaf: Tensor) -> list[tuple[str, str]]:
@@ -140,25 +154,32 @@ def _shifted(leaf: Tensor) -> list[tuple[str, str]]:
 
 
 def _both(leaves: list[tuple[str, Tensor]]) -> Iterator[BatchCount]:
-    """Entries that are not ignored and that a mask lets count."""
-    masks = [(path, leaf) for path, leaf in leaves if leaf.numel() and bool(((leaf == 0) | (leaf == 1)).all())]
-    for mask_path, mask in masks:
-        for path, leaf in leaves:
-            if path == mask_path or mask.shape != leaf.shape or not _is_whole(leaf):
-                continue
-            for value in [one for one in _IGNORED if bool((leaf == one).any())]:
-                for cut, where in _shifted(leaf):
-                    code = f"({mask_path}{cut} * ({path}{cut} != {value})).sum()"
-                    words = f"the sum of {mask_path}{where} where {path} is not {value}"
-                    yield BatchCount(code, words)
+    """Labels that a mask lets count and that are not ignored."""
+    for (mask_path, mask), (path, leaf) in itertools.product(leaves, leaves):
+        if not _is_mask(mask) or _is_mask(leaf) or not _is_whole(leaf) or mask.shape != leaf.shape:
+            continue
+        for value in [one for one in (*_IGNORED, 0) if _holds(leaf, one)]:
+            for cut, where in _shifted(leaf):
+                code = f"({mask_path}{cut} * ({path}{cut} != {value})).sum()"
+                words = f"entries of {mask_path}{where} that are set where {path} is not {value}"
+                yield BatchCount(code, words, is_likely=False)
 
 
-def _weighted(path: str, leaf: Tensor, weight: Tensor) -> Iterator[BatchCount]:
-    """Class weights of the labels, as `nn.CrossEntropyLoss` divides by them."""
-    if not _is_whole(leaf) or leaf.numel() == 0 or weight.dim() != 1 or int(leaf.max()) >= len(weight):
+def _weighted(path: str, leaf: Tensor, weight: Tensor, ignored: Sequence[int]) -> Iterator[BatchCount]:
+    """Class weights of the labels, as `nn.CrossEntropyLoss` divides by them.
+
+    Only where every label is a class: on a GPU an index out of range ends the process.
+    """
+    if weight.dim() != 1:
         return
     words = f"the class weights of {path}"
-    if int(leaf.min()) >= 0:
-        yield BatchCount(f"weight[{path}].sum()", words, weight)
-    for value in [one for one in _IGNORED if bool((leaf == one).any())]:
-        yield BatchCount(f"weight[{path}[{path} != {value}]].sum()", f"{words} that are not {value}", weight)
+    if _are_classes(leaf, weight):
+        yield BatchCount(f"weight[{path}].sum()", words, weight=weight)
+    for value in [one for one in ignored if _holds(leaf, one)]:
+        if _are_classes(leaf[leaf != value], weight):
+            code = f"weight[{path}[{path} != {value}]].sum()"
+            yield BatchCount(code, f"{words} that are not {value}", weight=weight)
+
+
+def _are_classes(labels: Tensor, weight: Tensor) -> bool:
+    return labels.numel() > 0 and int(labels.min()) >= 0 and int(labels.max()) < len(weight)

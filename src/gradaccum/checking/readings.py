@@ -2,7 +2,7 @@
 
 Every reading is tried, not only the first that fits: on a few rows two counts may be the same, and only the user knows
 which is meant. A count of the batch is tried as the code that is printed for it, a count that the graph holds as a
-number, for which the line can name no more than the criterion.
+number: it has a line only where the loss is a criterion of torch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gradaccum.checking.adding_up import Cut, Measured, as_value, declared_shares, difference
+from gradaccum.checking.adding_up import Cut, Measured, as_value, declared_shares, difference, solved_shares
 from gradaccum.checking.batch_counts import BatchCount, counts_of, rows_code
 from gradaccum.checking.graph_counts import GraphCount
 from gradaccum.checking.root_runs import MEAN, PLAIN, SUM, Run
 
 DECLARED, A_SUM, OVER, CONSTANT = "declared", "sum", "over", "constant"
-_SAME_COUNT = 1e-6  # class weights in float32
+_HOPELESS = 1e3  # in parts of the tolerance: what no shares explain, no reading does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +28,14 @@ class Reading:
             piece: a penalty on the parameters, exact as a mean over anything).
         words: what it is a mean over; "" for others.
         code: of the count of a ``batch``; "" where there is none.
-        line: the expression to return, with ``{loss}`` in place of the loss; "" where nothing is to change.
+        line: the expression to return, with ``{loss}`` in place of the loss; "" where nothing is to change, or where
+            the count is one of the graph that nothing in the batch gives.
     """
 
     kind: str
     words: str = ""
     code: str = ""
     line: str = ""
-
-    @property
-    def is_tried_as_typed(self) -> bool:
-        """Whether the line stands for itself: no name in it is left for the user to fill in."""
-        return self.kind != OVER or bool(self.code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,25 +75,36 @@ def readings_that_fit(part: Part, cuts: Sequence[Cut], *, tolerance: float) -> l
             for cut in cuts
         )
 
-    if part.addend is not None and _is_constant(part, cuts, tolerance):
-        return [Reading(kind=CONSTANT, code=rows_code(cuts[0].whole.batch) or "")]
-    found: list[Reading] = []
-    if part.addend is None and fits(lambda cut: declared_shares([one.terms[part.name] for one in cut.parts])):
-        found.append(Reading(kind=DECLARED, code=rows_code(cuts[0].whole.batch) or ""))
-    if fits(lambda cut: [1.0] * len(cut.parts)):
-        found.append(Reading(kind=A_SUM, line="ga.Loss.sum({loss})"))
+    for cut in cuts:
+        _, left = solved_shares(part.of(cut.whole), [part.of(one) for one in cut.parts])
+        if left > _HOPELESS * tolerance:
+            return []
     whole = cuts[0].whole
     kind = whole.terms[part.name].kind
-    weights = [count.class_weights for count in part.counts(whole) if count.class_weights is not None]
-    of_batch = counts_of(whole.batch, weights[0] if weights else None)
+    if part.addend is not None and _is_constant(part, cuts, tolerance):
+        return [Reading(kind=CONSTANT, code=rows_code(whole.batch) or "")]
+    found: list[Reading] = []
+    if fits(lambda cut: [1.0] * len(cut.parts)):
+        found.append(Reading(kind=A_SUM, line="ga.Loss.sum({loss})"))
+    weighted = next((count for count in part.counts(whole) if count.ignore_index is not None), None)
+    options = (None, None) if weighted is None else (weighted.class_weights, weighted.ignore_index)
+    of_batch = counts_of(whole.batch, *options)
     for count in of_batch:
+        if not count.is_likely and found:
+            break  # the rest is no likelier
         if fits(lambda cut, count=count: _shares_of(cut, lambda run: count.of(run.batch))):
             is_plain_mean = kind == PLAIN and part.addend is None and count.words == "samples"
             line = "{loss}" if is_plain_mean else f"ga.Loss.mean({{loss}}, over={count.code})"
             found.append(Reading(kind=OVER, words=count.words, code=count.code, line=line))
     if kind == SUM and part.addend is None:
         found += _sums_over(part, cuts, of_batch, tolerance)
-    return found + list(_of_graph(part, cuts, fits, has_code=any(one.kind == OVER for one in found)))
+    of_graph = list(_of_graph(part, cuts, fits))
+    named = [one for one in of_graph if one.line]
+    found += named[:1] if named or any(one.kind == OVER for one in found) else of_graph[:1]
+    if part.addend is None and fits(lambda cut: declared_shares([one.terms[part.name] for one in cut.parts])):
+        code = next((one.code for one in found if one.code), "")
+        found.insert(0, Reading(kind=DECLARED, code=code))
+    return found
 
 
 def _shares_of(cut: Cut, count: Callable[[Run], float | None]) -> list[float] | None:
@@ -132,21 +139,17 @@ def _sums_over(part: Part, cuts: Sequence[Cut], counts: Sequence[BatchCount], to
 
 
 def _of_graph(
-    part: Part, cuts: Sequence[Cut], fits: Callable[[Callable[[Cut], list[float] | None]], bool], *, has_code: bool
+    part: Part, cuts: Sequence[Cut], fits: Callable[[Callable[[Cut], list[float] | None]], bool]
 ) -> Iterator[Reading]:
-    """Readings by the counts of the graph; those that name no criterion only where the batch has no such count."""
-    lines: set[str] = set()
+    """Readings by the counts of the graph: a criterion by its name, and else a number that has none."""
     runs = [run for cut in cuts for run in (cut.whole, *cut.parts)]
     counts = part.counts(cuts[0].whole)
     if any(len(part.counts(run)) != len(counts) for run in runs):
         return
+    criterion = cuts[0].whole.terms[part.name].criterion if part.addend is None else ""
     for i, count in enumerate(counts):
-        names_criterion = count.line.startswith("ga.criterion")
-        if count.line in lines or (has_code and not names_criterion):
-            continue
         if fits(lambda cut, i=i: _shares_of(cut, lambda run: part.counts(run)[i].value)):
-            lines.add(count.line)
-            yield Reading(kind=OVER, words=count.words, line=count.line)
+            yield Reading(kind=OVER, words=count.words, line=criterion if count.ignore_index is not None else "")
 
 
 def expression(part: Part, run: Run) -> str:

@@ -1,6 +1,6 @@
-"""Why a loss does not add up, and what to return instead: every line is tried on the rows at hand before it is printed.
+r"""Why a loss does not add up, and what to return instead: lines that were tried on the rows at hand.
 
-    whole  =  \\sum_b  share_b * part_b         in gradient and value, for several ways to cut the same rows
+    whole  =  \sum_b  share_b * part_b         in gradient and value, for several ways to cut the same rows
 
 Readings are tried from the cheapest to the dearest: the loss as it is with another count; its addends, or terms, with a
 count each; samples that belong together kept in one piece. What is left couples samples: then the gradients of the
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from gradaccum.checking.adding_up import Cut, declared_difference, solved_shares
-from gradaccum.checking.batch_counts import id_columns, rows_code
+from gradaccum.checking.batch_counts import BatchCount, id_columns, rows_code
 from gradaccum.checking.readings import (
     A_SUM,
     CONSTANT,
     DECLARED,
-    OVER,
     Part,
     Reading,
     expression,
@@ -40,8 +39,10 @@ __all__ = ["Addend", "Diagnosis", "Run", "Term", "remedies"]
 RunRows = Callable[[Tensor], Run]
 """Makes a run, with addends and counts, of some of the look's rows; it may raise what the user's code raises."""
 
+_FEWEST_CUTS = 2  # one could fit by chance
 _MOST_LINES = 6  # of those that fit alike; more would not be read
 _ALTERNATIVES = 2  # for each addend of a sum
+_CUTS_OF_GROUPS = 8
 # What shares may leave of a gradient that they explain, in parts of the tolerance: three of them are solved for.
 _SLACK = 10
 
@@ -76,7 +77,7 @@ def remedies(whole: Run, parts: Sequence[Run], run: RunRows, *, tolerance: float
         tolerance: relative, for gradients and values.
 
     Returns:
-        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to three more.
+        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to seven more.
     """
     look = _Look(whole, parts, run, tolerance)
     for explain in (_by_counts, _by_addends, _by_groups, _by_shares):
@@ -98,7 +99,8 @@ class _Look:
         cut = Cut(whole=self.whole, parts=in_full if len(in_full) == len(parts) else parts)
         self.cuts = [cut] if len(parts) > 1 else []
         self._positions = _other_cuts(len(whole.rows))
-        self.add_cut()
+        while len(self.cuts) < _FEWEST_CUTS and self.add_cut():
+            pass
         self.parts = [Part(name=name) for name in self.whole.terms]
 
     def attempt(self, rows: Tensor) -> Run | None:
@@ -125,9 +127,9 @@ class _Look:
         return False
 
     def readings(self, parts: Sequence[Part]) -> list[list[Reading]]:
-        """The readings of each part that fit all cuts; more cuts are made where several counts fit alike."""
+        """The readings of each part that fit all cuts, which are more where some fit the first: counts are small."""
         found = self._fitting(parts)
-        if all(found) and any(len(one) > 1 for one in found):
+        if all(found):
             while self.add_cut():
                 pass
             found = self._fitting(parts)
@@ -138,11 +140,11 @@ class _Look:
 
 
 def _other_cuts(rows: int) -> Iterator[Tensor]:
-    """Positions of a smaller piece, in cuts that are unequal, and unlike a cut into consecutive rows."""
+    """Positions of the smaller pieces of more cuts; the first part neighbours (0, 1) and halves (0, rows / 2)."""
     seen: set[tuple[int, ...]] = set()
-    for step, offset in ((3, 1), (4, 0), (5, 3), (rows, rows - 1)):
-        chosen = tuple(range(offset, rows, step))
-        if 0 < len(chosen) < rows and chosen not in seen:
+    pairs = ((0, 2), (1, 3)) if rows == 6 else ((0, 3), (1, rows - 2))
+    for chosen in (pairs[0], tuple(range(1, rows, 3)), pairs[1], (rows - 1,), (0,), (2, 4), (2, 3, 5)):
+        if min(chosen, default=-1) >= 0 and max(chosen) < rows and len(chosen) < rows and chosen not in seen:
             seen.add(chosen)
             yield torch.tensor(chosen)
 
@@ -155,11 +157,22 @@ def _by_counts(look: _Look) -> Diagnosis | None:
     if len(look.parts) > 1:
         return _terms(look, found)
     [part], [readings] = look.parts, found
-    lines = [f"return {filled_in(one, part, look.whole)}" for one in readings if one.line]
-    first = next((one for one in readings if one.line), readings[0])
+    if readings[0].kind == DECLARED:
+        return Diagnosis(
+            kind="unknown", what="Run again, the loss adds up as it was returned: it is not the same twice"
+        )
+    first = readings[0]
+    lines = [f"return {filled_in(one, part, look.whole)}" for one in readings if one.line][:_MOST_LINES]
     if first.kind == A_SUM:
-        return Diagnosis(kind="sum", what="The loss is a sum over samples, no mean", instead=tuple(lines[:_MOST_LINES]))
-    return Diagnosis(kind="weight", what=f"The loss is a mean over {first.words}", instead=tuple(lines[:_MOST_LINES]))
+        return Diagnosis(kind="sum", what="The loss is a sum over samples, no mean", instead=tuple(lines))
+    what = f"The loss is a mean over {first.words}"
+    if not lines:
+        count = f"return ga.Loss.mean({expression(part, look.whole)}, over=count)"
+        return Diagnosis(kind="weight", what=f"{what}, which nothing in the batch gives", untried=(count,))
+    return Diagnosis(kind="weight", what=what, instead=tuple(lines))
+
+
+_NOT_TWICE = "Run again, the loss adds up as it was returned: it is not the same twice"
 
 
 def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
@@ -176,7 +189,10 @@ def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
             if not is_sum and reading.code:
                 counts.append(f"{part.name!r}: {reading.code}")
         lines = [f"return {{**losses, {', '.join(changed)}}}"] if changed else []
-        if len({one.code for one in chosen if one.kind != A_SUM}) > 1:
+        if not all(one.code for one in chosen if one.kind != A_SUM):
+            continue  # a count that has no name here
+        # Terms over different things, or over something and nothing, need their totals ahead.
+        if len({"" if one.kind == A_SUM else one.code for one in chosen}) > 1:
             lines.append(f"weights=lambda batch: {{{', '.join(counts)}}}")
         entries.append("\n".join(lines))
     words = [_words(part.name, readings[0], look.whole) for part, readings in zip(look.parts, found, strict=True)]
@@ -193,7 +209,8 @@ def _words(name: str, reading: Reading, run: Run) -> str:
 
 def _combinations(found: Sequence[Sequence[Reading]]) -> Iterator[tuple[Reading, ...]]:
     """One reading of each part, the best first; alternatives only where lines can be typed for them."""
-    return itertools.islice(itertools.product(*(readings[:_ALTERNATIVES] for readings in found)), _MOST_LINES)
+    each = [readings[:1] if readings[0].kind == DECLARED else readings[:_ALTERNATIVES] for readings in found]
+    return itertools.islice(itertools.product(*each), _MOST_LINES)
 
 
 def _unique(entries: Sequence[str]) -> tuple[str, ...]:
@@ -218,14 +235,14 @@ def _by_addends(look: _Look) -> Diagnosis | None:
     names = _ORDINALS[:number]
     entries: list[str] = []
     for chosen in _combinations(found):
-        if not all(one.kind == CONSTANT or one.is_tried_as_typed for one in chosen):
-            continue
+        if not all(one.code for one in chosen if one.kind != A_SUM):
+            continue  # a count that has no name here
         returned, counts = [], []
         for name, reading in zip(names, chosen, strict=True):
             returned.append(f"{name!r}: " + (f"ga.Loss.sum({name})" if reading.kind == A_SUM else name))
             counts += [] if reading.kind == A_SUM else [f"{name!r}: {reading.code}"]
         lines = [f"return {{{', '.join(returned)}}}"]
-        if any(one.kind == OVER and one.words != "samples" for one in chosen):
+        if any(one.kind != CONSTANT and one.words != "samples" for one in chosen):
             lines.append(f"weights=lambda batch: {{{', '.join(counts)}}}")
         entries.append("\n".join(lines))
     words = {A_SUM: "a sum", CONSTANT: "the same for every micro-batch"}
@@ -241,15 +258,15 @@ def _by_groups(look: _Look) -> Diagnosis | None:
     """Samples that belong together: pairs in halves, neighbours, the completions of one prompt."""
     fitting: list[tuple[int, str]] = []
     for code, ids in _groupings(look.whole):
-        if fitting and len(ids.unique()) < fitting[0][0]:
+        groups = len(ids.unique())
+        if fitting and groups < fitting[0][0]:
             break  # groups of groups fit as well
-        cuts = [cut for pieces in _cuts_of_groups(ids) if (cut := look.cut(pieces)) is not None]
-        found = [readings_that_fit(part, cuts, tolerance=look.tolerance) for part in look.parts]
+        found = _readings_in_groups(look, code, ids)
         if all(found):
             entry = [f"split=ga.split_by_samples(groups=lambda batch: {code})"]
             if not all(readings[0].kind == DECLARED for readings in found):
                 entry[:0] = _returned(look, found)
-            fitting.append((len(ids.unique()), "\n".join(entry)))
+            fitting.append((groups, "\n".join(entry)))
     if not fitting:
         return None
     size = len(look.whole.rows) / fitting[0][0]
@@ -269,7 +286,7 @@ def _groupings(whole: Run) -> Iterator[tuple[str, Tensor]]:
     made: list[tuple[str, Tensor]] = [
         (path, ids) for path, ids in id_columns(whole.batch) if 1 < len(ids.unique()) < rows and len(ids) == rows
     ]
-    if code is not None:
+    if code is not None and BatchCount(code, "").of(whole.batch) == rows:
         for size in (2, 3, 4):
             if rows % size == 0 and rows > size:
                 index = torch.arange(rows)
@@ -278,12 +295,31 @@ def _groupings(whole: Run) -> Iterator[tuple[str, Tensor]]:
     return iter(sorted(made, key=lambda one: -len(one[1].unique())))
 
 
-def _cuts_of_groups(ids: Tensor) -> Iterator[list[Tensor]]:
-    groups = [(ids == one).nonzero().flatten() for one in ids.unique()]
-    for chosen in {(len(groups) - 1,), (len(groups) // 2 - 1,)}:
-        inside = torch.cat([groups[i] for i in chosen]).sort().values
-        outside = torch.cat([group for i, group in enumerate(groups) if i not in chosen]).sort().values
-        yield [inside, outside]
+def _readings_in_groups(look: _Look, code: str, ids: Tensor) -> list[list[Reading]]:
+    """The readings of each term that fit where groups stay together, on as many cuts as leave nothing to chance.
+
+    Where the place of a sample says which group it is in, any order of the rows makes new groups. Where a column says
+    it, the rows keep their groups, and some of them are left out instead. A loss of the hardest half of the samples
+    adds up for one cut in two of those into groups, so several are made; the first that does not fit ends it.
+    """
+    made = torch.Generator().manual_seed(0)
+    is_by_place = "torch.arange" in code
+    cuts: list[Cut] = []
+    found: list[list[Reading]] = []
+    for _ in range(_CUTS_OF_GROUPS):
+        order = torch.randperm(len(ids), generator=made)
+        kept = order if is_by_place else order[: len(ids) - len(cuts) % 2].sort().values
+        own = ids if is_by_place else ids[kept]
+        chosen = own == own[int(torch.randint(len(own), (), generator=made))]
+        runs = [look.attempt(look.whole.rows[kept[which]]) for which in (chosen | True, chosen, ~chosen)]
+        present = [one for one in runs if one is not None]
+        if len(present) < len(runs):
+            return [[]]
+        cuts.append(Cut(whole=present[0], parts=present[1:]))
+        found = [readings_that_fit(part, cuts[-1:], tolerance=look.tolerance) for part in look.parts]
+        if not all(found):
+            return [[]]
+    return [readings_that_fit(part, cuts, tolerance=look.tolerance) for part in look.parts]
 
 
 def _by_shares(look: _Look) -> Diagnosis | None:
@@ -299,8 +335,8 @@ def _by_shares(look: _Look) -> Diagnosis | None:
     if is_mean:
         samples = [len(one.rows) for one in look.cuts[0].parts]
         what = (
-            f"The loss is a mean over something that the batch does not hold: pieces of {_listed(samples)} samples have "
-            f"{_listed(shares)} of it"
+            "The loss is a mean over something that was not found in the batch: pieces of "
+            f"{_listed(samples)} samples have {_listed(shares)} of it"
         )
         name = expression(look.parts[0], look.whole)
         return Diagnosis(kind="weight", what=what, untried=(f"return ga.Loss.mean({name}, over=count)",))

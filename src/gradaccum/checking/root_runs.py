@@ -1,27 +1,25 @@
 """A forward and backward of some rows, as numbers: what the loss returned, and the gradient of each of its roots.
 
 A root is the 0-d tensor that a user's loss function made, before this library gives it a weight: a plain tensor, or
-what ``ga.Loss.mean`` and ``ga.Loss.sum`` were given. Where a root is a sum of scalars, ``loss = first + 0.01 * second``,
-each of them may be a mean over something of its own. Their values are gone by then, but not their gradients: autograd
-takes the edge of a graph in place of a tensor (``torch.autograd.graph.GradientEdge``).
+what ``ga.Loss.mean`` and ``ga.Loss.sum`` were given. Where a root is a sum of scalars, ``loss = first + 0.1 * second``,
+each may be a mean over something of its own. Their values are gone by then, but not their gradients: autograd takes the
+edge of a graph in place of a tensor (``torch.autograd.graph.GradientEdge``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gradaccum.checking.graph_counts import GraphCount, counts_near
+from gradaccum.checking.gradient_sketch import Gradient, sketch_of
+from gradaccum.checking.graph_counts import GraphCount, counts_near, criterion_of
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.terms import as_terms
-
-Gradient = Sequence[Tensor | None]
-"""For each parameter, in the order that they were given in; None where there is none."""
 
 PLAIN, MEAN, SUM, PLAIN_SUM = "plain", "mean", "sum", "plain sum"
 """How a term was returned: a tensor, `Loss.mean`, `Loss.sum` with ``over``, `Loss.sum` without."""
@@ -45,9 +43,10 @@ class Term:
         value: of the root.
         weight: what was declared: `Loss.weight`; for a plain tensor its rows, or what ``weights=`` says.
         kind: "plain", "mean", "sum" (to be divided by the weight), or "plain sum" (by nothing).
-        gradient: of the root, seed 1.
+        gradient: of the root, seed 1, for each parameter in the order that they were given in.
         addends: in the order of the sum; empty where the root is no sum, and where they were not asked for.
         counts: what the graph near the root was divided by; empty where it was not asked for.
+        criterion: code for the root where it is a cross entropy of torch and nothing else; likewise.
     """
 
     value: float
@@ -56,6 +55,7 @@ class Term:
     gradient: Gradient
     addends: Sequence[Addend] = ()
     counts: Sequence[GraphCount] = ()
+    criterion: str = ""
 
     @property
     def divisor(self) -> float:
@@ -86,10 +86,14 @@ def make_run(
     batch: Any,
     weights: Mapping[str, Weight] | None = None,
     in_full: bool = False,
+    again: Callable[[], Any] | None = None,
+    writes_grad: bool = False,
 ) -> Run:
     """Makes numbers of what a loss function returned; one backward a term, and one more for each addend.
 
-    Waits for the device. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs.
+    Waits for the device, and uses the graph up. No ``.grad`` is touched, and none of `AccumulateGrad`'s hooks runs; but
+    where reentrant checkpoints need a backward that writes ``.grad``, hooks run, and what others than ``parameters``
+    got stays.
 
     Args:
         loss: a 0-d tensor, a `Loss`, or a dict of these, with its graph.
@@ -98,45 +102,120 @@ def make_run(
         batch: what the loss was made from.
         weights: what ``weights=`` returned for this batch, by name.
         in_full: whether addends and counts are wanted as well, to explain a loss that does not add up.
+        again: makes the loss once more, with a graph of its own and the same random numbers. It is called only where a
+            graph cannot be run through twice: a compiled backward that gives its buffers away. Without it such a loss
+            has no addends.
+        writes_grad: takes the gradients by a backward that writes ``.grad``, as sharded models need; ``.grad`` of the
+            parameters is put back.
 
     Raises:
         LossError: as in training: not a scalar, or no graph.
+        RuntimeError: several terms share a graph that cannot be run through twice, and there is no ``again``.
     """
-    returned = loss if isinstance(loss, Mapping) else {}
+    graphs = _Graphs(loss, again, parameters, lambda made: as_terms(made, len(rows), weights), writes_grad=writes_grad)
     terms: dict[str, Term] = {}
-    for name, term in as_terms(loss, len(rows), weights).items():
-        is_plain = isinstance(returned.get(name, loss), Tensor)
-        kind = PLAIN if is_plain else MEAN if term.is_mean else PLAIN_SUM if term.weight is None else SUM
-        terms[name] = _term_of(term, kind, parameters, in_full=in_full)
+    for position, (name, term) in enumerate(graphs.terms.items()):
+        returned = loss[name] if isinstance(loss, Mapping) else loss
+        kind = MEAN if term.is_mean else PLAIN_SUM if term.weight is None else SUM
+        counts = counts_near(term.root.grad_fn) if in_full else ()  # before the graph is freed
+        criterion = criterion_of(term.root.grad_fn) if in_full else ""
+        addends = _addends(graphs, name) if in_full else ()
+        is_last = position == len(graphs.terms) - 1
+        terms[name] = Term(
+            value=float(term.root.detach()),
+            weight=None if term.weight is None else float(term.weight),
+            kind=PLAIN if isinstance(returned, Tensor) else kind,
+            gradient=graphs.gradient(lambda terms, name=name: _root_edge(terms[name]), is_last=is_last),
+            addends=addends,
+            counts=counts,
+            criterion=criterion,
+        )
     return Run(rows=rows, batch=batch, terms=terms)
 
 
-def _term_of(loss: Loss, kind: str, parameters: Sequence[nn.Parameter], *, in_full: bool) -> Term:
-    root = loss.root
-    gradient: Gradient = [None] * len(parameters)
-    addends: list[Addend] = []
-    if root.requires_grad:
-        gradient = torch.autograd.grad(root, parameters, retain_graph=True, allow_unused=True)
-    if in_full and root.grad_fn is not None:
-        edges = list(_addends_of(root.grad_fn, 0, 1.0))
-        if 1 < len(edges) <= _MAX_ADDENDS:
-            addends = [_addend_of(*edge, parameters) for edge in edges]
-    return Term(
-        value=float(root.detach()),
-        weight=None if loss.weight is None else float(loss.weight),
-        kind=kind,
-        gradient=gradient,
-        addends=addends,
-        counts=counts_near(root.grad_fn) if in_full else (),
-    )
+_Edge = tuple[Any, int, float]
+"""A node of a graph, which of its outputs, and by what its gradient is to be multiplied."""
 
 
-def _addend_of(node: Any, output: int, factor: float, parameters: Sequence[nn.Parameter]) -> Addend:
-    meta = node._input_metadata[output]
-    seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
-    edge = GradientEdge(node, output)
-    gradient = torch.autograd.grad(edge, parameters, grad_outputs=seed, retain_graph=True, allow_unused=True)
-    return Addend(gradient=gradient, counts=counts_near(node))
+class _Graphs:
+    """A loss whose graph is run through several times; where that cannot be, the loss is made again for each time."""
+
+    def __init__(
+        self,
+        loss: Any,
+        again: Callable[[], Any] | None,
+        parameters: Sequence[nn.Parameter],
+        as_terms: Callable[[Any], dict[str, Loss]],
+        *,
+        writes_grad: bool,
+    ) -> None:
+        self.terms = as_terms(loss)
+        self._again, self._parameters, self._as_terms = again, parameters, as_terms
+        self._writes_grad = writes_grad
+
+    def gradient(self, edge_of: Callable[[Mapping[str, Loss]], _Edge | None], *, is_last: bool) -> Gradient:
+        """Returns the gradient at an edge; the last one uses the graph up."""
+        try:
+            return self._run(edge_of(self.terms), retain_graph=not is_last)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error) or self._again is None:
+                raise
+        return self._run(edge_of(self._as_terms(self._again())), retain_graph=False)
+
+    def _run(self, edge: _Edge | None, *, retain_graph: bool) -> Gradient:
+        if edge is None:
+            return sketch_of([None] * len(self._parameters), self._parameters)
+        node, output, factor = edge
+        meta = node._input_metadata[output]
+        seed = torch.full((), factor, dtype=meta.dtype, device=meta.device)
+        at = GradientEdge(node, output)
+        if self._writes_grad:
+            return _accumulated(at, seed, self._parameters, retain_graph=retain_graph)
+        try:
+            found = torch.autograd.grad(
+                at, self._parameters, grad_outputs=seed, retain_graph=retain_graph, allow_unused=True
+            )
+            return sketch_of(found, self._parameters)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        return _accumulated(at, seed, self._parameters, retain_graph=retain_graph)
+
+
+def _accumulated(at: GradientEdge, seed: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool) -> Gradient:
+    """By a backward that writes ``.grad``, which is all that reentrant checkpoints allow; ``.grad`` is put back."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.backward(at, seed, retain_graph=retain_graph)
+        return sketch_of([parameter.grad for parameter in parameters], parameters)
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+def _root_edge(loss: Loss) -> _Edge | None:
+    return (*get_gradient_edge(loss.root)[:2], 1.0) if loss.root.requires_grad else None
+
+
+def _addends(graphs: _Graphs, name: str) -> list[Addend]:
+    root = graphs.terms[name].root.grad_fn
+    edges = [] if root is None else list(_addends_of(root, 0, 1.0))
+    if not 1 < len(edges) <= _MAX_ADDENDS:
+        return []
+    counts = [counts_near(node) for node, _, _ in edges]
+
+    def edge_of(terms: Mapping[str, Loss], i: int) -> _Edge:
+        return list(_addends_of(terms[name].root.grad_fn, 0, 1.0))[i]
+
+    try:
+        gradients = [graphs.gradient(lambda terms, i=i: edge_of(terms, i), is_last=False) for i in range(len(edges))]
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        return []
+    return [Addend(gradient=gradient, counts=own) for gradient, own in zip(gradients, counts, strict=True)]
 
 
 def _addends_of(node: Any, output: int, factor: float) -> Iterator[tuple[Any, int, float]]:
