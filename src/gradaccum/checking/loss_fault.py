@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gradaccum.checking.look_run import Draw, Look, Side
+from gradaccum.checking.loss_errors import loss_error
 from gradaccum.checking.pieces import copied
-from gradaccum.checking.remedies import Diagnosis, remedies
-from gradaccum.checking.root_runs import PLAIN, Run, make_run
-from gradaccum.errors import LossError, MeanError
+from gradaccum.checking.remedies import remedies
+from gradaccum.checking.root_runs import Run, make_run
+from gradaccum.errors import LossError
 from gradaccum.tree import to_device
 from gradaccum.types import Rows
 from gradaccum.window.parameters import named_parameters
@@ -46,55 +47,37 @@ def loss_fault(
         tolerance: above which a difference is none of rounding.
         draw: how random numbers were drawn.
     """
-    is_of_batch = look.step.options.loss_fn is None
-    diagnosis, roots = (Diagnosis(kind="unknown"), []) if is_of_batch else _diagnosed(look, sizes, tolerance, draw)
+    if look.step.options.loss_fn is not None:
+        explained = _explained(look, sizes, tolerance, draw)
+        if explained is not None:
+            return explained
     pieces = " + ".join(map(str, samples))
-    numbers = f"{sum(samples)} samples together have a loss of {whole.loss:.6g}"
-    values = [next(iter(run.terms.values())).value for run in roots]
-    if values and len(roots[0].terms) == 1:
-        numbers += f", pieces of {pieces} have {' and '.join(f'{value:.6g}' for value in values)}"
-    text = (
-        f"The loss does not add up over micro-batches: {numbers}, which make {parts.loss:.6g} as they are weighted. "
-        f"The gradient would be off by {off:.2g} of its size."
+    return LossError(
+        f"The loss does not add up over micro-batches: it is {whole.loss:.6g} for {sum(samples)} samples together, and "
+        f"{parts.loss:.6g} from pieces of {pieces} of them. The gradient would be off by {off:.2g} of its size. "
+        + _advice(look)
     )
-    if diagnosis.what:
-        text += f" {diagnosis.what}."
-    text += _advice(diagnosis, is_of_batch=is_of_batch, combine=look.step.options.combine)
-    is_plain = not is_of_batch and (
-        not roots or any(term.kind == PLAIN for run in roots for term in run.terms.values())
-    )
-    return (MeanError if is_plain else LossError)(text)
 
 
-def _advice(diagnosis: Diagnosis, *, is_of_batch: bool, combine: str) -> str:
-    tried, untried = "", ""
-    if diagnosis.instead:
-        one = len(diagnosis.instead) == 1
-        lines = "\n".join(f"    {line}" for entry in diagnosis.instead for line in [entry.replace("\n", "\n    ")])
-        tried = f" Tried on these samples, and right{'' if one else ', each by itself'}:\n{lines}\n"
-    if diagnosis.untried:
-        untried = f" What may help, and cannot be tried here: {'; or '.join(diagnosis.untried)}."
-    if tried or untried:
-        return tried + untried
-    if is_of_batch and combine == "sum":
+def _advice(look: Look) -> str:
+    options = look.step.options
+    if options.loss_fn is not None:
         return (
-            ' With forward= and combine="sum" outputs are added up over micro-batches, so each must be a sum over '
+            "Return it with what it was averaged over, ga.Loss.mean(loss, over=count), or as a sum, ga.Loss.sum(loss); "
+            "a loss that couples samples is forward= and batch_loss=. None of them could be tried on these samples."
+        )
+    if options.combine == "sum":
+        return (
+            'With combine="sum" the outputs of forward= are added up over micro-batches, so each must be a sum over '
             "samples, no mean: return sums and counts, and divide in batch_loss."
         )
-    if is_of_batch:
-        return (
-            " The outputs of forward= depend on the samples that share a micro-batch, or index 0 of one is not the "
-            "sample."
-        )
     return (
-        " Return it with what it was averaged over, ga.Loss.mean(loss, over=count), or as a sum, ga.Loss.sum(loss); a "
-        "loss that couples samples is forward= and batch_loss=. None of them could be tried on these samples. To train "
-        'all the same: check="off".'
+        "The outputs of forward= depend on the samples that share a micro-batch, or index 0 of one is not the sample."
     )
 
 
-def _diagnosed(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -> tuple[Diagnosis, list[Run]]:
-    """What the loss is, and the runs of the pieces; nothing where they cannot be had."""
+def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -> LossError | None:
+    """The error with what the loss is; None where its roots cannot be had."""
     step = look.step
     parameters = [one for _, one in named_parameters(step.models) if one.requires_grad]
 
@@ -115,8 +98,9 @@ def _diagnosed(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
     everything, *pieces = (_indices(piece) for piece in (*look.pieces([len(look.atoms)]), *look.pieces(sizes)))
     with suppress(Exception):  # whatever the user's code raises here, it is no answer to what it is
         parts = [run(piece) for piece in pieces]
-        return remedies(run(everything), parts, run, tolerance=max(tolerance, _FINEST)), parts
-    return Diagnosis(kind="unknown"), []
+        together = run(everything)
+        return loss_error(together, parts, remedies(together, parts, run, tolerance=max(tolerance, _FINEST)))
+    return None
 
 
 def _indices(rows: Rows) -> Tensor:
