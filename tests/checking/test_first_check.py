@@ -162,6 +162,8 @@ class Standardized(nn.Module):
 class Codebook(nn.Module):
     """A buffer that moves in the forward, and is looked up in it."""
 
+    centre: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(FEATURES, CLASSES)
@@ -350,9 +352,9 @@ def test_an_error_of_the_loss_itself_is_shown_by_training() -> None:
 )
 def test_no_more_rows_than_a_micro_batch_has(size: int, cut: str) -> None:
     class Largest(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            assert len(x) <= max(size, 2)
-            return super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:
+            assert len(input) <= max(size, 2)
+            return super().forward(input)
 
     assert run(cross_entropy, Largest(FEATURES, CLASSES), size=size) == (f"exact (checked on {cut} samples)", [])
 

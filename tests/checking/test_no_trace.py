@@ -20,6 +20,8 @@ ROWS, FEATURES = 16, 4
 class Busy(nn.Module):
     """All that a forward may change: buffers, attributes, a queue, a frozen twin, generators, a mode."""
 
+    centre: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
@@ -96,7 +98,7 @@ class Scene:
             "attributes": (sorted(vars(model)), list(model.seen), model.calls),
             "counts": (self.hook.calls, self.on_parameter.calls, self.calls[0], self.rounds()),
             "random": (torch.get_rng_state(), model.generator.get_state()),
-            "outside": (random.getstate(), np.random.get_state()[1].tolist(), model.noise.bit_generator.state),
+            "outside": (random.getstate(), list(np.random.get_state())[1].tolist(), model.noise.bit_generator.state),
         }
 
 

@@ -85,14 +85,15 @@ def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
         with look.running([rows], draw=Draw() if draw.replay is None else draw) as (around, split):
             batch = to_device(split.cut(copied(look.batch), rows), parameters[0].device)
             weights = step.options.weights
-            loss = around(step.options.loss_fn)(step.model, batch)
+            call = around(step.options.loss_fn)
             return make_run(
-                loss,
+                call(step.model, copied(batch)),
                 parameters,
                 rows=rows,
                 batch=batch,
                 weights=None if weights is None else weights_by_name(weights(batch)),
                 in_full=in_full,
+                again=lambda: call(step.model, copied(batch)),
             )
 
     everything, *pieces = (_indices(piece) for piece in (*look.pieces([len(look.atoms)]), *look.pieces(sizes)))

@@ -85,7 +85,7 @@ def dtypes_of(models: Sequence[nn.Module]) -> set[torch.dtype]:
 
 def _uses_tf32() -> bool:
     try:
-        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return bool(torch.backends.cuda.matmul.allow_tf32) or bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:  # set by the newer names, which may differ from operation to operation
         return True
 
