@@ -68,7 +68,7 @@ class Scene:
         self.judge(torch.randn(4, 2)).sum().backward()
         self.hook, self.on_parameter, self.calls = Hook(), Hook(), [0]
         self.model.body[0].register_forward_hook(self.hook)
-        self.model.body[0].weight.register_hook(self.on_parameter)
+        next(self.model.body.parameters()).register_hook(self.on_parameter)
         self.numbers = itertools.count()
         rounds = 0
 
@@ -98,7 +98,11 @@ class Scene:
             "attributes": (sorted(vars(model)), list(model.seen), model.calls),
             "counts": (self.hook.calls, self.on_parameter.calls, self.calls[0], self.rounds()),
             "random": (torch.get_rng_state(), model.generator.get_state()),
-            "outside": (random.getstate(), list(np.random.get_state())[1].tolist(), model.noise.bit_generator.state),
+            "outside": (
+                random.getstate(),
+                np.random.get_state(legacy=False)["state"]["key"].tolist(),
+                model.noise.bit_generator.state,
+            ),
         }
 
 

@@ -65,7 +65,7 @@ def test_a_mean_of_micro_losses_is_something_else(case: Coupled) -> None:
     def loss_fn(model: nn.Module, batch: Batch) -> ga.Loss:
         return ga.Loss.mean(case.batch_loss(case.forward(model, batch), batch), over=len(batch["x"]))
 
-    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=7)
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=7, check="off")
     step.backward(case.batch)
     with pytest.raises(AssertionError, match="is off by"):
         assert_same_gradients(gradients_of(model), expected, tolerance=1e-3)
@@ -312,6 +312,7 @@ def test_the_loss_may_own_parameters(kept: int | None, is_passed: bool) -> None:
         batch_loss=loss if not is_passed else lambda outputs, batch: loss(outputs, batch),
         micro_batch_size=3,
         kept_graphs=kept,
+        check="off",
     )
     step.backward(case.batch)
     assert_same_gradients(gradients_of(model), gradients_of(twin), tolerance=EXACT)
