@@ -214,7 +214,7 @@ def test_buffers_advance_once(kept: int) -> None:
     case = COUPLED["triplet"]
     model = Remembering(model_for(case))
     twin = looped(model, case)
-    train_step(model, case, micro_batch_size=4, kept_graphs=kept).backward(case.batch)
+    train_step(model, case, micro_batch_size=4, kept_graphs=kept, check="off").backward(case.batch)
     assert_same_gradients(gradients_of(model), gradients_of(twin), tolerance=EXACT)
     for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -312,7 +312,6 @@ def test_the_loss_may_own_parameters(kept: int | None, is_passed: bool) -> None:
         batch_loss=loss if not is_passed else lambda outputs, batch: loss(outputs, batch),
         micro_batch_size=3,
         kept_graphs=kept,
-        check="off",
     )
     step.backward(case.batch)
     assert_same_gradients(gradients_of(model), gradients_of(twin), tolerance=EXACT)
