@@ -302,6 +302,12 @@ CASES = {
         "return ga.criterion(nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1))(output, target)",
         classes,
     ),
+    "class weights of pixels, some ignored": Case(
+        lambda m, b: F.cross_entropy(m.conv(b["image"]), b["maps"], weight=CLASS_WEIGHTS[:3], ignore_index=255),
+        "weight",
+        "return ga.Loss.mean(loss, over=weight[batch['maps'][batch['maps'] != 255]].sum())",
+        lambda m, b: {**pixels(m, b), "weight": CLASS_WEIGHTS[:3]},
+    ),
     "class weights by name": Case(
         lambda m, b: criterion_of_classes(class_scores(m, b), b["classes"]),
         "weight",
@@ -528,3 +534,132 @@ def test_nothing_is_printed_as_tried_for_a_loss_that_has_no_such_line(name: str,
     assert (found.kind, found.instead) == (kind, ())
     assert line in " ".join(found.untried)
     assert "Nothing that" in str(error)
+
+
+def compiled(loss: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    return torch.compile(loss, backend=backend, dynamic=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_mean_is_named_by_what_the_batch_counts(backend: str, model: Both) -> None:
+    inside = compiled(lambda m, b: F.cross_entropy(m.head(m.embed(b["ids"])).transpose(1, 2), b["labels"]), backend)
+    case = Case(lambda m, b: inside(m.lm, {"ids": b["ids"], "labels": b["labels"]}), "weight", COUNTED)
+    found, _ = diagnose(model, case.loss, make_batch())
+    assert found.instead[0] == COUNTED
+    batch = make_batch()
+    expected = whole_gradient(case, model, batch)
+    assert (accumulated_gradient(case, COUNTED, model, batch) - expected).norm() < RIGHT * expected.norm()
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_addends_of_a_compiled_graph_need_the_loss_once_more(again: bool, model: Both) -> None:
+    """A compiled backward gives its buffers away, so its graph is run through once."""
+    scores_of = compiled(lambda m, ids: m.head(m.embed(ids)).relu().square(), "aot_eager")
+
+    def loss(m: Both, b: Batch) -> Tensor:
+        scores = scores_of(m.lm, b["ids"])
+        return F.cross_entropy(scores.transpose(1, 2), b["labels"]) + 0.1 * scores.square().mean()
+
+    parameters, batch = list(model.parameters()), make_batch()
+    run = make_run(
+        loss(model, batch),
+        parameters,
+        rows=torch.arange(ROWS),
+        batch=batch,
+        in_full=True,
+        again=(lambda: loss(model, batch)) if again else None,
+    )
+    term = run.terms[""]
+    if again:
+        added = sum(one.gradient.vector for one in term.addends)
+        assert (added - term.gradient.vector).norm() < RIGHT * term.gradient.vector.norm()  # type: ignore[operator]
+    else:
+        assert not term.addends
+
+
+def test_batches_of_other_shapes_are_named_as_they_nest(model: Both) -> None:
+    batch = make_batch()
+
+    def loss(m: Both, b: Any) -> Tensor:
+        ids, rest = b
+        return F.cross_entropy(m.lm(ids).transpose(1, 2), rest["y"])
+
+    parameters = list(model.parameters())
+    nested = (batch["ids"], {"y": batch["labels"]})
+
+    def run(rows: Tensor) -> Run:
+        piece = tree.take(nested, rows)
+        return make_run(loss(model, piece), parameters, rows=rows, batch=piece, in_full=True)
+
+    rows = torch.arange(LOOK)
+    found = remedies(run(rows), [run(one) for one in rows.split([5, 3])], run, tolerance=TOLERANCE)
+    assert found.instead[0] == "return ga.Loss.mean(loss, over=(batch[1]['y'] != -100).sum())"
+
+
+def test_in_single_precision(model: Both) -> None:
+    single = model.float()
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in make_batch().items()}
+    parameters = list(single.parameters())
+    scores = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+
+    def run(rows: Tensor) -> Run:
+        piece = tree.take(batch, rows)
+        hidden = scores(single.lm.embed(piece["ids"]))
+        loss = F.cross_entropy(single.lm.head(hidden).transpose(1, 2), piece["labels"])
+        return make_run(loss, parameters, rows=rows, batch=piece, in_full=True)
+
+    rows = torch.arange(LOOK)
+    found = remedies(run(rows), [run(one) for one in rows.split([5, 3])], run, tolerance=1e-4)
+    assert found.instead[0] == COUNTED
+
+
+def test_a_piece_without_labels_counts_for_nothing(model: Both) -> None:
+    batch = make_batch()
+    batch["labels"][5:8] = -100  # the second piece's mean is NaN
+    found, _ = diagnose(model, token_mean, batch)
+    assert found.instead[0] == COUNTED
+
+
+def test_counts_that_are_the_same_on_these_rows_are_all_named(model: Both) -> None:
+    batch = make_batch()
+    batch["other"] = batch["labels"].clone()
+    batch["other"][LOOK:] = -100
+    found, _ = diagnose(model, token_mean, batch)
+    assert {COUNTED, COUNTED.replace("labels", "other")} <= set(found.instead)
+
+
+def test_a_loss_that_is_right_is_not_explained_away(model: Both) -> None:
+    found, _ = diagnose(model, aux, make_batch())
+    assert (found.kind, found.instead) == ("unknown", ())
+    assert "not the same twice" in found.what
+
+
+def test_runs_leave_no_gradient_behind(model: Both) -> None:
+    before = [torch.randn_like(one) for one in model.parameters()]
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        parameter.grad = grad
+    for loss in (token_mean, recomputed):
+        batch = make_batch()
+        for writes_grad in (False, True):
+            loss_of_batch = loss(model, batch)
+            make_run(
+                loss_of_batch, list(model.parameters()), rows=torch.arange(ROWS), batch=batch, writes_grad=writes_grad
+            )
+    assert all(one.grad is grad for one, grad in zip(model.parameters(), before, strict=True))
+
+
+def test_the_message_has_the_numbers(model: Both) -> None:
+    _, error = diagnose(model, token_mean, make_batch())
+    text = str(error)
+    assert isinstance(error, ga.MeanError)
+    assert "for 8 samples together" in text
+    assert "pieces of 5 and 3" in text
+    assert "taken as a mean over samples" in text
+    assert f"this was tried and is right, any one of:\n    {COUNTED}\n" in text
+    assert text.endswith("\n    return ga.criterion(nn.CrossEntropyLoss())(output, target)")
+
+
+def test_a_loss_of_pairs_without_pieces_says_so(model: Both) -> None:
+    _, error = diagnose(model, neighbours, make_batch())
+    assert "cannot be computed for a piece" in str(error)
+    assert not isinstance(error, ga.MeanError)

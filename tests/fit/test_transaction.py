@@ -4,6 +4,7 @@ Memory runs out where `scarce.Memory` says; times are those of `scarce.Clock` wh
 """
 
 import copy
+import functools
 import gc
 import json
 import logging
@@ -32,6 +33,8 @@ from oracle import (
     whole_in_hand,
 )
 from scarce import TEXT, Clock, Memory, Scarce, counting, known_times, torch_error
+
+unchecked = functools.partial(ga.TrainStep, check="off")  # what is injected is meant for training
 
 EITHER = pytest.mark.parametrize("where", ["forward", "backward"])
 FEATURES, ROWS = 3, 16
@@ -102,7 +105,7 @@ class Run:
             if isinstance(layer, Scarce):
                 layer.memory = Memory()
         self.optimizer = sgd(net)
-        self.step = ga.TrainStep(net, self.optimizer, loss, **options)
+        self.step = unchecked(net, self.optimizer, loss, **options)
 
     def as_whole(
         self, batches: Iterable[Any], *, whole: Callable[[nn.Module, Any], Tensor] | None = None
@@ -143,7 +146,7 @@ def test_the_limit_moves_both_ways_while_training(where: str, data: st.DataObjec
 def test_one_failure_at_any_micro_batch(where: str, at: int) -> None:
     run = Run(where=where)
     clock = Clock(fixed=0, per_row=1)  # all alike, so that pieces stay small
-    run.step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
+    run.step = unchecked(run.net, run.optimizer, counting(clock, mse, rows_of))
     with known_times(clock):
         run.memory.countdown = at
         updates = run.as_whole([make_batch(seed=i) for i in range(3)])
@@ -179,7 +182,7 @@ def test_each_sample_counts_exactly_once(where: str) -> None:
     memory, times = Memory(limit=5), nn.Embedding(ROWS, 1, dtype=torch.float64)
     model = nn.Sequential(times, Scarce(memory, where=where))
     nn.init.zeros_(times.weight)
-    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda m, ids: m(ids).mean())
+    step = unchecked(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda m, ids: m(ids).mean())
     update = step(torch.arange(ROWS))
     assert memory.failures
     assert update.samples == ROWS
@@ -197,7 +200,7 @@ def test_the_size_grows_back_and_settles(limit_at: Callable[[int], int], updates
     run = Run()
     sizes = []
     with known_times(clock := Clock()):
-        step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
+        step = unchecked(run.net, run.optimizer, counting(clock, mse, rows_of))
         for index in range(updates):
             run.memory.limit = limit_at(index)
             sizes.append(step(make_batch(seed=index)).micro_batch_size)
@@ -292,7 +295,7 @@ def test_the_pieces_that_are_run_again_draw_from_the_first_state() -> None:
         loss = run.step.backward(make_batch())
     assert run.memory.failures == 2
     torch.manual_seed(3)
-    at_once = ga.TrainStep(run.other, sgd(run.other), mse)
+    at_once = unchecked(run.other, sgd(run.other), mse)
     settled(at_once, rows=4)
     expected = at_once.backward(make_batch())
     assert_same_gradients(gradients_of(run.net), gradients_of(run.other))
@@ -321,7 +324,7 @@ def test_buffers_see_every_piece_once(make: Callable[[], nn.Module], where: str)
     run = Run(limit=4, where=where, between=make(), settled_at=ROWS)
     with known_times(Clock()):
         update = run.step(make_batch())
-    ga.TrainStep(run.other, sgd(run.other), mse, micro_batch_size=4)(make_batch())
+    unchecked(run.other, sgd(run.other), mse, micro_batch_size=4)(make_batch())
     assert run.memory.failures == 2
     assert update.micro_batches == 4
     for (name, buffer), expected in zip(run.net.named_buffers(), run.other.buffers(), strict=True):
@@ -439,7 +442,7 @@ def test_clipping_and_a_scheduler_see_one_update() -> None:
     batches = [make_batch(seed=i) for i in range(4)]
     theirs = sgd(run.other)
     mine, their = (torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5) for each in (run.optimizer, theirs))
-    step = ga.TrainStep(run.net, run.optimizer, mse, clip_norm=0.1, scheduler=mine)
+    step = unchecked(run.net, run.optimizer, mse, clip_norm=0.1, scheduler=mine)
     made, _ = whole_in_hand(step, run.net, run.optimizer, batches)
     # Clipping adds 1e-6 to the norm in both.
     assert_same(made, whole_batches(run.other, theirs, batches, mse, clip_norm=0.1, scheduler=their))
@@ -460,13 +463,13 @@ def test_cut_by_cost_one_sample_that_does_not_fit() -> None:
     run = Run(limit=0)
     split = ga.split_by_cost(lambda batch: torch.full((len(batch[0]),), 7), 40)
     with pytest.raises(ga.DoesNotFitError, match="single sample"):
-        ga.TrainStep(run.net, run.optimizer, mse, split=split)(make_batch())
+        unchecked(run.net, run.optimizer, mse, split=split)(make_batch())
 
 
 @EITHER
 def test_a_size_of_ones_own_is_not_tried_again(where: str) -> None:
     run = Run(countdown=1, where=where)  # the second piece: the first one has left gradients
-    step = ga.TrainStep(run.net, run.optimizer, mse, micro_batch_size=8)
+    step = unchecked(run.net, run.optimizer, mse, micro_batch_size=8)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         step(make_batch())
     assert run.memory.failures == 1
@@ -506,7 +509,7 @@ def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
 @EITHER
 def test_one_sample_that_does_not_fit(where: str) -> None:
     run = Run(where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
-    net, step = run.net, ga.TrainStep(run.net, torch.optim.Adam(run.net.parameters()), mse)
+    net, step = run.net, unchecked(run.net, torch.optim.Adam(run.net.parameters()), mse)
     step(make_batch())
     run.memory.limit = 0
     parameters, state = parameters_of(net), torch.get_rng_state()
@@ -575,7 +578,7 @@ def test_an_optimizer_that_runs_out_of_memory_is_not_asked_twice() -> None:
 
     run = Run()
     optimizer = Greedy(run.net.parameters(), lr=0.1)
-    step = ga.TrainStep(run.net, optimizer, mse)
+    step = unchecked(run.net, optimizer, mse)
     before = parameters_of(run.net)
     with pytest.raises(torch.OutOfMemoryError):
         step(make_batch())
@@ -590,7 +593,7 @@ def test_an_optimizer_that_runs_out_of_memory_is_not_asked_twice() -> None:
 def test_a_loss_without_graph_is_an_error_not_a_smaller_piece() -> None:
     run = Run()
     with pytest.raises(ga.LossError):
-        ga.TrainStep(run.net, run.optimizer, lambda model, batch: model(batch[0]).detach().mean())(make_batch())
+        unchecked(run.net, run.optimizer, lambda model, batch: model(batch[0]).detach().mean())(make_batch())
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is pinned
@@ -621,7 +624,7 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
     errors = iter(kept)
     memory = Memory(limit=4, error=lambda: next(errors) if is_kept else torch_error())
     net = Watching(memory, where=where)
-    step = ga.TrainStep(net, sgd(net), mse)
+    step = unchecked(net, sgd(net), mse)
     settled(step)
     with known_times(Clock()):
         step(make_batch())
@@ -636,7 +639,7 @@ def test_sizes_travel_with_the_state() -> None:
     run = Run(limit=5)
     for index in range(4):
         run.step(make_batch(seed=index))
-    resumed = ga.TrainStep(run.net, run.optimizer, mse)
+    resumed = unchecked(run.net, run.optimizer, mse)
     resumed.load_state_dict(json.loads(json.dumps(run.step.state_dict())))  # plain enough for any file
     before = run.memory.failures
     update = resumed(make_batch())
@@ -647,7 +650,7 @@ def test_sizes_travel_with_the_state() -> None:
 
 def test_a_state_is_read_with_another_micro_batch_size() -> None:
     run = Run()
-    auto, fixed = run.step, ga.TrainStep(run.net, run.optimizer, mse, micro_batch_size=4)
+    auto, fixed = run.step, unchecked(run.net, run.optimizer, mse, micro_batch_size=4)
     auto(make_batch())
     fixed.load_state_dict(auto.state_dict())
     assert fixed(make_batch()).index == 2
@@ -668,7 +671,7 @@ def test_a_failure_is_told_with_its_size(caplog: pytest.LogCaptureFixture) -> No
 def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     run = Run()
     with caplog.at_level(logging.INFO, logger="gradaccum"), known_times(clock := Clock()):
-        step = ga.TrainStep(run.net, run.optimizer, counting(clock, mse, rows_of))
+        step = unchecked(run.net, run.optimizer, counting(clock, mse, rows_of))
         for index in range(12):
             step(make_batch(seed=index))
     told = [record.getMessage() for record in caplog.records if "to pin it" in record.getMessage()]

@@ -1,22 +1,40 @@
 """The plan line says what will run."""
 
-import pytest
+import logging
 
-from gradaccum.window.plan_line import plan_line
+import pytest
+from torch import nn
+
+import gradaccum as ga
+from gradaccum.window.plan_line import PlanLine, exact_on, plan_line
+
+EXACT = exact_on([5, 3])
 
 
 @pytest.mark.parametrize(
-    ("sizes", "coupled", "updates", "line"),
+    ("sizes", "evidence", "updates", "line"),
     [
-        ([16] * 16, 0, 391, "batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch"),
-        ([4, 3, 3, 3], 0, None, "batch 13 = 4 micro-batches of 3 to 4 | exact"),
-        ([8], 0, 1, "batch 8 = 1 micro-batch x 8 | exact | 1 update an epoch"),
-        ([None] * 4, 0, 0, "4 micro-batches | exact | 0 updates an epoch"),
-        ([None], 0, None, "1 micro-batch | exact"),
-        ([2, 2], 3, None, "batch 4 = 2 micro-batches x 2 | not exact: 3 BatchNorm layers see the micro-batch"),
-        ([2, 2], 1, None, "batch 4 = 2 micro-batches x 2 | not exact: 1 BatchNorm layer sees the micro-batch"),
-        ([4], 3, None, "batch 4 = 1 micro-batch x 4 | exact"),
+        ([16] * 16, EXACT, 391, f"batch 256 = 16 micro-batches x 16 | {EXACT} | 391 updates an epoch"),
+        ([4, 3, 3, 3], "not checked", None, "batch 13 = 4 micro-batches of 3 to 4 | not checked"),
+        ([8], EXACT, 1, f"batch 8 = 1 micro-batch x 8 | {EXACT} | 1 update an epoch"),
+        ([None] * 4, EXACT, 0, f"4 micro-batches | {EXACT} | 0 updates an epoch"),
+        ([None], EXACT, None, f"1 micro-batch | {EXACT}"),
     ],
 )
-def test_the_plan_line(sizes: list[int | None], coupled: int, updates: int | None, line: str) -> None:
-    assert plan_line(sizes, coupled_layers=coupled, updates_per_epoch=updates) == line
+def test_the_plan_line(sizes: list[int | None], evidence: str, updates: int | None, line: str) -> None:
+    assert plan_line(sizes, evidence=evidence, updates_per_epoch=updates) == line
+
+
+def test_what_was_checked_is_named() -> None:
+    assert exact_on([5, 3]) == "exact (checked on 5 + 3 samples)"
+
+
+@pytest.mark.parametrize(("layers", "words"), [(1, "1 BatchNorm layer sees"), (3, "3 BatchNorm layers see")])
+def test_layers_that_see_the_micro_batch_are_counted(layers: int, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    line = PlanLine([nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(layers)))], None, couples_batch_norms=True)
+    line.evidence = exact_on([5, 3])
+    with caplog.at_level(logging.INFO, "gradaccum"), pytest.warns(ga.BatchNormWarning):
+        line.announce([2, 2])
+    assert caplog.messages == [
+        f"batch 4 = 2 micro-batches x 2 | not exact: {words} the micro-batch, the rest exact (checked on 5 + 3 samples)"
+    ]

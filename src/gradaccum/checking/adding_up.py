@@ -102,11 +102,14 @@ def _or_infinite(number: float) -> float:
 
 
 def solved_shares(whole: Measured, parts: Sequence[Measured]) -> tuple[list[float], float]:
-    """The shares that explain the whole's gradient best, by least squares, and the part of it that they leave."""
+    """Returns the shares that explain the whole's gradient best, by least squares, and the part that they leave.
+
+    NaN is left where they cannot be solved for.
+    """
     columns = torch.stack([part.gradient.vector for part in parts], dim=1)
     expected = whole.gradient.vector
     if not columns.isfinite().all() or not expected.norm() > 0 or len(expected) < 2 * len(parts):
-        return [], math.inf
+        return [], math.nan
     scale = columns.norm(dim=0).clamp_min(_TINY)
     shares = torch.linalg.lstsq(columns / scale, expected, driver="gelsd").solution / scale
     return shares.tolist(), float((expected - columns @ shares).norm() / expected.norm())

@@ -166,12 +166,20 @@ def _both(leaves: list[tuple[str, Tensor]]) -> Iterator[BatchCount]:
 
 
 def _weighted(path: str, leaf: Tensor, weight: Tensor, ignored: Sequence[int]) -> Iterator[BatchCount]:
-    """Class weights of the labels, as `nn.CrossEntropyLoss` divides by them."""
-    if weight.dim() != 1 or int(leaf.max()) >= max(len(weight), 256):
+    """Class weights of the labels, as `nn.CrossEntropyLoss` divides by them.
+
+    Only where every label is a class: on a GPU an index out of range ends the process.
+    """
+    if weight.dim() != 1:
         return
     words = f"the class weights of {path}"
-    if int(leaf.min()) >= 0:
+    if _are_classes(leaf, weight):
         yield BatchCount(f"weight[{path}].sum()", words, weight=weight)
     for value in [one for one in ignored if _holds(leaf, one)]:
-        code = f"weight[{path}[{path} != {value}]].sum()"
-        yield BatchCount(code, f"{words} that are not {value}", weight=weight)
+        if _are_classes(leaf[leaf != value], weight):
+            code = f"weight[{path}[{path} != {value}]].sum()"
+            yield BatchCount(code, f"{words} that are not {value}", weight=weight)
+
+
+def _are_classes(labels: Tensor, weight: Tensor) -> bool:
+    return labels.numel() > 0 and int(labels.min()) >= 0 and int(labels.max()) < len(weight)

@@ -3,9 +3,9 @@
     sketch(g) = signs @ g.view(-1, SIZE)          signs: +1 or -1 at random, the same in every run
 
 A linear map: if gradients add up their sketches do, and if they do not, the difference shows in all of SIZE sums of
-random signs at once. Its squared norm is the gradient's in expectation, so relative errors keep their size (Alon, Matias
-and Szegedy, "The space complexity of approximating the frequency moments", 1996). Elements picked from the gradient
-instead would miss the few rows of a large embedding that a small batch reaches.
+random signs at once. Its squared norm is the gradient's in expectation, so relative errors keep their size (Alon,
+Matias and Szegedy, "The space complexity of approximating the frequency moments", 1996). Elements picked from the
+gradient instead would miss the few rows of a large embedding that a small batch reaches.
 """
 
 from __future__ import annotations

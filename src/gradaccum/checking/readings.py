@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gradaccum.checking.adding_up import Cut, Measured, as_value, declared_shares, difference
+from gradaccum.checking.adding_up import Cut, Measured, as_value, declared_shares, difference, solved_shares
 from gradaccum.checking.batch_counts import BatchCount, counts_of, rows_code
 from gradaccum.checking.graph_counts import GraphCount
 from gradaccum.checking.root_runs import MEAN, PLAIN, SUM, Run
 
 DECLARED, A_SUM, OVER, CONSTANT = "declared", "sum", "over", "constant"
-_SAME_COUNT = 1e-6  # class weights in float32
+_HOPELESS = 1e3  # in parts of the tolerance: what no shares explain, no reading does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,10 @@ def readings_that_fit(part: Part, cuts: Sequence[Cut], *, tolerance: float) -> l
             for cut in cuts
         )
 
+    for cut in cuts:
+        _, left = solved_shares(part.of(cut.whole), [part.of(one) for one in cut.parts])
+        if left > _HOPELESS * tolerance:
+            return []
     whole = cuts[0].whole
     kind = whole.terms[part.name].kind
     if part.addend is not None and _is_constant(part, cuts, tolerance):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradaccum.checking.adding_up import Cut, declared_difference, solved_shares
-from gradaccum.checking.batch_counts import id_columns, rows_code
+from gradaccum.checking.batch_counts import BatchCount, id_columns, rows_code
 from gradaccum.checking.readings import (
     A_SUM,
     CONSTANT,
@@ -77,7 +77,7 @@ def remedies(whole: Run, parts: Sequence[Run], run: RunRows, *, tolerance: float
         tolerance: relative, for gradients and values.
 
     Returns:
-        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to three more.
+        The diagnosis. Its lines are right on every cut of the rows that was tried: the given one and up to seven more.
     """
     look = _Look(whole, parts, run, tolerance)
     for explain in (_by_counts, _by_addends, _by_groups, _by_shares):
@@ -286,7 +286,7 @@ def _groupings(whole: Run) -> Iterator[tuple[str, Tensor]]:
     made: list[tuple[str, Tensor]] = [
         (path, ids) for path, ids in id_columns(whole.batch) if 1 < len(ids.unique()) < rows and len(ids) == rows
     ]
-    if code is not None:
+    if code is not None and BatchCount(code, "").of(whole.batch) == rows:
         for size in (2, 3, 4):
             if rows % size == 0 and rows > size:
                 index = torch.arange(rows)

@@ -66,7 +66,7 @@ def borrowed(
             parameter.grad = None
         remembered: set[int] = set()
         for module in modules:
-            _remember(vars(module), remembered, undone)
+            remember(vars(module), remembered, undone)
         replaced: dict[int, Tensor] = {}
         for module in modules:
             for tensors in (module._parameters, module._buffers):
@@ -153,6 +153,10 @@ class SavedBeforeWriting(TorchDispatchMode):
         self._watched = {id(storage): storage for storage in storages_in(tensors)}
         self._saved: dict[int, UntypedStorage] = {}
 
+    def watch(self, tensors: Sequence[Tensor]) -> None:
+        """Saves these too, from now on."""
+        self._watched.update((id(storage), storage) for storage in storages_in(tensors))
+
     @property
     def has_saved(self) -> bool:
         """Whether anything was written."""
@@ -176,7 +180,7 @@ class SavedBeforeWriting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _remember(value: Any, remembered: set[int], undone: ExitStack) -> None:
+def remember(value: Any, remembered: set[int], undone: ExitStack) -> None:
     """Has ``undone`` put back what a container holds, and what built-in containers in it hold, at any depth."""
     if isinstance(value, torch.Generator):
         undone.callback(value.set_state, value.get_state())
@@ -184,7 +188,7 @@ def _remember(value: Any, remembered: set[int], undone: ExitStack) -> None:
         remembered.add(id(value))
         undone.callback(_refill, value, value.copy())
         for entry in value.values() if isinstance(value, dict) else value:
-            _remember(entry, remembered, undone)
+            remember(entry, remembered, undone)
 
 
 def _refill(container: Any, entries: Any) -> None:

@@ -34,6 +34,7 @@ class Kind(IntEnum):
     EXCHANGING_OUTPUTS_OR_STATISTICS = 3
     LOOKING_FOR_A_MICRO_BATCH_SIZE = 4
     CLOSING_A_WINDOW = 5
+    LOOKING_AT_A_FEW_ROWS = 6
 
 
 class TermKind(IntEnum):

@@ -60,11 +60,15 @@ class Accumulation:
         *,
         couples_batch_norms: bool = True,
         warns_of_unknown: bool = False,
+        is_look: bool = False,
     ) -> None:
         self._options = options
         self._parameters = Parameters(model, optimizer)
         self.models, self.optimizers = self._parameters.models, self._parameters.optimizers
-        self.ranks: OverRanks | None = over_ranks(self.models, options.sync, self._parameters.named)
+        # A look at a few rows before training is this process's own, and finds by trying what means are over.
+        self.ranks: OverRanks | None = None
+        if not is_look:
+            self.ranks = over_ranks(self.models, options.sync, self._parameters.named)
         options.check_with(self.optimizers, has_ranks=self.ranks is not None)
         self._look_at_parameters()
         self._updater = Updater(
@@ -78,9 +82,10 @@ class Accumulation:
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
         self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
+        self.means.is_looking = not is_look
         self._state = ForwardState(self.models)
         # Between processes buffers are broadcast and parameters gathered, which looks like a change.
-        self._state.is_looking = self.ranks is None
+        self._state.is_looking = self.ranks is None and not is_look
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
@@ -120,6 +125,11 @@ class Accumulation:
     def read_all_graphs(self) -> None:
         """See `GradientSum.read_all`."""
         self._gradients.read_all()
+
+    def leave_to_check(self, *, was_checked: bool) -> None:
+        """Reads graphs and buffers for what a check before the first update has not seen."""
+        self.means.warns_of_unknown = not was_checked
+        self._state.is_looking = self._state.is_looking and not was_checked
 
     # ------------------------------------------------------------------------------------------------------------ open
 

@@ -230,6 +230,16 @@ class OverRanks:
         messages = self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
         return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
+    def share_findings(self, finding: Any) -> list[Any]:
+        """What every process found in its look at a few rows, by rank.
+
+        Raises:
+            RankError: another process failed.
+        """
+        self._meet()
+        self._agree(Kind.LOOKING_AT_A_FEW_ROWS)
+        return self.ranks.exchange_objects(finding)
+
     def _meet(self) -> None:
         if not self._has_met:
             whole = [parameter for _, parameter in self._named if id(parameter) not in self._is_sharded]

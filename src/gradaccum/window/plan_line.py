@@ -15,18 +15,25 @@ from gradaccum.window.over_ranks import OverRanks
 
 logger = logging.getLogger("gradaccum")
 _MAX_SHOWN = 3
+NOT_CHECKED = "not checked"
+NOTHING_IS_CUT = f"{NOT_CHECKED}: one micro-batch, nothing is cut"
+"""What the plan line says of a gradient that nobody has looked at."""
 
 
 class PlanLine:
     """Logs the plan line and gives the warning, each once, before the first window that they are about.
 
     ``couples_batch_norms`` says whether BatchNorm in training mode sees single micro-batches.
+
+    Attributes:
+        evidence: what is known of the gradient: "exact", and by what it was checked; or what was not checked, and why.
     """
 
     def __init__(self, models: Sequence[nn.Module], ranks: OverRanks | None, *, couples_batch_norms: bool) -> None:
         self._models, self._ranks = models, ranks
         self._couples_batch_norms = couples_batch_norms
         self._is_logged = self._has_seen_split = False
+        self.evidence = NOT_CHECKED
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
@@ -49,21 +56,35 @@ class PlanLine:
         coupled = self.coupled_layers()
         if is_final and not self._is_logged and (self._ranks is None or self._ranks.is_first):
             over = None if self._ranks is None else self._ranks.description
-            logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
+            found = self._found(len(coupled) if is_split else 0)
+            logger.info(plan_line(sizes, evidence=found, updates_per_epoch=updates_per_epoch, ranks=over))
         if coupled and is_split:
             warn_of_batch_norms(coupled, micro_batches=len(sizes))
         self._is_logged = self._is_logged or is_final
         self._has_seen_split = is_split
 
+    def _found(self, coupled_layers: int) -> str:
+        if not coupled_layers:
+            return self.evidence
+        layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
+        return f"not exact: {layers}" + (f", the rest {self.evidence}" if self.evidence != NOT_CHECKED else "")
+
+
+def exact_on(sizes: Sequence[int]) -> str:
+    """The evidence of a look: pieces of so many samples made the gradient that they have together."""
+    return f"exact (checked on {' + '.join(map(str, sizes))} samples)"
+
 
 def plan_line(
-    sizes: Sequence[int | None], *, coupled_layers: int, updates_per_epoch: int | None, ranks: str | None = None
+    sizes: Sequence[int | None], *, evidence: str, updates_per_epoch: int | None, ranks: str | None = None
 ) -> str:
-    """What one update is made of: ``batch 256 = 16 micro-batches x 16 | exact | 391 updates an epoch``.
+    """What one update is made of, and what is known of it.
+
+    ``batch 256 = 16 micro-batches x 16 | exact (checked on 5 + 3 samples) | 391 updates an epoch``
 
     Args:
         sizes: rows of each micro-batch of a window; None where they cannot be seen.
-        coupled_layers: how many layers see the micro-batch instead of the batch.
+        evidence: see `PlanLine`.
         updates_per_epoch: None where the length of an epoch is unknown.
         ranks: how many processes add up what, where there are several; sizes are then those of one.
     """
@@ -75,9 +96,7 @@ def plan_line(
         batch = f"batch {sum(known)} = {count} x {known[0]}"
     else:
         batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
-    layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
-    exact = "exact" if not coupled_layers or len(sizes) == 1 else f"not exact: {layers}"
-    parts = [batch, exact] if ranks is None else [batch, ranks, exact]
+    parts = [batch, evidence] if ranks is None else [batch, ranks, evidence]
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
     return " | ".join(parts)
