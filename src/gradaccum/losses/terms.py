@@ -77,8 +77,9 @@ def _unusable(loss: Any, name: str) -> LossError:
         )
     return LossError(
         f"{what} is a plain tensor, a mean over samples, and the number of samples is not known here: backward() was "
-        "called outside of over(), or the micro-batch holds no tensors. Its share of the gradient would be a guess. "
-        "Return ga.Loss.mean(value, over=n)."
+        "called outside of over(), or how many the micro-batch has could only be guessed. Its share of the gradient "
+        "would be a guess. Return ga.Loss.mean(value, over=n), or count the samples: ga.Accumulator(..., "
+        "samples=lambda micro_batch: ...), or accumulator.backward(loss, samples=n)."
     )
 
 

@@ -1,0 +1,244 @@
+"""Which parts of a batch have samples, and along what.
+
+    a tensor or an array                              dimension 0 (of a nested tensor: its components)
+    a list of dicts, dataclasses or objects           one sample each
+    a list or tuple of tensors that are alike         columns where their rows agree with the rest of the batch, samples
+                                                      where it is the list's length that agrees
+    numbers, strings, ranges, 0-d tensors in a list   a column where there is one for each sample; else shared
+    everything else                                   shared by all samples
+
+What could be read in two ways, and what in none, is an error that shows both and names ``axes=``: a guess would pair
+samples with the targets of others. The batch itself is a container of columns; if it is a list of tensors, that holds
+for up to two of them, for vectors, and for batches of images: three or more tensors of two or three dimensions may
+as well be so many samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradaccum.errors import BatchError
+from gradaccum.tree.disagreement import rows_disagree, two_readings
+from gradaccum.tree.nesting import parts_of
+from gradaccum.tree.parts import (
+    Along,
+    Axes,
+    Entries,
+    Part,
+    Path,
+    Reader,
+    inner_leaves,
+    name_of,
+    possible_rows,
+    rows_as_columns,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a batch has been read.
+
+    Attributes:
+        rows: samples; None where nothing has any.
+        along: where each part has them, by the keys that lead to it.
+        values: the parts, for a later batch to be compared with.
+        codes: the code that leads to each.
+    """
+
+    rows: int | None
+    along: Mapping[Path, Along]
+    values: Mapping[Path, Any]
+    codes: Mapping[Path, str]
+
+    def __str__(self) -> str:
+        said: dict[str, list[str]] = {}
+        for path, along in self.along.items():
+            said.setdefault(_in_words(along), []).append(self.codes[path])
+        return f"{self.rows} samples: " + "; ".join(f"{what}: {', '.join(codes)}" for what, codes in said.items())
+
+
+def rows_or_none(batch: Any) -> int | None:
+    """The number of samples; None where nothing has any, or where it could only be guessed."""
+    found = _rows_at_a_glance(batch)
+    if found is not None:
+        return found
+    try:
+        return read(batch).rows
+    except BatchError:
+        return None
+
+
+def rows(batch: Any, axes: Axes | None = None) -> int:
+    """The number of samples of a batch.
+
+    Raises:
+        BatchError: nothing has samples, two parts disagree, or it could only be guessed.
+    """
+    found = _rows_at_a_glance(batch) if axes is None else None
+    return with_rows(batch, read(batch, axes)) if found is None else found
+
+
+def with_rows(batch: Any, layout: Layout) -> int:
+    """The number of samples of a batch that has been read; an error where there is none."""
+    if layout.rows is None:
+        raise BatchError(
+            f"The batch ({type(batch).__name__}) holds no tensor with a first dimension, so it cannot be seen how many "
+            "samples it has. Without that count its loss would get the wrong share of the gradient. Pass tensors "
+            "whose index 0 is the sample, in tuples, lists, dicts or dataclasses."
+        )
+    return layout.rows
+
+
+def _rows_at_a_glance(batch: Any) -> int | None:
+    """The rows of the plainest batches: a tensor, two columns, a dict of tensors. None for all others."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.dim() and not batch.is_nested else None
+    kind = type(batch)
+    if kind is dict:
+        columns: Iterable[Any] = batch.values()
+    elif (kind is tuple or kind is list) and len(batch) <= 2:
+        columns = batch
+    else:
+        return None
+    found: int | None = None
+    for column in columns:
+        if not isinstance(column, Tensor) or not column.dim() or column.is_nested:
+            return None
+        if found is not None and column.shape[0] != found:
+            return None
+        found = int(column.shape[0])
+    return found
+
+
+def read(batch: Any, axes: Axes | None = None, before: Layout | None = None) -> Layout:
+    """Reads which parts of a batch have samples, and along what.
+
+    Args:
+        batch: any nesting of tensors.
+        axes: what the user has said of it.
+        before: how an earlier batch was read, which decides what this one alone leaves open.
+
+    Raises:
+        BatchError: parts disagree, or one could be read in two ways, or in none.
+    """
+    reader = Reader(batch, axes or {})
+    parts = reader.parts(batch, (), "batch", None)
+    unknown = [name for name, axis in reader.axes.items() if name not in reader.used and not callable(axis)]
+    if unknown:
+        raise BatchError(
+            f"axes= names {unknown[0]!r}, and the batch has no such entry; it has "
+            f"{', '.join(repr(name_of(part.path)) for part in parts[:8])}. What it says would be ignored. Names "
+            'are keys, fields and indices joined by dots: "vision.pixel_values", "0.boxes".'
+        )
+    return _Resolving(batch, before).resolved(parts, _agreed_rows(parts))
+
+
+class _Resolving:
+    """Decides what parts leave open."""
+
+    def __init__(self, batch: Any, before: Layout | None) -> None:
+        self._batch, self._before = batch, before
+
+    def resolved(self, parts: list[Part], rows: int | None) -> Layout:
+        """The layout of these parts, of which each belongs to ``rows`` samples or to none."""
+        along: dict[Path, Along] = {}
+        has_lists = any(
+            isinstance(part.along, Entries)
+            or (part.inner and part.length == rows and rows not in rows_as_columns(part))
+            for part in parts
+        )
+        waiting, found = list(reversed(parts)), []
+        while waiting:
+            part = waiting.pop()
+            if part.inner and not self._is_list_of_samples(part, rows, has_lists, parts):
+                waiting.extend(reversed(part.inner))
+                continue
+            if part.inner or (part.count is None and part.length == rows and part.length and not self._is_shared(part)):
+                part.along = Entries()
+            along[part.path] = part.along
+            found.append(part)
+        return Layout(
+            rows=rows,
+            along=along,
+            values={part.path: part.value for part in found},
+            codes={part.path: part.code for part in found},
+        )
+
+    def _is_list_of_samples(self, part: Part, rows: int | None, has_lists: bool, parts: list[Part]) -> bool:
+        as_samples, as_columns = part.length == rows, rows in rows_as_columns(part)
+        if as_samples and as_columns and rows != 1:  # of a single sample, both take the same
+            known = () if self._before is None else self._before.along
+            if part.path in known:
+                return True
+            if any(path[: len(part.path)] == part.path for path in known):
+                return False
+            if not has_lists:
+                raise two_readings(part)
+            return True
+        if not as_samples and not as_columns:
+            certain = next((one for one in parts if one.count is not None), part)
+            odd = next((one for one in inner_leaves(part) if one.count != rows), part)
+            raise rows_disagree(certain, odd, of=part)
+        return not as_columns
+
+    def _is_shared(self, part: Part) -> bool:
+        """Whether a list of as many numbers as there are samples is a setting, as an earlier batch shows."""
+        before = self._before
+        if before is None or part.path not in before.along:
+            return False
+        value = before.values[part.path]
+        if (
+            before.along[part.path] is None
+            and before.rows != part.length
+            and (len(value) if hasattr(value, "__len__") else None) == part.length
+        ):
+            return True  # that batch had another number of samples
+        if value is not part.value:
+            return False
+        return before.along[part.path] is None or any(
+            isinstance(other, Tensor) and other is not self._at(path) for path, other in before.values.items()
+        )
+
+    def _at(self, path: Path) -> Any:
+        value = self._batch
+        for key in path:
+            value = dict(parts_of(value) or ()).get(key)
+        return value
+
+
+def _agreed_rows(parts: Sequence[Part]) -> int | None:
+    """The number of samples that all parts go with; None where none has any."""
+    certain = [part for part in parts if part.count is not None]
+    if certain:
+        odd = next((part for part in certain if part.count != certain[0].count), None)
+        if odd is not None:
+            raise rows_disagree(certain[0], odd)
+        return certain[0].count
+    lists = [part for part in parts if part.inner]
+    lengths = {part.length for part in parts if part.length and not part.inner}
+    if not lists:
+        if len(lengths) > 1:
+            columns = [part for part in parts if part.length]
+            odd = next(part for part in columns if part.length != columns[0].length)
+            raise rows_disagree(columns[0], odd)
+        return lengths.pop() if lengths else None
+    possible = set.intersection(*(possible_rows(part) or set() for part in lists))
+    if len(possible) > 1 and possible & lengths:
+        possible &= lengths
+    if len(possible) > 1:
+        raise two_readings(lists[0])
+    if not possible:
+        raise rows_disagree(lists[0], lists[-1] if len(lists) > 1 else inner_leaves(lists[0])[-1], of=lists[-1])
+    return possible.pop()
+
+
+def _in_words(along: Along) -> str:
+    if along is None:
+        return "shared"
+    if isinstance(along, int):
+        return f"dimension {along}"
+    return "by their entries" if isinstance(along, Entries) else "by counted rows"
