@@ -11,11 +11,11 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import tree
 from gradaccum.errors import WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
+from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
@@ -44,7 +44,8 @@ class TrainStep(HasCounts):
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
             random numbers from a stream of its own, so that what follows does not depend on how it was cut.
-        split: how a batch is cut; `split_by_samples` by default.
+        split: how a batch is cut, and what a sample is: `split_by_samples` by default, `split_by_cost`, `split_packed`,
+            `split_as_given`, or a `Split` of your own.
         forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
             Dice over the batch): ``forward(model, micro_batch)`` returns the outputs, any nesting of tensors whose
             index 0 is the sample.
@@ -243,7 +244,7 @@ class TrainStep(HasCounts):
     def _run(self, batch: Any) -> None:
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
-            if self._accumulation.ranks is not None and not tree.rows(batch):
+            if self._accumulation.ranks is not None and not rows_in(self._split, batch):
                 pieces: Sequence[Rows] = []  # an empty share of a batch that other processes have
             else:
                 pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)

@@ -68,6 +68,10 @@ class FixedSplit:
 
     sizes: tuple[int, ...]
 
+    def rows(self, batch: Any) -> int:
+        """See `Split`."""
+        return sum(self.sizes)
+
     def largest(self, batch: Any) -> int:
         """See `Split`."""
         return max(self.sizes)

@@ -3,6 +3,7 @@
 from gradaccum.tree.layout import Layout as Layout
 from gradaccum.tree.layout import read as read
 from gradaccum.tree.layout import rows as rows
+from gradaccum.tree.layout import rows_of as rows_of
 from gradaccum.tree.layout import rows_or_none as rows_or_none
 from gradaccum.tree.nesting import leaves as leaves
 from gradaccum.tree.nesting import map_leaves as map_leaves

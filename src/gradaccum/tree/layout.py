@@ -15,7 +15,9 @@ as well be so many samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from gradaccum.errors import BatchError
 from gradaccum.tree.disagreement import rows_disagree, two_readings
-from gradaccum.tree.nesting import parts_of
+from gradaccum.tree.nesting import parts_of, tensors
 from gradaccum.tree.parts import (
     Along,
     Axes,
@@ -37,6 +39,8 @@ from gradaccum.tree.parts import (
     rows_as_columns,
 )
 
+logger = logging.getLogger("gradaccum")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -45,14 +49,31 @@ class Layout:
     Attributes:
         rows: samples; None where nothing has any.
         along: where each part has them, by the keys that lead to it.
-        values: the parts, for a later batch to be compared with.
         codes: the code that leads to each.
+        columns: lists of numbers, strings and the like by their keys, for a later batch to be compared with.
+        tensors: references to the batch's tensors, which tell whether a batch is this one.
     """
 
     rows: int | None
     along: Mapping[Path, Along]
-    values: Mapping[Path, Any]
     codes: Mapping[Path, str]
+    columns: Mapping[Path, Any]
+    tensors: Sequence[weakref.ref[Tensor]]
+
+    def is_of(self, batch: Any) -> bool:
+        """Whether the batch has the tensors that were read, of which there is one at least."""
+        found = list(tensors(batch))
+        return 0 < len(found) == len(self.tensors) and all(
+            reference() is tensor for reference, tensor in zip(self.tensors, found, strict=True)
+        )
+
+    def parts_of(self, batch: Any) -> Iterator[tuple[Path, Any]]:
+        """The parts of a batch that is laid out like this one, by the keys that lead to them."""
+        for path in self.along:
+            part = batch
+            for key in path:
+                part = dict(parts_of(part) or ())[key]
+            yield path, part
 
     def __str__(self) -> str:
         said: dict[str, list[str]] = {}
@@ -79,10 +100,10 @@ def rows(batch: Any, axes: Axes | None = None) -> int:
         BatchError: nothing has samples, two parts disagree, or it could only be guessed.
     """
     found = _rows_at_a_glance(batch) if axes is None else None
-    return with_rows(batch, read(batch, axes)) if found is None else found
+    return rows_of(batch, read(batch, axes)) if found is None else found
 
 
-def with_rows(batch: Any, layout: Layout) -> int:
+def rows_of(batch: Any, layout: Layout) -> int:
     """The number of samples of a batch that has been read; an error where there is none."""
     if layout.rows is None:
         raise BatchError(
@@ -114,13 +135,14 @@ def _rows_at_a_glance(batch: Any) -> int | None:
     return found
 
 
-def read(batch: Any, axes: Axes | None = None, before: Layout | None = None) -> Layout:
+def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, is_next: bool = False) -> Layout:
     """Reads which parts of a batch have samples, and along what.
 
     Args:
         batch: any nesting of tensors.
         axes: what the user has said of it.
         before: how an earlier batch was read, which decides what this one alone leaves open.
+        is_next: whether that was another batch of the same run: a list that both have is a setting.
 
     Raises:
         BatchError: parts disagree, or one could be read in two ways, or in none.
@@ -134,14 +156,14 @@ def read(batch: Any, axes: Axes | None = None, before: Layout | None = None) -> 
             f"{', '.join(repr(name_of(part.path)) for part in parts[:8])}. What it says would be ignored. Names "
             'are keys, fields and indices joined by dots: "vision.pixel_values", "0.boxes".'
         )
-    return _Resolving(batch, before).resolved(parts, _agreed_rows(parts))
+    return _Resolving(batch, before, is_next).resolved(parts, _agreed_rows(parts))
 
 
 class _Resolving:
     """Decides what parts leave open."""
 
-    def __init__(self, batch: Any, before: Layout | None) -> None:
-        self._batch, self._before = batch, before
+    def __init__(self, batch: Any, before: Layout | None, is_next: bool) -> None:
+        self._batch, self._before, self._is_next = batch, before, is_next
 
     def resolved(self, parts: list[Part], rows: int | None) -> Layout:
         """The layout of these parts, of which each belongs to ``rows`` samples or to none."""
@@ -164,8 +186,9 @@ class _Resolving:
         return Layout(
             rows=rows,
             along=along,
-            values={part.path: part.value for part in found},
             codes={part.path: part.code for part in found},
+            columns={part.path: part.value for part in found if part.length and part.count is None and not part.inner},
+            tensors=[weakref.ref(tensor) for tensor in tensors(self._batch)],
         )
 
     def _is_list_of_samples(self, part: Part, rows: int | None, has_lists: bool, parts: list[Part]) -> bool:
@@ -188,26 +211,20 @@ class _Resolving:
     def _is_shared(self, part: Part) -> bool:
         """Whether a list of as many numbers as there are samples is a setting, as an earlier batch shows."""
         before = self._before
-        if before is None or part.path not in before.along:
+        if before is None or part.path not in before.columns:
             return False
-        value = before.values[part.path]
-        if (
-            before.along[part.path] is None
-            and before.rows != part.length
-            and (len(value) if hasattr(value, "__len__") else None) == part.length
-        ):
-            return True  # that batch had another number of samples
-        if value is not part.value:
-            return False
-        return before.along[part.path] is None or any(
-            isinstance(other, Tensor) and other is not self._at(path) for path, other in before.values.items()
-        )
-
-    def _at(self, path: Path) -> Any:
-        value = self._batch
-        for key in path:
-            value = dict(parts_of(value) or ()).get(key)
-        return value
+        value, was_shared = before.columns[part.path], before.along[part.path] is None
+        if was_shared and (value is part.value or len(value) == part.length != before.rows):
+            return True
+        is_shared = value is part.value and self._is_next and bool(before.tensors)
+        if is_shared:
+            logger.warning(
+                "%s is the same object in two batches, and is taken for a setting that all samples share; if it has an "
+                "entry for each sample: ga.split_by_samples(axes={%r: 0}), and None for a setting",
+                part.code,
+                name_of(part.path),
+            )
+        return is_shared
 
 
 def _agreed_rows(parts: Sequence[Part]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from gradaccum.tree.parts import Along, Axes, Counted, Entries
 from gradaccum.types import Rows
 
 
-def take(batch: Any, which: Rows, layout: Layout | None = None, *, axes: Axes | None = None) -> Any:
+def take(
+    batch: Any,
+    which: Rows,
+    layout: Layout | None = None,
+    *,
+    axes: Axes | None = None,
+    before_cut: Callable[[Any, int], Any] | None = None,
+) -> Any:
     """The given samples of every tensor and column. Slices of tensors are views, nothing is copied.
 
     Args:
@@ -22,16 +30,17 @@ def take(batch: Any, which: Rows, layout: Layout | None = None, *, axes: Axes | 
         which: samples, in the order they are to have.
         layout: how the batch has been read, where it has been.
         axes: see `Axes`.
+        before_cut: called with each tensor and array and the dimension of its samples; what it returns is cut.
 
     Raises:
         BatchError: see `read`; or a sparse tensor, which cannot be cut.
     """
-    return _Taking(which, read(batch, axes) if layout is None else layout).of(batch, (), "batch")
+    return _Taking(which, read(batch, axes) if layout is None else layout, before_cut).of(batch, (), "batch")
 
 
 class _Taking:
-    def __init__(self, which: Rows, layout: Layout) -> None:
-        self.which, self.along = which, layout.along
+    def __init__(self, which: Rows, layout: Layout, before_cut: Callable[[Any, int], Any] | None) -> None:
+        self.which, self.along, self.before_cut = which, layout.along, before_cut
         # Of jagged tensors. Fields of one offsets tensor share it in the pieces too.
         self.offsets: dict[int, tuple[Tensor, Tensor | slice]] = {}
 
@@ -54,6 +63,8 @@ class _Taking:
                 return value[which] if isinstance(which, slice) else [value[i] for i in which.tolist()]
             entries = [value[i] for i in which.tolist()]
             return entries if type(value) is list else type(value)(entries)
+        if self.before_cut is not None and which is self.which:  # rows that are counted are not trimmed
+            value = self.before_cut(value, along)
         if not isinstance(value, Tensor):
             return _of_array(value, which, along)
         if value.is_nested:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from gradaccum.errors import LossError, WindowError
-from gradaccum.split.by_samples import split_by_groups, split_by_samples
+from gradaccum.split.by_samples import cuts_anywhere, split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
 from gradaccum.whole_batch.batch_norm.exact import Whole
 from gradaccum.whole_batch.batch_norm.ghost import Ghosts
@@ -85,10 +85,10 @@ class RunnerOptions:
         """
         if not isinstance(self.batch_norm, GhostBatch):
             return split_by_samples() if split is None else split
-        if split is not None and type(split) is not type(split_by_samples()):
+        if split is not None and not cuts_anywhere(split):
             raise WindowError(
                 f"{self.batch_norm!r} takes BatchNorm's statistics over consecutive samples of the batch, and split= "
-                'packs them otherwise: groups would be cut apart. Leave split= out, or use batch_norm="exact".'
+                'keeps or packs them otherwise: groups would be cut apart. Leave split= out, or use batch_norm="exact".'
             )
         if max_rows is not None and max_rows < self.batch_norm.samples:
             raise WindowError(
@@ -96,7 +96,7 @@ class RunnerOptions:
                 f"taken over {self.batch_norm.samples} samples at once. Pass micro_batch_size="
                 f"{self.batch_norm.samples} or more, or smaller groups."
             )
-        return split_by_groups(self.batch_norm)
+        return split_by_groups(self.batch_norm, split)
 
     def _check_layers(self) -> None:
         if self.batch_norm not in ("micro", "exact", "frozen") and not isinstance(self.batch_norm, GhostBatch):
@@ -231,7 +231,7 @@ def _one_after_another(
         )
     plain = Plain(loss_of=run_one, split=split, weights=options.weights)
     needs_fillers = ranks is not None and ranks.runs_collectives
-    return FilledRunner(runner=plain, loss_of=run_one) if needs_fillers else plain
+    return FilledRunner(runner=plain, split=split, loss_of=run_one) if needs_fillers else plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
