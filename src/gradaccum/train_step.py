@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import WindowError
+from gradaccum.errors import MisuseError, WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
@@ -165,11 +165,13 @@ class TrainStep(HasCounts):
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 
-    def __call__(self, batch: Any) -> Update:
+    def __call__(self, batch: Any, *more: Any) -> Update:
         """One update from one whole batch.
 
         Args:
-            batch: tensors in any nesting, index 0 the sample, on the host or on the device.
+            batch: tensors in any nesting, index 0 the sample unless ``split`` says otherwise, on the host or on the
+                device.
+            *more: refused: a batch is one argument, ``train_step((x, y))``.
 
         Returns:
             The update, also where it was skipped because its gradient was not finite.
@@ -177,8 +179,10 @@ class TrainStep(HasCounts):
         Raises:
             BatchError: rows disagree, or there are none.
             LossError: the loss is not a scalar, has no graph, or cannot be normalised.
-            MisuseError: a gradient is left over from something else.
+            MisuseError: a gradient is left over from something else; or a batch in several arguments.
         """
+        if more:
+            raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
         with self._accumulation.with_others():
             self._run(batch)
@@ -187,7 +191,7 @@ class TrainStep(HasCounts):
             self._bar.updated(update)
         return update
 
-    def backward(self, batch: Any) -> Loss:
+    def backward(self, batch: Any, *more: Any) -> Loss:
         """The whole batch's gradient, added to ``.grad`` as torch's own backward does; no update.
 
         For closures (L-BFGS), methods of two gradients (SAM), sums of several batches' losses and for looking at
@@ -209,6 +213,8 @@ class TrainStep(HasCounts):
             >>> bool(lbfgs.step(closure) > closure())
             True
         """
+        if more:
+            raise MisuseError(_in_one(batch, *more))
         aside = self._accumulation.set_aside()
         try:
             with self._accumulation.with_others():
@@ -289,3 +295,11 @@ class TrainStep(HasCounts):
         except BaseException:
             accumulation.discard()
             raise
+
+
+def _in_one(*batch: Any) -> str:
+    names = ", ".join("xyzuvw"[: len(batch)]) if len(batch) <= 6 else "x, y, ..."
+    return (
+        f"A batch is one argument, and there are {len(batch)}; all but the first would be left out. Pass them as a "
+        f"tuple, train_step(({names})), which loss_fn(model, micro_batch) gets in pieces: {names} = micro_batch."
+    )

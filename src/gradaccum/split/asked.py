@@ -21,7 +21,11 @@ def rows_in(split: Split, batch: Any) -> int:
 
 
 def samples_in(split: Split, batch: Any, piece: Rows) -> int | None:
-    """The number of samples in a piece of a batch; None where the split does not know."""
+    """The number of samples in a piece of a batch, a weight of its plain mean.
+
+    None where the split does not know: one of ready micro-batches that cannot be counted, whose losses must say what
+    they are means over.
+    """
     count = getattr(split, "samples", None)
     return num_rows(piece) if count is None else count(batch, piece)
 
@@ -32,5 +36,5 @@ def unit_of(split: Split) -> str:
 
 
 def smallest_pieces(split: Split, batch: Any) -> list[Rows]:
-    """The pieces of a batch that cannot be cut any further."""
+    """The pieces of a batch that cannot be cut any further: samples, or groups that stay together."""
     return list(split.plan(batch, 1))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradaccum.errors import BatchError, WindowError
 from gradaccum.split.by_samples import equal_pieces
+from gradaccum.split.reading import is_cumulative
 from gradaccum.types import Rows, Split
 
 _POSITIONS = "position_ids"
@@ -72,7 +73,7 @@ class _Packed:
 
 def _cut(key: Any, value: Any, which: Tensor, rows: Tensor, lengths: list[int], starts: list[int]) -> Any:
     tokens, sequences = starts[-1], len(starts) - 1
-    if _is_cumulative(key):
+    if is_cumulative(key):
         fresh = torch.tensor([0, *lengths]).cumsum(0)
         return fresh.to(value) if isinstance(value, Tensor) else fresh.tolist()
     if isinstance(key, str) and key.startswith("max_") and ("len" in key):
@@ -106,7 +107,7 @@ def _starts(batch: Any) -> list[int]:
             f"{type(batch).__name__}. Pass a dict that has one of them, or a ga.Split of your own."
         )
     for key, value in batch.items():
-        if _is_cumulative(key) and value is not None:
+        if is_cumulative(key) and value is not None:
             return [int(start) for start in (value.flatten().tolist() if isinstance(value, Tensor) else value)]
     positions = batch.get(_POSITIONS)
     if not isinstance(positions, Tensor):
@@ -123,7 +124,3 @@ def _starts(batch: Any) -> list[int]:
     flat = positions.flatten()
     anew = (flat[1:] != flat[:-1] + 1).nonzero().flatten() + 1
     return [0, *anew.tolist(), len(flat)] if len(flat) else [0]
-
-
-def _is_cumulative(key: Any) -> bool:
-    return isinstance(key, str) and key.startswith(("cu_seq", "cu_len", "cumulative_seq"))

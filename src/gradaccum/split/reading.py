@@ -132,8 +132,18 @@ def next_fit(groups: Sequence[Sequence[int]], fits: Callable[[int, Sequence[int]
 
 
 def _refuse_packed(batch: Any, axes: tree.Axes) -> None:
-    """Refuses sequences that lie one after another in dimension 0: samples are not its rows."""
-    if not isinstance(batch, Mapping) or not isinstance(positions := batch.get("position_ids"), Tensor):
+    """Refuses sequences that lie one after another in one dimension: samples are not the rows."""
+    if not isinstance(batch, Mapping):
+        return
+    lengths = next((key for key in batch if is_cumulative(key) and key not in axes and batch[key] is not None), None)
+    if lengths is not None:
+        raise BatchError(
+            f"The batch is packed: batch[{lengths!r}] has the cumulative lengths of sequences that lie one after "
+            "another. Cut at rows, they would be those of other sequences. Pass split=ga.split_packed(), which cuts "
+            f"between sequences; or, if all samples share them, ga.split_by_samples(axes={{{lengths!r}: None}})."
+        )
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor):
         return
     if positions.dim() == 1 and "position_ids" not in axes and int((positions == 0).sum()) > 1:
         raise BatchError(
@@ -142,3 +152,8 @@ def _refuse_packed(batch: Any, axes: tree.Axes) -> None:
             "sequences would be torn apart and lose what they attend to. Pass split=ga.split_packed(), which cuts "
             "between them."
         )
+
+
+def is_cumulative(key: Any) -> bool:
+    """Whether an entry of this name holds the cumulative lengths of packed sequences."""
+    return isinstance(key, str) and key.startswith(("cu_seq", "cu_len", "cumulative_seq"))

@@ -21,7 +21,10 @@ def rows_disagree(first: Part, odd: Part, *, of: Part | None = None) -> BatchErr
 
 
 def two_readings(part: Part) -> BatchError:
-    """The error for a list whose entries may be samples, and may be columns."""
+    """The error for a list whose entries may be samples, and may be columns.
+
+    In ``axes`` a list's dimension 0 are its entries, and dimension 1 is that of the tensors in it.
+    """
     name, kind = name_of(part.path), type(part.value).__name__
     rows = " or ".join(map(str, sorted(rows_as_columns(part), key=str)))
     return BatchError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradaccum.errors import BatchError
 from gradaccum.tree.layout import Layout, read
 from gradaccum.tree.nesting import code_of, has_rows, parts_of, with_parts
-from gradaccum.tree.parts import Along, Axes, Counted, Entries
+from gradaccum.tree.parts import Along, Axes, Counted, Entries, name_of
 from gradaccum.types import Rows
 
 
@@ -46,13 +46,13 @@ class _Taking:
 
     def of(self, value: Any, path: tuple[Any, ...], code: str) -> Any:
         if path in self.along:
-            return self._cut(value, self.along[path], code)
+            return self._cut(value, self.along[path], path, code)
         parts = parts_of(value)
         if parts is None:
             return value
         return with_parts(value, [self.of(part, (*path, key), code + code_of(value, key)) for key, part in parts])
 
-    def _cut(self, value: Any, along: Along, code: str) -> Any:
+    def _cut(self, value: Any, along: Along, path: tuple[Any, ...], code: str) -> Any:
         if along is None:
             return value
         which = self.which
@@ -73,7 +73,7 @@ class _Taking:
             raise BatchError(
                 f"{code} is a {value.layout} tensor of shape {tuple(value.shape)}, which cannot be cut into the rows "
                 "of its samples. Pass it dense (x.to_dense()), as a list of one tensor for each sample, or, where all "
-                f"samples share it, name it: split=ga.split_by_samples(axes={{...: None}})."
+                f"samples share it, name it: split=ga.split_by_samples(axes={{{name_of(path)!r}: None}})."
             )
         if isinstance(which, slice):
             return value[which] if along == 0 else value[(*[slice(None)] * along, which)]

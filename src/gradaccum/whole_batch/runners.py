@@ -26,6 +26,7 @@ from gradaccum.whole_batch.batch_norm.layers import frozen
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.lockstep.lockstep import Lockstep
 from gradaccum.whole_batch.outputs import CONCAT, SUM
+from gradaccum.whole_batch.signatures import check_loss_fn
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.fillers import FilledRunner
@@ -119,6 +120,8 @@ class RunnerOptions:
 
     def _check_loss_of_micro_batches(self) -> None:
         _check_callable(self.loss_fn, "loss_fn", "loss_fn(model, micro_batch) that returns the loss")
+        assert self.loss_fn is not None
+        check_loss_fn(self.loss_fn)
         if self.combine != "concat" or self.kept_graphs is not None:
             raise LossError(
                 f"combine={self.combine!r} and kept_graphs={self.kept_graphs!r} say how the whole batch's outputs are "
