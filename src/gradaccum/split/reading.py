@@ -145,12 +145,14 @@ def _refuse_packed(batch: Any, axes: tree.Axes) -> None:
     positions = batch.get("position_ids")
     if not isinstance(positions, Tensor):
         return
-    if positions.dim() == 1 and "position_ids" not in axes and int((positions == 0).sum()) > 1:
+    if positions.dim() != 1 or "position_ids" in axes:
+        return
+    anew = int((positions[1:] != positions[:-1] + 1).sum())
+    if anew:
         raise BatchError(
-            f"The batch is packed: position_ids of shape {tuple(positions.shape)} start anew "
-            f"{int((positions == 0).sum())} times, so dimension 0 holds sequences one after another. Cut at its rows, "
-            "sequences would be torn apart and lose what they attend to. Pass split=ga.split_packed(), which cuts "
-            "between them."
+            f"The batch is packed: position_ids of shape {tuple(positions.shape)} start anew {anew} times, so "
+            "dimension 0 holds sequences one after another. Cut at its rows, sequences would be torn apart and lose what they "
+            "attend to. Pass split=ga.split_packed(), which cuts between them."
         )
 
 
