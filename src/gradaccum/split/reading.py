@@ -151,8 +151,8 @@ def _refuse_packed(batch: Any, axes: tree.Axes) -> None:
     if anew:
         raise BatchError(
             f"The batch is packed: position_ids of shape {tuple(positions.shape)} start anew {anew} times, so "
-            "dimension 0 holds sequences one after another. Cut at its rows, sequences would be torn apart and lose what they "
-            "attend to. Pass split=ga.split_packed(), which cuts between them."
+            "dimension 0 holds sequences one after another. Cut at its rows, sequences would be torn apart and lose "
+            "what they attend to. Pass split=ga.split_packed(), which cuts between them."
         )
 
 

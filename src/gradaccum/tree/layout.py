@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,7 @@ from gradaccum.tree.parts import (
 )
 
 logger = logging.getLogger("gradaccum")
+_NO_ROWS = {int, float, bool, str, bytes, NoneType}  # nor do lists of these count where there is a tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class Layout:
         codes: the code that leads to each.
         columns: lists of numbers, strings and the like by their keys, for a later batch to be compared with.
         tensors: references to the batch's tensors, which tell whether a batch is this one.
+        batch_id: that of the batch itself, which tells the same while its tensors live.
     """
 
     rows: int | None
@@ -59,9 +62,12 @@ class Layout:
     codes: Mapping[Path, str]
     columns: Mapping[Path, Any]
     tensors: Sequence[weakref.ref[Tensor]]
+    batch_id: int
 
     def is_of(self, batch: Any) -> bool:
         """Whether the batch has the tensors that were read, of which there is one at least."""
+        if id(batch) == self.batch_id and self.tensors and self.tensors[0]() is not None:
+            return True
         found = list(tensors(batch))
         return 0 < len(found) == len(self.tensors) and all(
             reference() is tensor for reference, tensor in zip(self.tensors, found, strict=True)
@@ -115,24 +121,50 @@ def rows_of(batch: Any, layout: Layout) -> int:
 
 
 def _rows_at_a_glance(batch: Any) -> int | None:
-    """The rows of the plainest batches: a tensor, two columns, a dict of tensors. None for all others."""
+    """The rows of the plainest batches, tensors in a tuple, a list or a dict. None for all others.
+
+    Called for every micro-batch of one's own loop, so it takes microseconds.
+    """
     if isinstance(batch, Tensor):
         return int(batch.shape[0]) if batch.dim() and not batch.is_nested else None
     kind = type(batch)
-    if kind is dict:
-        columns: Iterable[Any] = batch.values()
-    elif (kind is tuple or kind is list) and len(batch) <= 2:
-        columns = batch
-    else:
+    if kind is not dict and kind is not tuple and kind is not list:
         return None
     found: int | None = None
-    for column in columns:
-        if not isinstance(column, Tensor) or not column.dim() or column.is_nested:
+    dims, kinds = 0, set[Any]()
+    for column in batch.values() if kind is dict else batch:
+        if type(column) in _NO_ROWS or (type(column) is list and set(map(type, column)) <= _NO_ROWS):
+            continue
+        if not isinstance(column, Tensor) or not (dims := column.dim()) or column.is_nested:
             return None
         if found is not None and column.shape[0] != found:
             return None
         found = int(column.shape[0])
-    return found
+        if kind is list:
+            kinds.add((column.dtype, dims))
+    # A longer list of tensors that are alike may be one of samples.
+    return None if len(batch) > 2 and len(kinds) == 1 and dims in (2, 3) else found
+
+
+def _plain_layout(batch: Any) -> Layout | None:
+    """The layout of the plainest batches, of tensors alone; read for every update, so it takes microseconds."""
+    rows = _rows_at_a_glance(batch)
+    if rows is None:
+        return None
+    if isinstance(batch, Tensor):
+        columns: dict[Path, Tensor] = {(): batch}
+    else:
+        columns = {(key,): column for key, column in (batch.items() if type(batch) is dict else enumerate(batch))}
+    if not all(isinstance(column, Tensor) for column in columns.values()):
+        return None
+    return Layout(
+        rows=rows,
+        along=dict.fromkeys(columns, 0),
+        codes={path: f"batch[{path[0]!r}]" if path else "batch" for path in columns},
+        columns={},
+        tensors=[weakref.ref(column) for column in columns.values()],
+        batch_id=id(batch),
+    )
 
 
 def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, is_next: bool = False) -> Layout:
@@ -147,6 +179,9 @@ def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, 
     Raises:
         BatchError: parts disagree, or one could be read in two ways, or in none.
     """
+    plain = None if axes else _plain_layout(batch)
+    if plain is not None:
+        return plain
     reader = Reader(batch, axes or {})
     parts = reader.parts(batch, (), "batch", None)
     unknown = [name for name, axis in reader.axes.items() if name not in reader.used and not callable(axis)]
@@ -189,6 +224,7 @@ class _Resolving:
             codes={part.path: part.code for part in found},
             columns={part.path: part.value for part in found if part.length and part.count is None and not part.inner},
             tensors=[weakref.ref(tensor) for tensor in tensors(self._batch)],
+            batch_id=id(self._batch),
         )
 
     def _is_list_of_samples(self, part: Part, rows: int | None, has_lists: bool, parts: list[Part]) -> bool:

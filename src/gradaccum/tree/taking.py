@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradaccum.errors import BatchError
 from gradaccum.tree.layout import Layout, read
-from gradaccum.tree.nesting import code_of, has_rows, parts_of, with_parts
-from gradaccum.tree.parts import Along, Axes, Counted, Entries, name_of
+from gradaccum.tree.nesting import has_rows, parts_of, with_parts
+from gradaccum.tree.parts import Along, Axes, Counted, Entries, Path, name_of
 from gradaccum.types import Rows
 
 
@@ -35,24 +35,24 @@ def take(
     Raises:
         BatchError: see `read`; or a sparse tensor, which cannot be cut.
     """
-    return _Taking(which, read(batch, axes) if layout is None else layout, before_cut).of(batch, (), "batch")
+    return _Taking(which, read(batch, axes) if layout is None else layout, before_cut).of(batch, ())
 
 
 class _Taking:
     def __init__(self, which: Rows, layout: Layout, before_cut: Callable[[Any, int], Any] | None) -> None:
-        self.which, self.along, self.before_cut = which, layout.along, before_cut
+        self.which, self.along, self.codes, self.before_cut = which, layout.along, layout.codes, before_cut
         # Of jagged tensors. Fields of one offsets tensor share it in the pieces too.
         self.offsets: dict[int, tuple[Tensor, Tensor | slice]] = {}
 
-    def of(self, value: Any, path: tuple[Any, ...], code: str) -> Any:
+    def of(self, value: Any, path: Path) -> Any:
         if path in self.along:
-            return self._cut(value, self.along[path], path, code)
+            return self._cut(value, self.along[path], path)
         parts = parts_of(value)
         if parts is None:
             return value
-        return with_parts(value, [self.of(part, (*path, key), code + code_of(value, key)) for key, part in parts])
+        return with_parts(value, [self.of(part, (*path, key)) for key, part in parts])
 
-    def _cut(self, value: Any, along: Along, path: tuple[Any, ...], code: str) -> Any:
+    def _cut(self, value: Any, along: Along, path: Path) -> Any:
         if along is None:
             return value
         which = self.which
@@ -71,8 +71,9 @@ class _Taking:
             return self._components(value)
         if value.layout is not torch.strided:
             raise BatchError(
-                f"{code} is a {value.layout} tensor of shape {tuple(value.shape)}, which cannot be cut into the rows "
-                "of its samples. Pass it dense (x.to_dense()), as a list of one tensor for each sample, or, where all "
+                f"{self.codes[path]} is a {value.layout} tensor of shape {tuple(value.shape)}, which cannot be "
+                "cut into the rows of its samples. Pass it dense (x.to_dense()), as a list of one tensor for each sample, or, "
+                "where all "
                 f"samples share it, name it: split=ga.split_by_samples(axes={{{name_of(path)!r}: None}})."
             )
         if isinstance(which, slice):
