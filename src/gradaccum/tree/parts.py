@@ -198,10 +198,6 @@ def _is_object(value: Any) -> bool:
     )
 
 
-def _length(value: Any) -> int | None:
-    return len(value) if hasattr(value, "__len__") else None
-
-
 def _checked_counts(counts: Any, part: Part, rows: int) -> Tensor:
     name = name_of(part.path)
     is_right = (

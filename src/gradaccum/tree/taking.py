@@ -42,7 +42,7 @@ class _Taking:
     def __init__(self, which: Rows, layout: Layout, before_cut: Callable[[Any, int], Any] | None) -> None:
         self.which, self.along, self.codes, self.before_cut = which, layout.along, layout.codes, before_cut
         # Of jagged tensors. Fields of one offsets tensor share it in the pieces too.
-        self.offsets: dict[int, tuple[Tensor, Tensor | slice]] = {}
+        self.offsets: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, value: Any, path: Path) -> Any:
         if path in self.along:
@@ -72,8 +72,8 @@ class _Taking:
         if value.layout is not torch.strided:
             raise BatchError(
                 f"{self.codes[path]} is a {value.layout} tensor of shape {tuple(value.shape)}, which cannot be "
-                "cut into the rows of its samples. Pass it dense (x.to_dense()), as a list of one tensor for each sample, or, "
-                "where all "
+                "cut into the rows of its samples. Pass it dense (x.to_dense()), as a list of one tensor for each "
+                "sample, or, where all "
                 f"samples share it, name it: split=ga.split_by_samples(axes={{{name_of(path)!r}: None}})."
             )
         if isinstance(which, slice):
@@ -87,7 +87,7 @@ class _Taking:
             components = value.unbind()
             return torch.nested.as_nested_tensor([components[i] for i in index], layout=value.layout)
         # Fields of one offsets tensor have the same ragged size, and may be added to each other; pieces of them must.
-        offsets = value.offsets()
+        offsets: Tensor = value.offsets()  # type: ignore[attr-defined]
         if id(offsets) not in self.offsets:
             chosen = torch.as_tensor(list(index), dtype=torch.long)
             rows = _counted(offsets.cpu(), chosen)
