@@ -94,9 +94,12 @@ def rows_or_none(batch: Any) -> int | None:
     if found is not None:
         return found
     try:
-        return read(batch).rows
+        layout = read(batch, only_counts=True)
     except BatchError:
         return None
+    if layout.rows == 1 and isinstance(layout.along.get(()), Entries) and rows_or_none(batch[0]) not in (None, 1):
+        return None  # a list of one dict: one sample, or what some loaders make of a batch
+    return layout.rows
 
 
 def rows(batch: Any, axes: Axes | None = None) -> int:
@@ -106,7 +109,7 @@ def rows(batch: Any, axes: Axes | None = None) -> int:
         BatchError: nothing has samples, two parts disagree, or it could only be guessed.
     """
     found = _rows_at_a_glance(batch) if axes is None else None
-    return rows_of(batch, read(batch, axes)) if found is None else found
+    return rows_of(batch, read(batch, axes, only_counts=True)) if found is None else found
 
 
 def rows_of(batch: Any, layout: Layout) -> int:
@@ -167,7 +170,14 @@ def _plain_layout(batch: Any) -> Layout | None:
     )
 
 
-def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, is_next: bool = False) -> Layout:
+def read(
+    batch: Any,
+    axes: Axes | None = None,
+    before: Layout | None = None,
+    *,
+    is_next: bool = False,
+    only_counts: bool = False,
+) -> Layout:
     """Reads which parts of a batch have samples, and along what.
 
     Args:
@@ -175,6 +185,7 @@ def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, 
         axes: what the user has said of it.
         before: how an earlier batch was read, which decides what this one alone leaves open.
         is_next: whether that was another batch of the same run: a list that both have is a setting.
+        only_counts: whether samples are only counted: what has as many either way is no matter then.
 
     Raises:
         BatchError: parts disagree, or one could be read in two ways, or in none.
@@ -191,14 +202,14 @@ def read(batch: Any, axes: Axes | None = None, before: Layout | None = None, *, 
             f"{', '.join(repr(name_of(part.path)) for part in parts[:8])}. What it says would be ignored. Names "
             'are keys, fields and indices joined by dots: "vision.pixel_values", "0.boxes".'
         )
-    return _Resolving(batch, before, is_next).resolved(parts, _agreed_rows(parts))
+    return _Resolving(batch, before, is_next, only_counts).resolved(parts, _agreed_rows(parts))
 
 
 class _Resolving:
     """Decides what parts leave open."""
 
-    def __init__(self, batch: Any, before: Layout | None, is_next: bool) -> None:
-        self._batch, self._before, self._is_next = batch, before, is_next
+    def __init__(self, batch: Any, before: Layout | None, is_next: bool, only_counts: bool) -> None:
+        self._batch, self._before, self._is_next, self._only_counts = batch, before, is_next, only_counts
 
     def resolved(self, parts: list[Part], rows: int | None) -> Layout:
         """The layout of these parts, of which each belongs to ``rows`` samples or to none."""
@@ -235,7 +246,7 @@ class _Resolving:
                 return True
             if any(path[: len(part.path)] == part.path for path in known):
                 return False
-            if not has_lists:
+            if not (has_lists or self._only_counts):
                 raise two_readings(part)
             return True
         if not as_samples and not as_columns:
@@ -278,6 +289,8 @@ def _agreed_rows(parts: Sequence[Part]) -> int | None:
             columns = [part for part in parts if part.length]
             odd = next(part for part in columns if part.length != columns[0].length)
             raise rows_disagree(columns[0], odd)
+        if not lengths and any(part.length == 0 and type(part.value) is list for part in parts):
+            return 0  # lists of no samples: the share of a process that has none
         return lengths.pop() if lengths else None
     possible = set.intersection(*(possible_rows(part) or set() for part in lists))
     if len(possible) > 1 and possible & lengths:

@@ -99,7 +99,7 @@ class Reader:
             part.length = len(value)
             return [part] if part.path else self._inside(part, None)
         is_records = all(isinstance(entry, Mapping) or is_dataclass(entry) for entry in value)
-        if (is_records and all(type(entry) is type(first) for entry in value)) or _are_pairs(value, part.path):
+        if (is_records and all(type(entry) is type(first) for entry in value)) or (not part.path and _are_pairs(value)):
             part.along, part.count = Entries(), len(value)
             return [part]
         are_lists = all(type(entry) in (list, tuple) for entry in value)
@@ -178,11 +178,13 @@ def _are_alike(values: Sequence[Any]) -> bool:
     return all(map(has_rows, values)) and len({(value.ndim, value.dtype) for value in values}) == 1
 
 
-def _are_pairs(values: Sequence[Any], path: Path) -> bool:
+def _are_pairs(values: Sequence[Any]) -> bool:
     """Whether it is a list of samples such as (picture, label): each as long, with the same unlike kinds."""
+    if type(values) is not list:
+        return False
     kinds = {tuple(map(_kind, value)) if type(value) in (list, tuple) else None for value in values}
     kind = kinds.pop()
-    return not kinds and kind is not None and len(set(kind)) > 1 and (len(values) > 1 or not path)
+    return not kinds and kind is not None and len(set(kind)) > 1
 
 
 def _kind(value: Any) -> Any:

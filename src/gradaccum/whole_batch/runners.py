@@ -193,7 +193,7 @@ def choose_runner(
     scope: Callable[[], AbstractContextManager[None]] | None = None
     if isinstance(options.batch_norm, GhostBatch):
         ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
-        run_one, scope = ghosts.forward(run_one), ghosts.held
+        run_one, scope = ghosts.forward(run_one, split=split), ghosts.held
     elif options.batch_norm == "frozen":
         scope = functools.partial(frozen, models)
     if not options.is_lockstep:
