@@ -335,7 +335,7 @@ def test_map_leaves_calls_once_for_each_leaf() -> None:
     assert mapped == batch
 
 
-# ---------------------------------------------------------------------------------------------- what could be two things
+# --------------------------------------------------------------------------------------------- what could be two things
 def images(count: int, rows: int = 3) -> list[Tensor]:
     return [torch.zeros(rows, 4, 4 + i % 2) for i in range(count)]
 

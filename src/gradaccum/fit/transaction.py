@@ -144,7 +144,7 @@ class Fitting:
     def _largest_and_elements(self, batch: Any) -> tuple[int, int]:
         """How large a piece can be, and how many elements each of its rows has."""
         rows = rows_in(self.split, batch)
-        if not rows:  # an empty share of a batch that other processes have
+        if not rows and self.accumulation.ranks is not None:  # an empty share of a batch that other processes have
             return 0, 1
         largest = self.split.largest(batch)
         if not self._cuts_by_samples:
