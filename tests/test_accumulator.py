@@ -123,8 +123,8 @@ def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_samples_that_cannot_be_counted() -> None:
     model, _, accumulator = make_accumulator(batch_size=8)
-    with pytest.raises(ga.LossError, match=r"batch_size= counts samples.*no tensor with rows.*micro_batches="):
-        next(iter(accumulator.over(["text", "text"])))
+    with pytest.raises(ga.LossError, match=r"counts samples.*no tensor with a first.*samples=.*micro_batches="):
+        next(iter(accumulator.over(["text", "text"])))  # no list of two texts: each item is a micro-batch
     model, _, accumulator = make_accumulator(micro_batches=2)
     for (x, y), _ in zip(pairs(2, 1), accumulator.over(["text", "more"]), strict=True):
         update = accumulator.backward(ga.Loss.mean(squares(model, (x, y)), over=len(x)))

@@ -71,7 +71,7 @@ def test_nested_batches(name: str) -> None:
 BAD_BATCHES: dict[str, tuple[Any, str]] = {
     "rows disagree": ((X, Y[:5]), r"Rows disagree: batch\[0\] has 13 and batch\[1\] has 5 \(shape \(5, 1\)\)"),
     "no rows": ((X[:0], Y[:0]), r"The batch has 0 rows.*0 / 0.*Leave empty batches out"),
-    "no tensors": (["text"], r"holds no tensor with a first dimension"),
+    "no tensors": ({"n": 3}, r"holds no tensor with a first dimension"),
     "nothing": (None, r"\(NoneType\) holds no tensor with a first dimension"),
 }
 

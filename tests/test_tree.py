@@ -16,6 +16,7 @@ from torch import Tensor
 
 import gradaccum as ga
 from gradaccum import tree
+from gradaccum.tree.parts import Entries
 
 ROWS = 5
 
@@ -188,7 +189,8 @@ def test_index_tensors_take_rows_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("column", [list("abcde"), tuple("abcde"), [b"a", b"b", b"c", b"d", b"e"], [1, 2, 3, 4, 5],
-                                    [0.1, 0.2, 0.3, 0.4, 0.5], [True, False, True, False, True],
+                                    [0.1, 0.2, 0.3, 0.4, 0.5], (1, 2, 3, 4, 5), range(5),
+                                    [True, False, True, False, True],
                                     [np.float64(i) for i in range(ROWS)]], ids=repr)  # fmt: skip
 def test_a_column_with_an_entry_for_each_row_is_cut(column: Any) -> None:
     piece = tree.take((torch.zeros(ROWS), column), slice(1, 3))
@@ -196,8 +198,8 @@ def test_a_column_with_an_entry_for_each_row_is_cut(column: Any) -> None:
     assert type(piece[1]) is type(column)
 
 
-@pytest.mark.parametrize("shared", [("a", "b"), ["a"], (3, 224, 224), (1, 2, 3, 4, 5), torch.Size([5, 1]), "abcde",
-                                    b"abcde", 7, 0.5, None, True, range(5), {"a"}, []], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("shared", [("a", "b"), ["a"], (3, 224, 224), torch.Size([5, 1]), "abcde",
+                                    b"abcde", 7, 0.5, None, True, range(4), {"a"}, []], ids=repr)  # fmt: skip
 def test_what_has_no_rows_is_shared_by_all(shared: Any) -> None:
     piece = tree.take({"x": torch.zeros(ROWS), "shared": shared}, slice(1, 3))["shared"]
     assert piece == shared
@@ -258,7 +260,7 @@ def test_rows_that_disagree_name_both_leaves(batch: Any, one: str, other: str) -
 
 
 @pytest.mark.parametrize(
-    "batch", [(), {}, None, 3, "a", ["a", "b"], torch.tensor(1.0), (torch.tensor(1.0), None), Data(1, 2)], ids=repr
+    "batch", [(), {}, None, 3, "a", torch.tensor(1.0), (torch.tensor(1.0), None), Data(1, 2)], ids=repr
 )
 def test_nothing_with_rows(batch: Any) -> None:
     assert tree.rows_or_none(batch) is None
@@ -283,9 +285,10 @@ def leaves_of(batch: Any) -> list[Any]:
 
 
 def nested(rows: int) -> st.SearchStrategy[Any]:
-    """Batches of so many rows. Tuples and lists start with a tensor, so that none is taken for a column of strings."""
-    first = torch.arange(rows)
-    leaf = st.sampled_from([first, torch.arange(rows * 6).reshape(rows, 2, 3), torch.tensor(1.0), None, 3,
+    """Batches of so many rows. Tuples and lists start with a tensor of another type than all others have, so that none
+    is a column of strings, or as good a list of samples as of columns."""
+    first = torch.arange(float(rows))
+    leaf = st.sampled_from([torch.arange(rows), torch.arange(rows * 6).reshape(rows, 2, 3), torch.tensor(1.0), None, 3,
                             "text", [f"row {i}" for i in range(rows)], list(range(rows))])  # fmt: skip
     return st.recursive(
         leaf,
@@ -330,3 +333,110 @@ def test_map_leaves_calls_once_for_each_leaf() -> None:
     mapped = tree.map_leaves(batch, lambda leaf: seen.append(leaf) or leaf)
     assert seen == [x, y, None, "text", 3, ["a", "b"]]
     assert mapped == batch
+
+
+# --------------------------------------------------------------------------------------------- what could be two things
+def images(count: int, rows: int = 3) -> list[Tensor]:
+    return [torch.zeros(rows, 4, 4 + i % 2) for i in range(count)]
+
+
+RAGGED = [torch.zeros(n, 4) for n in (3, 1, 2)]
+READ: dict[str, tuple[Any, int, dict[tuple[Any, ...], Any]]] = {
+    "a list of pictures and their labels": ((images(6), torch.zeros(6)), 6, {(0,): "entries", (1,): 0}),
+    "columns in a list": ({"x": torch.zeros(5, 2), "hidden": images(2, 5)}, 5, {("x",): 0, ("hidden", 0): 0}),
+    "ragged lists": ((RAGGED, [0, 1, 2]), 3, {(0,): "entries", (1,): "entries"}),
+    "pictures and dicts": ((images(3), [{"b": torch.zeros(n, 4)} for n in (1, 2, 3)]), 3,
+                           {(0,): "entries", (1,): "entries"}),
+    "images of samples": ({"y": torch.zeros(4), "images": [images(2), [], images(1), []]}, 4, {("images",): "entries"}),
+    "a list of pairs": ([(torch.zeros(3, 4), 1), (torch.zeros(3, 4), 2)], 2, {(): "entries"}),
+    "a list of sequences": (RAGGED, 3, {(): "entries"}),
+    "triplets in a tuple": ((torch.zeros(4, 2),) * 3, 4, {(2,): 0}),
+    "three vectors in a list": ([torch.zeros(4, dtype=torch.int64)] * 3, 4, {(2,): 0}),
+    "numbers in a tuple": ({"x": torch.zeros(4), "t": (1, 2, 3, 4), "u": (1, 2)}, 4,
+                           {("t",): "entries", ("u",): None}),
+    "0-d tensors": ({"x": torch.zeros(2), "t": [torch.tensor(1), torch.tensor(2)]}, 2, {("t",): "entries"}),
+    "texts": (["a", "b", "c"], 3, {(): "entries"}),
+    "columns of texts": ((["a", "b", "c"], [1, 2, 3]), 3, {(0,): "entries", (1,): "entries"}),
+    "objects": (([object(), object()], torch.zeros(2)), 2, {(0,): "entries"}),
+    "a share of no samples": (([], []), 0, {(0,): None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_without_a_word(name: str) -> None:
+    batch, rows, expected = READ[name]
+    layout = tree.read(batch)
+    assert layout.rows == tree.rows(batch) == rows
+    for path, along in expected.items():
+        found = layout.along[path]
+        assert ("entries" if isinstance(found, Entries) else found) == along
+
+
+X, W = torch.zeros(5), torch.zeros(3)
+ASKED: dict[str, tuple[Any, str, tree.Axes]] = {
+    "a list of three or more": (images(6), r"batch is a list of 6 tensors that have 3 rows.*axes=\{'': 0\}", {"": 0}),
+    "as columns": (images(6), r"\{'': 1\} for columns", {"": 1}),
+    "as many rows as entries": ({"y": W, "i": images(3)}, r"batch\['i'\] is a list.*axes=\{'i': 0\}", {"i": 0}),
+    "neither": ({"y": X, "i": images(2)}, r"batch\['i'\]\[0\] has 3.*As a list of samples, batch\['i'\] has 2"
+                r".*axes=\{'i': None\}", {"i": None}),
+    "shared": ({"x": X, "w": W}, r"axes=\{'w': None\}", {"w": None}),
+    "another dimension": ({"x": X, "w": torch.zeros(3, 5)}, r"\{'w': 1\} if they lie along dim", {"w": 1}),
+    "nested": ({"x": X, "v": {"w": W}}, r"axes=\{'v.w': None\}", {"v.w": None}),
+    "counted": ({"x": X[:2], "w": W}, r"\{'w': counts\}", {"w": lambda _: torch.tensor([1, 2])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_could_only_be_guessed_is_asked_and_the_answer_works(name: str) -> None:
+    batch, message, axes = ASKED[name]
+    with pytest.raises(ga.BatchError, match=message):
+        tree.read(batch)
+    layout = tree.read(batch, axes)
+    rows = tree.rows_of(batch, layout)
+    pieces = [tree.take(batch, slice(i, i + 1), layout) for i in range(rows)]
+    assert len(pieces) == rows > 1
+
+
+def test_a_count_needs_no_cut() -> None:
+    assert tree.rows_or_none({"y": torch.zeros(3), "i": images(3)}) == 3, "3 either way"
+    assert tree.rows_or_none([{"x": torch.zeros(5)}]) is None, "one sample, or what some loaders make of five"
+    assert tree.rows_or_none([{"x": torch.zeros(5)}] * 2) == 2
+    assert tree.rows_or_none(images(6)) is None
+
+
+def test_what_an_earlier_batch_has_shown() -> None:
+    split = ga.split_by_samples()
+    settings = [0.1, 0.2, 0.3]
+    split.plan({"x": torch.zeros(5), "s": settings, "i": images(5)}, 2)
+    last = {"x": torch.zeros(3), "s": settings, "i": images(3)}
+    piece = split.cut(last, split.plan(last, 2)[0])
+    assert piece["s"] is settings, "it had another length than the first batch"
+    assert len(piece["i"]) == 2, "samples in the first batch, so in this one"
+
+
+def test_the_same_list_in_two_batches_is_a_setting(caplog: pytest.LogCaptureFixture) -> None:
+    split = ga.split_by_samples()
+    settings, first = [1, 2, 3, 4], {"x": torch.zeros(4), "s": [1, 2, 3, 4]}
+    first["s"] = settings
+    for _ in range(2):  # a batch that is passed twice is no other batch
+        assert split.cut(first, split.plan(first, 2)[0])["s"] == [1, 2]
+    second = {"x": torch.ones(4), "s": settings}
+    assert split.cut(second, split.plan(second, 2)[0])["s"] is settings
+    assert "batch['s'] is the same object in two batches" in caplog.text
+    third = {"x": torch.ones(4), "s": [1, 2, 3, 4]}
+    said = ga.split_by_samples(axes={"s": 0})
+    assert said.cut(third, said.plan(third, 2)[1])["s"] == [3, 4]
+
+
+def test_jagged_fields_of_one_offsets_still_go_together() -> None:
+    ids = torch.nested.nested_tensor([torch.randn(n) for n in (2, 3, 1)], layout=torch.jagged)
+    mask = torch.nested.nested_tensor_from_jagged(torch.randn(6), ids.offsets())
+    piece = tree.take({"ids": ids, "mask": mask}, torch.tensor([2, 0]))
+    assert [len(one) for one in (piece["ids"] + piece["mask"]).unbind()] == [1, 2]
+
+
+def test_a_sparse_tensor_is_refused() -> None:
+    batch = {"x": torch.eye(4).to_sparse(), "y": torch.zeros(4)}
+    with pytest.raises(ga.BatchError, match=r"batch\['x'\] is a torch.sparse_coo tensor.*to_dense.*axes=\{'x': None\}"):
+        tree.take(batch, slice(0, 2))
+    assert tree.take(batch, slice(0, 2), axes={"x": None})["x"] is batch["x"]

@@ -33,11 +33,13 @@ from gradaccum.errors import (
 )
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.weight_of import weight_of
+from gradaccum.split.as_given import split_as_given
 from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
+from gradaccum.split.packed import split_packed
 from gradaccum.sync.global_batches import GlobalBatchSampler
 from gradaccum.train_step import TrainStep
-from gradaccum.types import GhostBatch, Job, Update
+from gradaccum.types import GhostBatch, Job, Split, Update
 from gradaccum.whole_batch.lockstep.gather import gather
 
 if _typing.TYPE_CHECKING:
@@ -73,6 +75,7 @@ __all__ = [
     "RankError",
     "ReplayError",
     "Report",
+    "Split",
     "StateError",
     "TrainStep",
     "UnknownLossError",
@@ -85,9 +88,11 @@ __all__ = [
     "criterion",
     "gather",
     "plan",
+    "split_as_given",
     "split_by_cost",
     "split_by_samples",
     "weight_of",
+    "split_packed",
 ]
 
 

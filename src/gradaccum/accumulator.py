@@ -13,7 +13,6 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import tree
 from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Weight
@@ -28,6 +27,7 @@ from gradaccum.window.options import Options
 from gradaccum.window.parameters import refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.run_counts import HasCounts
+from gradaccum.window.samples import SamplesFunction, not_counted, said_samples, sample_counter
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
 
@@ -46,6 +46,8 @@ class Accumulator(HasCounts):
         optimizer: one optimizer or a sequence of them, of the models' parameters.
         micro_batches: how many of the loader's micro-batches make an update.
         batch_size: how many samples make an update; the micro-batches must add up to it, but for the last ones.
+        samples: ``samples(micro_batch)`` returns how many samples it has. Needed where they cannot be seen (lists of
+            tensors, packed sequences, parts of unlike length) and ``batch_size`` or a plain loss counts them.
         tail: what becomes of an incomplete last window: applied with its true weight ("step"), thrown away ("drop"),
             or continued by the next pass ("carry").
         weights: ``weights(micro_batch)`` counts what the means of the loss are taken over: a number for one loss, a
@@ -95,6 +97,7 @@ class Accumulator(HasCounts):
         *,
         micro_batches: Schedule | None = None,
         batch_size: Schedule | None = None,
+        samples: SamplesFunction | None = None,
         tail: Tail = "step",
         weights: WeightsFunction | None = None,
         clip_norm: float | None = None,
@@ -109,6 +112,7 @@ class Accumulator(HasCounts):
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
+        self._count = sample_counter(samples)
         check_tail(tail, has_weights=weights is not None)
         options = Options(
             clip_norm=clip_norm,
@@ -189,14 +193,15 @@ class Accumulator(HasCounts):
                 raise self._size.too_short(length, target=target)
         return shared
 
-    def backward(self, loss: Any) -> Update | None:
+    def backward(self, loss: Any, *, samples: int | None = None) -> Update | None:
         """Adds the micro-batch's share to the gradient; makes the update when the window is complete.
 
-        Outside of a pass, windows are counted in ``micro_batches``, the loss must be a `Loss`, and an incomplete last
+        Outside of a pass, ``samples`` says what a plain loss or ``batch_size`` needs to know, and an incomplete last
         window is closed by `flush`.
 
         Args:
             loss: `Loss`; or a 0-d tensor, the mean over the micro-batch's samples; or a dict of these by name.
+            samples: how many samples the micro-batch has, outside of a pass; in one, `over` has counted them.
 
         Returns:
             None inside a window; the update when this was its last micro-batch.
@@ -207,7 +212,9 @@ class Accumulator(HasCounts):
         """
         accumulation = self._accumulation
         if not self._awaits_backward:
-            self._begin_outside_of_a_pass()
+            self._begin_outside_of_a_pass(samples)
+        elif samples is not None:
+            self._samples = said_samples(samples, counted=self._samples if self._counts_samples else None)
         self._awaits_backward = False
         if accumulation.ranks is None:
             accumulation.add(loss, samples=self._samples, weights=self._counted)
@@ -263,7 +270,7 @@ class Accumulator(HasCounts):
 
     def _micro_batch_begins(self, micro_batch: Any, is_last: bool, items: LookingAhead[Any]) -> None:
         """A micro-batch is handed out; opens a window with it if none is open."""
-        samples = tree.rows_or_none(micro_batch)
+        samples = self._count(micro_batch)
         accumulation = self._accumulation
         if self._any_rows is not None:
             self._any_rows.marked(micro_batch)
@@ -273,8 +280,10 @@ class Accumulator(HasCounts):
             return
         if not accumulation.is_open:
             self._open(micro_batch, samples, items)
-        if self._counts_samples and (samples is None or accumulation.open_samples + samples > self._target):
-            raise self._size.does_not_fit(samples, before=accumulation.open_samples, target=self._target)
+        if self._counts_samples:
+            if samples is None:
+                raise not_counted(micro_batch)
+            self._size.check_fits(samples, before=accumulation.open_samples, target=self._target)
         self._samples = samples
         self._is_last = is_last
         self._counted = None if self._weights is None else weights_by_name(self._weights(micro_batch))
@@ -327,7 +336,7 @@ class Accumulator(HasCounts):
         totals = None
         if self._weights is not None:
             totals = totals_of_window(
-                self._weights, micro_batch, items.peek, size=target, counts_samples=self._counts_samples
+                self._weights, micro_batch, items.peek, size=target, count=self._count if self._counts_samples else None
             )
         if self._counts_samples:
             share = (samples, target) if samples else (1, 1)
@@ -366,17 +375,22 @@ class Accumulator(HasCounts):
             self._bar.updated(update)
         return update
 
-    def _begin_outside_of_a_pass(self) -> None:
+    def _begin_outside_of_a_pass(self, samples: int | None) -> None:
         self._passes.refuse_outside_of_a_pass(guards.user_line)
         if self._active_pass() is not None:
             raise guards.second_backward()
-        if self._counts_samples:
+        if samples is None and self._counts_samples:
             raise guards.uncounted_backward()
-        self._samples, self._is_last, self._counted = None, False, None
+        self._samples = None if samples is None else said_samples(samples)
+        self._is_last, self._counted = False, None
         if not self._accumulation.is_open:
             self._target = self._size_of_next()
-            self._accumulation.plan_line.announce([None] * self._target)
-            self._accumulation.open(first_share=(1, self._target))
+        if self._counts_samples and self._samples is not None:
+            self._size.check_fits(self._samples, before=self._accumulation.open_samples, target=self._target)
+        if not self._accumulation.is_open:
+            expected = self._size.expected(self._samples, target=self._target)
+            self._accumulation.plan_line.announce(expected.sizes)
+            self._accumulation.open(first_share=(1, len(expected.sizes)), samples=expected.samples)
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
 
     def _active_pass(self) -> LookingAhead[Any] | None:

@@ -8,7 +8,7 @@
     ├── UnknownLossError (TypeError)     a loss whose mean nothing is known about, or that is not reduced at all
     │                                    [losses/criterion.py]
     ├── BatchError (ValueError)          a batch that cannot be cut: rows disagree, no rows, no tensors
-    │                                    [tree.py, split/by_cost.py, whole_batch/outputs.py]
+    │                                    [tree/disagreement.py, split/reading.py, whole_batch/outputs.py]
     ├── WindowError (ValueError)         sizes that make no window: below 1, larger than an epoch, not adding up
     │                                    [window/window_size.py, window/options.py, whole_batch/runners.py]
     ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train

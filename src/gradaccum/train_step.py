@@ -12,13 +12,13 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum import tree
 from gradaccum.checking.first_check import look_first
 from gradaccum.checking.look_run import StepToCheck
-from gradaccum.errors import GradAccumWarning, WindowError
+from gradaccum.errors import GradAccumWarning, MisuseError, WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
+from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
@@ -52,7 +52,8 @@ class TrainStep(HasCounts):
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
             random numbers from a stream of its own, so that what follows does not depend on how it was cut.
-        split: how a batch is cut; `split_by_samples` by default.
+        split: how a batch is cut, and what a sample is: `split_by_samples` by default, `split_by_cost`, `split_packed`,
+            `split_as_given`, or a `Split` of your own.
         forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
             Dice over the batch): ``forward(model, micro_batch)`` returns the outputs, any nesting of tensors whose
             index 0 is the sample.
@@ -204,11 +205,13 @@ class TrainStep(HasCounts):
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 
-    def __call__(self, batch: Any) -> Update:
+    def __call__(self, batch: Any, *more: Any) -> Update:
         """One update from one whole batch.
 
         Args:
-            batch: tensors in any nesting, index 0 the sample, on the host or on the device.
+            batch: tensors in any nesting, index 0 the sample unless ``split`` says otherwise, on the host or on the
+                device.
+            *more: refused: a batch is one argument, ``train_step((x, y))``.
 
         Returns:
             The update, also where it was skipped because its gradient was not finite.
@@ -216,8 +219,10 @@ class TrainStep(HasCounts):
         Raises:
             BatchError: rows disagree, or there are none.
             LossError: the loss is not a scalar, has no graph, or cannot be normalised.
-            MisuseError: a gradient is left over from something else.
+            MisuseError: a gradient is left over from something else; or a batch in several arguments.
         """
+        if more:
+            raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
         with self._accumulation.with_others():
             self._run(batch)
@@ -226,7 +231,7 @@ class TrainStep(HasCounts):
             self._bar.updated(update)
         return update
 
-    def backward(self, batch: Any, *, unscale: bool = True) -> Loss:
+    def backward(self, batch: Any, *more: Any, unscale: bool = True) -> Loss:
         """The whole batch's gradient, added to ``.grad`` as torch's own backward does; no update.
 
         For closures (L-BFGS), methods of two gradients (SAM), sums of several batches' losses and for looking at
@@ -257,6 +262,8 @@ class TrainStep(HasCounts):
             >>> bool(lbfgs.step(closure) > closure())
             True
         """
+        if more:
+            raise MisuseError(_in_one(batch, *more))
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others():
@@ -320,7 +327,7 @@ class TrainStep(HasCounts):
     def _run(self, batch: Any) -> None:
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
-            if self._accumulation.ranks is not None and not tree.rows(batch):
+            if self._accumulation.ranks is not None and not rows_in(self._split, batch):
                 pieces: Sequence[Rows] = []  # an empty share of a batch that other processes have
             else:
                 pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
@@ -336,7 +343,11 @@ class TrainStep(HasCounts):
 
     def _halves(self, batch: Any) -> Sequence[Rows]:
         """What "auto" runs in its first update, at most."""
-        rows = sum(map(num_rows, self._split.plan(batch, self._split.largest(batch)))) if tree.rows(batch) else 0
+        rows = (
+            sum(map(num_rows, self._split.plan(batch, self._split.largest(batch))))
+            if rows_in(self._split, batch)
+            else 0
+        )
         return [slice(0, rows - rows // 2), slice(rows - rows // 2, rows)] if rows > 1 else [slice(0, rows)]
 
     def _look_first(self, batch: Any, pieces: Sequence[Rows]) -> None:
@@ -389,3 +400,11 @@ class TrainStep(HasCounts):
         except BaseException:
             accumulation.discard()
             raise
+
+
+def _in_one(*batch: Any) -> str:
+    names = ", ".join("xyzuvw"[: len(batch)]) if len(batch) <= 6 else "x, y, ..."
+    return (
+        f"A batch is one argument, and there are {len(batch)}; all but the first would be left out. Pass them as a "
+        f"tuple, train_step(({names})), which loss_fn(model, micro_batch) gets in pieces: {names} = micro_batch."
+    )

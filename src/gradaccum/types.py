@@ -28,7 +28,48 @@ def num_rows(rows: Rows) -> int:
 
 
 class Split(Protocol):
-    """How a batch is cut into micro-batches, of a size in a unit of its own: rows, or rows times their cost."""
+    """How a batch is cut into micro-batches. One of your own is honoured by training, `audit` and `plan`.
+
+    Sizes are in a unit of its own (samples, sequences, a cost): an attribute ``unit`` names it in what is logged. What
+    a sample is, it says too: `rows` and the rows of `plan` count them. The gradient is exact if every sample is in one
+    micro-batch, and a micro-batch is what the batch would be with these samples alone.
+
+    Example:
+        Graphs in one batch, whose edges are numbers of nodes, are renumbered when they are cut:
+
+        >>> class ByGraphs:
+        ...     unit = "graphs"
+        ...
+        ...     def rows(self, batch):
+        ...         return len(batch["y"])
+        ...
+        ...     def largest(self, batch):
+        ...         return self.rows(batch)
+        ...
+        ...     def plan(self, batch, size, *, max_rows=None):
+        ...         size = size if max_rows is None else min(size, max_rows)
+        ...         return list(torch.arange(self.rows(batch)).split(size))
+        ...
+        ...     def cut(self, batch, rows):
+        ...         nodes = torch.isin(batch["graph"], rows)  # those of these graphs
+        ...         new_number = nodes.cumsum(0) - 1
+        ...         edges = batch["edges"][:, nodes[batch["edges"][0]]]
+        ...         graph = torch.searchsorted(rows, batch["graph"][nodes])
+        ...         return {"x": batch["x"][nodes], "edges": new_number[edges], "graph": graph, "y": batch["y"][rows]}
+        >>> batch = {
+        ...     "x": torch.randn(5, 2),
+        ...     "edges": torch.tensor([[0, 1, 3], [1, 0, 4]]),
+        ...     "graph": torch.tensor([0, 0, 1, 1, 1]),
+        ...     "y": torch.randn(2),
+        ... }
+        >>> split = ByGraphs()
+        >>> [split.cut(batch, rows)["edges"].tolist() for rows in split.plan(batch, 1)]
+        [[[0, 1], [1, 0]], [[1], [2]]]
+    """
+
+    def rows(self, batch: Any) -> int:
+        """The number of samples of a batch. A split without it is asked for its plan."""
+        ...
 
     def largest(self, batch: Any) -> int:
         """The largest size that makes sense for the batch."""
@@ -40,12 +81,12 @@ class Split(Protocol):
         Args:
             batch: at least one row.
             size: the largest size of a micro-batch, in the unit of `largest`.
-            max_rows: the largest number of rows besides.
+            max_rows: the largest number of rows besides. What cannot be cut (a group, say) may be larger than both.
         """
         ...
 
     def cut(self, batch: Any, rows: Rows) -> Any:
-        """The micro-batch of those rows, in the batch's own structure."""
+        """The micro-batch of those rows."""
         ...
 
 

@@ -4,9 +4,12 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import gradaccum as ga
 from gradaccum.fit.probe import first_that_runs, sizes_to_accumulate, some_rows
+from gradaccum.fit.workload import Workload
 from gradaccum.memory.fakes import fake_input, fake_mode
 
 ENOUGH = {(1,): [1, 2], (1, 2): [1, 2], (1, 2, 4): [1, 2], (5, 16): [5, 1], (2, 8, 16): [2, 8], (1, 16): [1, 2]}
@@ -51,8 +54,17 @@ def test_as_many_rows_as_asked_for(size: int) -> None:
     batch = {"x": x, "names": ["a", "b", "c", "d"], "scale": 2, "y": (torch.zeros(4, dtype=torch.int64),)}
     mode = fake_mode()
     own = functools.partial(fake_input, mode=mode, device=torch.device("cpu"))
-    for fake in (some_rows(batch, size, own), some_rows(batch, size, torch.clone)):
+    work = Workload.checked(nn.Linear(5, 1), lambda model, batch: 0, batch, forward=None, batch_loss=None)
+    for fake in (some_rows(work, size, own), some_rows(work, size, torch.clone)):
         assert (fake["x"].shape, fake["y"][0].shape, len(fake["names"]), fake["scale"]) == ((size, 5), (size,), size, 2)
         assert fake["x"].untyped_storage().nbytes() == size * 5 * 4, "its own rows, not the batch's"
     assert torch.equal(fake["x"], x[torch.arange(size) % 4])
-    assert isinstance(some_rows(batch, size, own)["x"], FakeTensor)
+    assert isinstance(some_rows(work, size, own)["x"], FakeTensor)
+
+
+def test_samples_that_stay_together_are_taken_as_the_split_cuts_them() -> None:
+    split = ga.split_by_samples(groups=lambda x: torch.arange(len(x)) // 2)
+    work = Workload.checked(
+        nn.Linear(5, 1), lambda model, x: 0, torch.arange(20.0).view(4, 5), forward=None, batch_loss=None, split=split
+    )
+    assert [len(some_rows(work, size, torch.clone)) for size in (1, 2, 3, 4)] == [2, 2, 2, 4]

@@ -16,7 +16,7 @@ PUBLIC = {
     # losses
     "Loss", "criterion", "chunked", "chunked_head",
     # how a batch is cut
-    "split_by_cost", "split_by_samples",
+    "split_by_cost", "split_by_samples", "split_packed", "split_as_given", "Split",
     # layers over the batch
     "GhostBatch", "gather",
     # what fits, and a training run for the command line

@@ -13,7 +13,7 @@ from gradaccum.auditing.outside_modules import outside_modules
 from gradaccum.checking.pieces import Piece, equal_sizes, pieces, planned_pieces, ragged_sizes
 from gradaccum.errors import BatchError, WindowError
 from gradaccum.fit.workload import Workload
-from gradaccum.split.by_samples import split_by_groups, split_by_samples
+from gradaccum.split.by_samples import cuts_anywhere, split_by_groups
 from gradaccum.types import GhostBatch, Split
 from gradaccum.whole_batch.runners import RunnerOptions
 from gradaccum.window.parameters import as_sequence
@@ -57,11 +57,10 @@ def make_task(
             "micro_batch_size samples show as much as more would."
         )
     inherited: dict[str, Any] = {field.name: getattr(workload, field.name) for field in fields(Workload)}
-    inherited["model"] = model
+    inherited |= {"model": model, "split": options.split(split, max_rows=None)}
     return Task(
         **inherited,
         options=options,
-        split=options.split(split, max_rows=None),
         more_options=more_options or {},
         make_step=make_step,
         others=outside_modules(workload, model),
@@ -108,7 +107,7 @@ def equal_cut(task: Task, micro_batch_size: int) -> list[Piece]:
 
 
 def _is_cut_anywhere(task: Task) -> bool:
-    return task.split == split_by_samples() and not isinstance(task.options.batch_norm, GhostBatch)
+    return cuts_anywhere(task.split) and not isinstance(task.options.batch_norm, GhostBatch)
 
 
 def _planned(task: Task, micro_batch_size: int) -> list[list[Piece]]:

@@ -34,9 +34,9 @@ from gradaccum.checking.side_difference import (
     norm,
     state_difference,
 )
-from gradaccum.errors import WindowError
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.types import Rows, Split, num_rows
+from gradaccum.split.asked import smallest_pieces
+from gradaccum.types import Rows, num_rows
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.plan_line import NOT_CHECKED, exact_on
 
@@ -146,7 +146,7 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
             raise _CannotLook("split= cuts whole batches only")
         atoms = _single_rows(planned[0])[:rows]
         return Look(step, tree.to_device(copied(batch), device), atoms)
-    atoms = _atoms(step.split, batch)
+    atoms = smallest_pieces(step.split, batch)
     each = max(map(num_rows, atoms))
     count = rows // each
     if each > 1 and count < 2:
@@ -162,13 +162,6 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     return Look(step, tree.to_device(copied(few), device), [_as_rows(one) for one in places.split(_sizes(spread))])
-
-
-def _atoms(split: Split, batch: Any) -> Sequence[Rows]:
-    try:
-        return split.plan(batch, split.largest(batch), max_rows=1)
-    except WindowError:  # it keeps some together
-        return split.plan(batch, 1)
 
 
 def _single_rows(rows: Rows) -> list[Rows]:

@@ -23,6 +23,7 @@ from gradaccum.memory.available import available_bytes
 from gradaccum.memory.fakes import can_be_faked
 from gradaccum.memory.live_bytes import num_bytes
 from gradaccum.memory.optimizer_memory import optimizer_memory, tensors_of
+from gradaccum.types import Split
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def plan(
     micro_batch_sizes: Sequence[int] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     batch_loss: Callable[[Any, Any], Any] | None = None,
+    split: Split | None = None,
     device: str | torch.device | None = None,
     dataset_size: int | None = None,
     max_seconds: float = 60.0,
@@ -68,6 +70,7 @@ def plan(
         micro_batch_sizes: those to look at; powers of two and the whole batch by default.
         forward: ``forward(model, micro_batch)``, in place of ``loss_fn``, where the loss is over the whole batch.
         batch_loss: ``batch_loss(outputs, batch)``.
+        split: how the batch is cut, as for `TrainStep`.
         device: for estimates, the device to estimate for, such as "cuda" on a machine that has none; by default the
             model's own, and "cuda" for a model on the meta device.
         dataset_size: samples of an epoch, to tell its updates.
@@ -95,7 +98,9 @@ def plan(
         )
     if not max_seconds > 0:
         raise WindowError(f"max_seconds={max_seconds!r} leaves no time to measure in. Pass a number above 0.")
-    workload = Workload.checked(model, loss_fn, batch, forward=forward, batch_loss=batch_loss, optimizer=optimizer)
+    workload = Workload.checked(
+        model, loss_fn, batch, forward=forward, batch_loss=batch_loss, optimizer=optimizer, split=split
+    )
     sizes, looks_between = _checked_sizes(micro_batch_sizes, workload.rows), micro_batch_sizes is None
     budget = None if memory is None else as_bytes(memory)
     if method == MEASURE and device is not None and torch.device(device).type != workload.device.type:

@@ -22,6 +22,8 @@ from gradaccum.fit.workload import Workload
 from gradaccum.losses.terms import as_terms
 from gradaccum.memory.live_bytes import Meter, num_bytes
 from gradaccum.memory.out_of_memory import is_out_of_memory
+from gradaccum.split.by_samples import cuts_anywhere
+from gradaccum.types import num_rows
 
 _MOST_REPEATS = 20
 _SECONDS_PER_SIZE = 0.3
@@ -87,7 +89,7 @@ class Probe:
     def _prepared(self, size: int, *, is_whole: bool) -> Callable[[], None]:
         """What runs one micro-batch, whose inputs are there already."""
         workload = self.workload
-        micro_batch = some_rows(workload.batch, size, self.own)
+        micro_batch = some_rows(workload, size, self.own)
         if workload.loss_fn is not None:
             loss_fn = workload.loss_fn
             return lambda: _backward(loss_fn(workload.model, micro_batch), samples=size)
@@ -96,7 +98,7 @@ class Probe:
         assert batch_loss is not None
         if is_whole:
             return lambda: _backward(batch_loss(forward(workload.model, micro_batch), micro_batch), samples=size)
-        batch = some_rows(workload.batch, workload.rows, self.own)
+        batch = some_rows(workload, workload.rows, self.own)
 
         def run_in_two_passes() -> None:
             """The whole batch's loss and the gradient on its outputs, then the micro-batch with its rows of that.
@@ -122,10 +124,16 @@ class Probe:
             nn.Module.zero_grad(model)  # not one of its own
 
 
-def some_rows(batch: Any, size: int, own: Callable[[Tensor], Tensor]) -> Any:
-    """As many rows of a batch as asked for, in its structure; where it has fewer, they begin again."""
-    rows = tree.rows(batch)
-    taken = tree.take(batch, torch.arange(size) % rows if size > rows else slice(0, size))
+def some_rows(workload: Workload, size: int, own: Callable[[Tensor], Tensor]) -> Any:
+    """As many rows of a batch as asked for; where it has fewer, they begin again.
+
+    A split that keeps samples together says itself what it cuts for that size: its largest micro-batch.
+    """
+    batch, split, rows = workload.batch, workload.split, workload.rows
+    if cuts_anywhere(split):
+        taken = split.cut(batch, torch.arange(size) % rows if size > rows else slice(0, size))
+    else:
+        taken = split.cut(batch, max(split.plan(batch, split.largest(batch), max_rows=size), key=num_rows))
     return tree.map_leaves(taken, lambda leaf: own(leaf) if isinstance(leaf, Tensor) else leaf)
 
 

@@ -35,7 +35,8 @@ from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
 from gradaccum.memory.live_bytes import num_bytes, tensors_in
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.split.by_samples import rows_to_split, split_by_samples
+from gradaccum.split.asked import rows_in, smallest_pieces, unit_of
+from gradaccum.split.by_samples import cuts_anywhere
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.snapshot import Buffers, RandomSeed
@@ -64,7 +65,7 @@ class Fitting:
 
     @property
     def _cuts_by_samples(self) -> bool:
-        return type(self.split) is type(split_by_samples())
+        return cuts_anywhere(self.split)
 
     @property
     def is_settled(self) -> bool:
@@ -111,12 +112,12 @@ class Fitting:
             self.accumulation.discard()
             free_memory(self.accumulation.device())
             buffers.restore()
-            if not self._search.failed(size, elements) or failed_rows == 1:
-                raise DoesNotFitError(self._diagnosis(batch, message))
+            if not self._search.failed(size, elements) or not self._can_be_cut(batch, pieces[failed_at]):
+                raise DoesNotFitError(self._diagnosis(batch, message, failed_rows))
             logger.warning(
                 "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
                 "gradient (%s)",
-                f"{size} samples" if self._cuts_by_samples else f"at most {size} in cost",
+                f"{size} samples" if self._cuts_by_samples else f"at most {size} ({unit_of(self.split)})",
                 message.splitlines()[0] if message else "no message",
             )
 
@@ -126,6 +127,13 @@ class Fitting:
             return None
         pieces, _ = self._cut(batch, *self._largest_and_elements(batch))
         return max(map(num_rows, pieces), default=None)
+
+    def _can_be_cut(self, batch: Any, piece: Rows) -> bool:
+        """Whether there are smaller pieces than one that failed: a sample has none, nor has what stays together."""
+        if num_rows(piece) == 1 or self._cuts_by_samples:
+            return num_rows(piece) > 1
+        rows = _numbers(piece)
+        return rows not in map(_numbers, smallest_pieces(self.split, batch))
 
     def state_dict(self) -> dict[str, Any]:
         """The sizes found so far."""
@@ -142,12 +150,14 @@ class Fitting:
 
     def _largest_and_elements(self, batch: Any) -> tuple[int, int]:
         """How large a piece can be, and how many elements each of its rows has."""
-        if not tree.rows(batch):  # an empty share of a batch that other processes have
+        rows = rows_in(self.split, batch)
+        if not rows and self.accumulation.ranks is not None:  # an empty share of a batch that other processes have
             return 0, 1
         largest = self.split.largest(batch)
         if not self._cuts_by_samples:
             return largest, 1
-        return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows_to_split(batch))
+        self.split.plan(batch, largest)  # refuses what cannot be cut; sizes are the search's
+        return largest, max(1, sum(tensor.numel() for tensor in tree.tensors(batch)) // rows)
 
     def _cut(self, batch: Any, largest: int, elements: int) -> tuple[Sequence[Rows], Sequence[int]]:
         """The pieces, and their sizes in the unit of the split."""
@@ -195,20 +205,27 @@ class Fitting:
         )
         logger.info(text, search.best_size(), rates, search.best_size())
 
-    def _diagnosis(self, batch: Any, message: str) -> str:
+    def _diagnosis(self, batch: Any, message: str, failed_rows: int) -> str:
         parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]
         gradients = [parameter for parameter in parameters if parameter.requires_grad]  # of the same size, when there
         states = tensors_in([dict(optimizer.state) for optimizer in self.accumulation.optimizers])
         held, trained, state = (in_words(num_bytes(tensors)) for tensors in (parameters, gradients, states))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
+        what = "a single sample"
+        if failed_rows > 1:
+            what = f"{failed_rows} samples, which are one group or piece of the split and stay together,"
         return (
-            "A micro-batch of a single sample runs out of memory, so smaller ones cannot help. The batch's tensors are "
-            f"of shape {shapes}; parameters {held}, gradients {trained}, optimizer state {state}; the rest are "
+            f"A micro-batch of {what} runs out of memory, so smaller ones cannot help. The batch's tensors are of "
+            f"shape {shapes}; parameters {held}, gradients {trained}, optimizer state {state}; the rest are "
             f"activations and temporaries. {self.advice}{' Otherwise' if self.advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"
         )
+
+
+def _numbers(rows: Rows) -> tuple[int, ...]:
+    return tuple(range(rows.start, rows.stop)) if isinstance(rows, slice) else tuple(sorted(rows.tolist()))
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, ParameterError, WindowError
+from gradaccum.split.asked import rows_in
+from gradaccum.split.by_samples import split_by_samples
+from gradaccum.types import Split
 from gradaccum.window.parameters import as_sequence, refuse_data_parallel
 
 
@@ -26,6 +29,7 @@ class Workload:
     forward: Callable[[Any, Any], Any] | None
     batch_loss: Callable[[Any, Any], Any] | None
     batch: Any  # where the user keeps it
+    split: Split  # how it is cut
     rows: int  # of the batch; one at least
     device: torch.device  # where the models are
     optimizers: Sequence[Optimizer] = ()
@@ -39,7 +43,7 @@ class Workload:
         forward: Any,
         batch_loss: Any,
         optimizer: Any = None,
-        split: Any = None,
+        split: Split | None = None,
     ) -> Workload:
         """The workload of what a user has passed; an error where it cannot be run.
 
@@ -48,7 +52,8 @@ class Workload:
         check_functions(loss_fn, forward, batch_loss)
         models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
         refuse_data_parallel(models)
-        rows = split.rows(batch) if hasattr(split, "rows") else tree.rows(batch)
+        split = split_by_samples() if split is None else split
+        rows = rows_in(split, batch)
         if rows == 0:
             raise BatchError(
                 "The batch has 0 rows, and nothing can be run with it. Pass a batch as it is trained with."
@@ -71,6 +76,7 @@ class Workload:
             forward=forward,
             batch_loss=batch_loss,
             batch=batch,
+            split=split,
             rows=rows,
             device=parameters[0].device,
             optimizers=[] if optimizer is None else as_sequence(optimizer, Optimizer, name="optimizer"),

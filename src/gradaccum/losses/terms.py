@@ -20,6 +20,11 @@ def as_terms(loss: Any, samples: int | None, weights: Mapping[str, Weight] | Non
     Raises:
         LossError: not a scalar, no graph, or a plain tensor whose number of samples is unknown.
     """
+    if isinstance(loss, Mapping) and hasattr(loss, "loss"):  # Hugging Face's ModelOutput
+        raise LossError(
+            f"The loss is a {type(loss).__name__}, everything that the model returned. Its entries would be taken for "
+            "losses. Write: return output.loss."
+        )
     if not isinstance(loss, Mapping):
         return {SINGLE: _as_loss(SINGLE, loss, samples, weights)}
     if not loss:
@@ -65,6 +70,12 @@ def no_gradient(parameters: Sequence[nn.Parameter]) -> LossError:
 
 def _unusable(loss: Any, name: str) -> LossError:
     what = _term(name)
+    if isinstance(loss, (tuple, list)):
+        return LossError(
+            f"{what} is a {type(loss).__name__} of {len(loss)}: {', '.join(type(one).__name__ for one in loss[:4])}. "
+            "Which of them is the loss would be a guess. Return that one (return output.loss, or return loss without "
+            'what stands beside it); for several terms a dict: {"lm": lm_loss, "aux": aux_loss}.'
+        )
     if not isinstance(loss, Tensor):
         return LossError(
             f"{what} is a {type(loss).__name__}, which has no graph to run backward through. Return the loss tensor "
@@ -77,8 +88,9 @@ def _unusable(loss: Any, name: str) -> LossError:
         )
     return LossError(
         f"{what} is a plain tensor, a mean over samples, and the number of samples is not known here: backward() was "
-        "called outside of over(), or the micro-batch holds no tensors. Its share of the gradient would be a guess. "
-        "Return ga.Loss.mean(value, over=n)."
+        "called outside of over(), or how many the micro-batch has could only be guessed. Its share of the gradient "
+        "would be a guess. Return ga.Loss.mean(value, over=n), or count the samples: ga.Accumulator(..., "
+        "samples=lambda micro_batch: ...), or accumulator.backward(loss, samples=n)."
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, WindowError
-from gradaccum.split.by_samples import rows_to_split
 from gradaccum.split.packing import pack
 from gradaccum.split.padding import Padding, find_padding, trimmed
+from gradaccum.split.reading import Groups, Reading, next_fit
 from gradaccum.types import Rows, Split
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,13 @@ PIECES_PER_BUDGET = 20
 
 
 def split_by_cost(
-    cost: Callable[[Any], Tensor], max_cost: int, *, piece_cost: float | None = None, trim: bool = True
+    cost: Callable[[Any], Tensor],
+    max_cost: int,
+    axes: tree.Axes | None = None,
+    groups: Groups | None = None,
+    *,
+    piece_cost: float | None = None,
+    trim: bool = True,
 ) -> Split:
     """Packs samples of like cost into micro-batches, and trims the padding that all samples of one share.
 
@@ -60,6 +66,8 @@ def split_by_cost(
             negative: its number of tokens, say.
         max_cost: the largest number of rows times the costliest of one micro-batch. A sample that costs more is run
             alone.
+        axes: see `split_by_samples`.
+        groups: see `split_by_samples`. A group that costs more than ``max_cost`` is run alone.
         piece_cost: what a micro-batch takes besides, in the unit of ``cost``: its fixed time over the time of one
             token. More makes fewer pieces with more padding. By default a twentieth of ``max_cost``.
         trim: False leaves all columns, for models that do look at padding.
@@ -89,7 +97,7 @@ def split_by_cost(
             f"piece_cost={piece_cost!r}: it is the fixed time of a micro-batch in the unit of cost, a finite number "
             "that is not negative. Leave it out for a twentieth of max_cost."
         )
-    return _ByCost(cost, max_cost, piece_cost, trim)
+    return _ByCost(cost, max_cost, piece_cost, trim, Reading(axes=axes, groups=groups))
 
 
 @dataclass
@@ -98,11 +106,16 @@ class _ByCost:
     max_cost: int
     piece_cost: float | None
     trim: bool
+    reading: Reading
     # Every piece needs the batch's padding, and reading it takes a pass over the whole batch: so it is kept, with the
     # tensors that it was read from.
     _padding: Padding | None = None
     _read_from: list[weakref.ref[Tensor]] = field(default_factory=list)
     _has_logged: bool = False
+    unit = "cost"
+
+    def rows(self, batch: Any) -> int:
+        return self.reading.rows(batch)
 
     def largest(self, batch: Any) -> int:
         return self._largest(self._costs(batch))
@@ -116,11 +129,18 @@ class _ByCost:
         costs = self._costs(batch)
         self._padding = None  # the same tensors may have been filled anew
         piece_cost = self._largest(costs) / PIECES_PER_BUDGET if self.piece_cost is None else self.piece_cost
-        pieces = pack(costs, size=size, piece_cost=piece_cost, max_rows=len(costs) if max_rows is None else max_rows)
+        max_rows = len(costs) if max_rows is None else max_rows
+        groups = self.reading.members(batch, len(costs))
+        if groups is not None:
+            pieces = _pack_groups(groups, costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
+        else:
+            pieces = pack(costs, size=size, piece_cost=piece_cost, max_rows=max_rows)
         return [torch.tensor(piece) for piece in pieces]
 
     def cut(self, batch: Any, rows: Rows) -> Any:
-        return trimmed(batch, rows, self._padding_of(batch)) if self.trim else tree.take(batch, rows)
+        if not self.trim:
+            return self.reading.take(batch, rows)
+        return trimmed(batch, rows, self._padding_of(batch), self.reading.layout(batch))
 
     def _largest(self, costs: Sequence[float]) -> int:
         return max(1, min(self.max_cost, math.ceil(len(costs) * max(costs))))
@@ -131,7 +151,7 @@ class _ByCost:
         is_known = 0 < len(tensors) == len(known) and all(map(operator.is_, tensors, known))
         if self._padding is None or not is_known:
             costs = self._costs(batch)
-            self._padding = find_padding(batch, costs)
+            self._padding = find_padding(batch, costs, self.reading.layout(batch))
             self._read_from = [weakref.ref(tensor) for tensor in tensors]
             if not self._padding.real and len(set(costs)) > 1 and not self._has_logged:
                 self._has_logged = True
@@ -144,7 +164,7 @@ class _ByCost:
 
     def _costs(self, batch: Any) -> list[float]:
         """What each row costs; this synchronises with the device of the costs."""
-        rows = rows_to_split(batch)
+        rows = self.reading.rows_to_plan(batch)
         costs = self.cost(batch)
         is_tensor = isinstance(costs, Tensor)
         if not is_tensor or costs.shape != (rows,) or costs.is_complex():
@@ -161,3 +181,27 @@ class _ByCost:
                 "numbers that are not negative."
             )
         return numbers
+
+
+def _pack_groups(
+    groups: Sequence[Sequence[int]], costs: Sequence[float], *, size: int, piece_cost: float, max_rows: int
+) -> list[list[int]]:
+    """Packs groups of samples of like cost; of groups that are all as large, in the best way."""
+    costliest = [max(costs[row] for row in group) for group in groups]
+    large = len(groups[0])
+    if all(len(group) == large for group in groups):
+        # n of them cost n * large * costliest: as n samples that cost so much each.
+        packed = pack([large * cost for cost in costliest], size=size, piece_cost=piece_cost,
+                      max_rows=max(1, max_rows // large))  # fmt: skip
+        return [sorted(row for i in piece for row in groups[i]) for piece in packed]
+    order = sorted(range(len(groups)), key=costliest.__getitem__, reverse=True)
+    first: list[float] = []  # what the costliest sample of each piece costs
+
+    def fits(held: int, group: Sequence[int]) -> bool:
+        is_room = held + len(group) <= max_rows and (held + len(group)) * first[-1] <= size
+        if not is_room:
+            first.append(max(costs[row] for row in group))
+        return is_room
+
+    first.append(costliest[order[0]])
+    return next_fit([groups[i] for i in order], fits)

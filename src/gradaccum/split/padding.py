@@ -78,12 +78,15 @@ class _Claim:
         return self.field.shape[self.dim]
 
 
-def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
+def find_padding(batch: Any, costs: Sequence[float], layout: tree.Layout | None = None) -> Padding:
     """Reads where a batch of at least one row is padded, for every width it has, given the cost of each row.
+
+    ``layout`` is how the batch has been read. A width that anything has whose samples are not along a dimension (what
+    all share, lists, counted rows) is left as it is: whether that is padded too cannot be seen.
 
     On a device this synchronises a few times for each field.
     """
-    fields = _fields(batch)
+    fields, others = _fields(batch, tree.read(batch) if layout is None else layout)
     if fields is None:
         return Padding(real={}, doubt="the batch holds tensors that are not strided")
     claims = list(_claims(batch, fields, costs))
@@ -94,6 +97,9 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
     lengths: dict[tuple[int, _Side], list[int]] = {}
     doubt = ""
     for (width, side), here in believed.items():
+        if width in others:
+            doubt = doubt or f"{others[width]} has a dimension of {width} too, and no dimension of samples"
+            continue
         if not here:
             doubt = doubt or f"the costs do not go with the lengths that are seen along a dimension of {width}"
             continue
@@ -118,30 +124,52 @@ def find_padding(batch: Any, costs: Sequence[float]) -> Padding:
     return Padding(real=real, doubt=doubt)
 
 
-def trimmed(batch: Any, rows: Rows, padding: Padding) -> Any:
+def trimmed(batch: Any, rows: Rows, padding: Padding, layout: tree.Layout | None = None) -> Any:
     """Takes the given rows without the columns that are padding in all of them; at least one column stays."""
+    layout = tree.read(batch) if layout is None else layout
     spans: dict[int, slice] = {}
     for width, (starts, stops) in padding.real.items():
         start = min(int(starts[rows].min()), width - 1)
         spans[width] = slice(start, max(int(stops[rows].max()), start + 1))
 
-    def narrow(leaf: Any) -> Any:
-        shape = getattr(leaf, "shape", ())
-        return leaf[(slice(None), *(spans.get(size, slice(None)) for size in shape[1:]))] if len(shape) > 1 else leaf
+    def narrow(leaf: Any, along: int) -> Any:
+        cut = [slice(None) if dim == along else spans.get(size, slice(None)) for dim, size in enumerate(leaf.shape)]
+        return leaf[tuple(cut)] if len(leaf.shape) > 1 else leaf
 
     if isinstance(rows, slice):  # copied, as indices always are: a trimmed view is no longer contiguous
-        rows = torch.arange(tree.rows(batch))[rows]
-    return tree.take(tree.map_leaves(batch, narrow), rows)
+        rows = torch.arange(tree.rows_of(batch, layout))[rows]
+    return tree.take(batch, rows, layout, before_cut=narrow)
 
 
-def _fields(batch: Any) -> list[Tensor] | None:
-    """Every tensor and array with columns; None where one cannot be compared column by column."""
-    fields = [leaf for _, leaf in tree.named_leaves(batch, "batch") if len(getattr(leaf, "shape", ())) > 1]
+def _fields(batch: Any, layout: tree.Layout) -> tuple[list[Tensor] | None, dict[int, str]]:
+    """Every tensor and array with columns, samples first; None where one cannot be compared column by column.
+
+    Also the widths that everything else has, with what has them.
+    """
+    others = {
+        size: layout.codes[path]
+        for path, part in layout.parts_of(batch)
+        if not isinstance(layout.along[path], int)
+        for tensor in tree.leaves(part)
+        for size in getattr(tensor, "shape", ())
+    }
+    found = [
+        (part, along)
+        for path, part in layout.parts_of(batch)
+        if isinstance(along := layout.along[path], int) and len(getattr(part, "shape", ())) > 1
+    ]
     try:
-        tensors = [field if isinstance(field, Tensor) else torch.tensor(field) for field in fields]
+        tensors = [
+            # The same object where it can be: a mask is known by it.
+            (tensor.movedim(along, 0) if along else tensor)
+            for field, along in found
+            for tensor in (field if isinstance(field, Tensor) else torch.tensor(field),)
+        ]
     except (TypeError, ValueError):  # an array of strings, or of negative strides
-        return None
-    return tensors if all(field.layout is torch.strided for field in tensors) else None
+        return None, others
+    return (
+        tensors if all(field.layout is torch.strided and not field.is_nested for field in tensors) else None
+    ), others
 
 
 def _dims(fields: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:

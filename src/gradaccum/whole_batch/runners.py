@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from gradaccum.errors import LossError, WindowError
-from gradaccum.split.by_samples import split_by_groups, split_by_samples
+from gradaccum.split.by_samples import cuts_anywhere, split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
 from gradaccum.whole_batch.batch_norm.exact import Whole
 from gradaccum.whole_batch.batch_norm.ghost import Ghosts
@@ -26,6 +26,7 @@ from gradaccum.whole_batch.batch_norm.layers import frozen
 from gradaccum.whole_batch.kept_graphs import KeptGraphs
 from gradaccum.whole_batch.lockstep.lockstep import Lockstep
 from gradaccum.whole_batch.outputs import CONCAT, SUM, summable
+from gradaccum.whole_batch.signatures import check_loss_fn
 from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.closures import closed_over
@@ -86,10 +87,10 @@ class RunnerOptions:
         """
         if not isinstance(self.batch_norm, GhostBatch):
             return split_by_samples() if split is None else split
-        if split is not None and type(split) is not type(split_by_samples()):
+        if split is not None and not cuts_anywhere(split):
             raise WindowError(
                 f"{self.batch_norm!r} takes BatchNorm's statistics over consecutive samples of the batch, and split= "
-                'packs them otherwise: groups would be cut apart. Leave split= out, or use batch_norm="exact".'
+                'keeps or packs them otherwise: groups would be cut apart. Leave split= out, or use batch_norm="exact".'
             )
         if max_rows is not None and max_rows < self.batch_norm.samples:
             raise WindowError(
@@ -97,7 +98,7 @@ class RunnerOptions:
                 f"taken over {self.batch_norm.samples} samples at once. Pass micro_batch_size="
                 f"{self.batch_norm.samples} or more, or smaller groups."
             )
-        return split_by_groups(self.batch_norm)
+        return split_by_groups(self.batch_norm, split)
 
     def _check_layers(self) -> None:
         if self.batch_norm not in ("micro", "exact", "frozen") and not isinstance(self.batch_norm, GhostBatch):
@@ -120,6 +121,8 @@ class RunnerOptions:
 
     def _check_loss_of_micro_batches(self) -> None:
         _check_callable(self.loss_fn, "loss_fn", "loss_fn(model, micro_batch) that returns the loss")
+        assert self.loss_fn is not None
+        check_loss_fn(self.loss_fn)
         if self.combine != "concat" or self.kept_graphs is not None:
             raise LossError(
                 f"combine={self.combine!r} and kept_graphs={self.kept_graphs!r} say how the whole batch's outputs are "
@@ -191,7 +194,7 @@ def choose_runner(
     scope: Callable[[], AbstractContextManager[None]] | None = None
     if isinstance(options.batch_norm, GhostBatch):
         ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
-        run_one, scope = ghosts.forward(run_one), ghosts.held
+        run_one, scope = ghosts.forward(run_one, split=split), ghosts.held
     elif options.batch_norm == "frozen":
         scope = functools.partial(frozen, models, others=functools.cache(lambda: closed_over(function, models)))
     if options.batch_loss is not None and options.combine == "sum":
@@ -234,7 +237,7 @@ def _one_after_another(
         )
     plain = Plain(loss_of=run_one, split=split, weights=options.weights)
     needs_fillers = ranks is not None and ranks.runs_collectives
-    return FilledRunner(runner=plain, loss_of=run_one) if needs_fillers else plain
+    return FilledRunner(runner=plain, split=split, loss_of=run_one) if needs_fillers else plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

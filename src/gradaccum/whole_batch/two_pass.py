@@ -57,7 +57,7 @@ class TwoPass:
         batch = tree.to_device(batch, device)  # the loss sees all of it
         if ranks is None and len(pieces) == 1:
             # The whole batch in one piece: torch's own graph from end to end.
-            rows, outputs = tree.rows(batch), self.output_of(batch)
+            rows, outputs = num_rows(pieces[0]), self.output_of(self.split.cut(batch, pieces[0]))
             # What is wrong in pieces is wrong here too.
             Outputs(self.combination, rows).put(slice(0, rows), rows, outputs)
             accumulation.add_together([(self.batch_loss(outputs, batch), rows, None)])
@@ -67,7 +67,7 @@ class TwoPass:
         replay = Replay(self.models)
         at_most = len(pieces)
         if ranks is not None and ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
-            self.fillers.keep(batch)
+            self.fillers.keep(batch, self.split)
             at_most = 0
         while True:
             window = _Window(self, accumulation, batch, pieces, replay)

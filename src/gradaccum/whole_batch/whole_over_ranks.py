@@ -51,7 +51,12 @@ def gathered_batch(ranks: OverRanks, batch: Any, rows: int) -> Any:
     start, counts = ranks.rows_before(rows)
 
     def gathered(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf[:1].numel() * leaf.element_size() > _LARGE:
+        if (
+            not isinstance(leaf, Tensor)
+            or not leaf.dim()
+            or len(leaf) != rows
+            or leaf[:1].numel() * leaf.element_size() > _LARGE
+        ):
             return leaf
         table = torch.zeros((sum(counts), *leaf.shape[1:]), dtype=leaf.dtype, device=ranks.ranks.device)
         table[start : start + rows] = leaf

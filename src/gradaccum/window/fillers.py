@@ -23,7 +23,8 @@ from torch import Tensor
 from gradaccum import tree
 from gradaccum.errors import BatchError, MisuseError, UnsupportedError
 from gradaccum.losses.loss import Weight
-from gradaccum.types import Rows, Update
+from gradaccum.split.asked import rows_in, smallest_pieces
+from gradaccum.types import Rows, Split, Update, num_rows
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.snapshot import Buffers
@@ -35,13 +36,12 @@ class Fillers:
     def __init__(self) -> None:
         self._kept: Any = None
 
-    def keep(self, batch: Any) -> None:
-        """Takes one row of a batch, if it has any."""
-        if tree.rows(batch):
+    def keep(self, batch: Any, split: Split) -> None:
+        """Takes the smallest piece of a batch that there can be, if it has any."""
+        if rows_in(split, batch):
+            piece = split.cut(batch, min(smallest_pieces(split, batch), key=num_rows))
             # A clone: a view would keep the whole batch in memory.
-            self._kept = tree.map_leaves(
-                tree.take(batch, slice(0, 1)), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
-            )
+            self._kept = tree.map_leaves(piece, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
     def run(
         self, run_one: Callable[[Any], Any], batch: Any, accumulation: Accumulation, *, then: Callable[[], None]
@@ -58,7 +58,7 @@ class Fillers:
         try:
             run_one(filler)
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-            if tree.rows(filler):
+            if self._kept is not None:
                 raise
             raise BatchError(
                 "This process has no samples in its first batch, other processes have, and FSDP2 makes every "
@@ -74,6 +74,7 @@ class FilledRunner:
     """Runs this process's micro-batches, and then fillers, until all have run as many as the process with most."""
 
     runner: Runner
+    split: Split
     loss_of: Callable[[Any], Any]
     fillers: Fillers = field(default_factory=Fillers)
 
@@ -89,7 +90,7 @@ class FilledRunner:
             ranks.prepare(is_last=done + 1 == count)
 
         self.runner.run(accumulation, batch, pieces, ran=has_run)
-        self.fillers.keep(batch)
+        self.fillers.keep(batch, self.split)
         for index in range(len(pieces), count):
             ranks.prepare(is_last=index + 1 == count)
             self.fillers.run(self.loss_of, batch, accumulation, then=ranks.backward_of_nothing)

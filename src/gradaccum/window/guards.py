@@ -139,7 +139,8 @@ def uncounted_backward() -> MisuseError:
     """The error for a loss outside of a pass, where samples are not seen."""
     return MisuseError(
         f"backward() was called at {user_line()}, outside of over(), where samples cannot be counted towards "
-        "batch_size. Take the micro-batches from accumulator.over(loader), or pass micro_batches=."
+        "batch_size. Take the micro-batches from accumulator.over(loader), say accumulator.backward(loss, samples=n), "
+        "or pass micro_batches=."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Options:
                 "steps. Pass a function: before_step=lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0)."
             )
         for scheduler in self.schedulers:
+            _check_scheduler(scheduler)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 raise ParameterError(
                     "ReduceLROnPlateau is advanced with a validation metric, which an update does not have. Leave it "
@@ -60,7 +62,8 @@ class Options:
         """The learning-rate schedulers, none, one or several."""
         if self.scheduler is None:
             return []
-        return list(self.scheduler) if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
+        several = list(self.scheduler) if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
+        return [_unwrapped(scheduler) for scheduler in several]
 
     def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool) -> None:
         """Checks that the options go with these optimizers and, with ``has_ranks``, with several processes.
@@ -71,3 +74,37 @@ class Options:
         """
         if self.persistent_gradients:
             check_persistent(optimizers, has_ranks=has_ranks)
+
+
+def _unwrapped(scheduler: Any) -> Any:
+    """The scheduler that accelerate's wrapper steps, which skips steps that are not its own."""
+    inner = getattr(scheduler, "scheduler", None)
+    return inner if inner is not None and type(scheduler).__module__.startswith("accelerate.") else scheduler
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Checks that a scheduler can be advanced once an update, before the first one is made.
+
+    Raises:
+        ParameterError: it cannot.
+    """
+    step = getattr(scheduler, "step", None)
+    inner = scheduler.get("scheduler") if isinstance(scheduler, dict) else getattr(scheduler, "scheduler", None)
+    if not callable(step):
+        where = " The one inside of it is: scheduler=config.scheduler." if inner is not None else ""
+        raise ParameterError(
+            f"scheduler={type(scheduler).__name__}: it has no step() to advance the learning rate with.{where} Pass a "
+            "scheduler of torch.optim.lr_scheduler, or a sequence of them."
+        )
+    try:
+        inspect.signature(step).bind()
+    except TypeError as error:
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return  # which has an error of its own
+        updates = " Its step_update(num_updates) counts updates:" if hasattr(scheduler, "step_update") else ""
+        raise ParameterError(
+            f"{type(scheduler).__name__}.step{inspect.signature(step)} needs arguments that an update does not have "
+            f"({error}).{updates} Leave scheduler= out, and advance it in your loop, where update.index counts updates."
+        ) from error
+    except ValueError:  # a function without a signature
+        return

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gradaccum.errors import ParameterError, UnsupportedError
 
 _MAX_SHOWN = 3
+_WRAPPERS = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
 
 class Parameters:
@@ -29,7 +30,9 @@ class Parameters:
 
     def __init__(self, model: nn.Module | Sequence[nn.Module], optimizer: Optimizer | Sequence[Optimizer]) -> None:
         self.models: list[nn.Module] = as_sequence(model, nn.Module, name="model")
-        self.optimizers: list[Optimizer] = as_sequence(optimizer, Optimizer, name="optimizer")
+        self.optimizers: list[Optimizer] = [
+            unwrapped(one) for one in as_sequence(optimizer, Optimizer, name="optimizer")
+        ]
         self.find()
 
     def find(self) -> None:
@@ -46,6 +49,31 @@ class Parameters:
     def _held(self) -> list[nn.Parameter]:
         groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
         return list(itertools.chain.from_iterable(groups))
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that a framework's wrapper steps; one of another kind is refused.
+
+    Raises:
+        ParameterError: a wrapper that is not known, or one that scales losses.
+    """
+    kind, inner = type(optimizer), getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Optimizer):
+        inner = None
+    if inner is not None and any(base.__module__.startswith(_WRAPPERS) for base in kind.__mro__):
+        if getattr(optimizer, "scaler", None) is not None:
+            raise ParameterError(
+                f"{kind.__name__} holds a GradScaler, which would scale what is scaled here too. Pass "
+                "optimizer=optimizer.optimizer and scaler=optimizer.scaler."
+            )
+        return unwrapped(inner)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # Optimizer.__init__ was never run
+        raise ParameterError(
+            f"{kind.__name__} wraps {'an optimizer' if inner is None else 'a ' + type(inner).__name__} and has none of "
+            "the hooks of a torch optimizer, by which steps made by hand are seen. Pass the optimizer inside of it"
+            + (": optimizer.optimizer." if inner is not None else ".")
+        )
+    return optimizer
 
 
 def named_parameters(models: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gradaccum import tree
+from gradaccum.split.asked import samples_in
 from gradaccum.types import Rows, Split
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.prefetch import on_device
@@ -50,5 +50,6 @@ class Plain:
         micro_batches = (self.split.cut(batch, piece) for piece in pieces)
         for done, micro_batch in enumerate(on_device(micro_batches, accumulation.device()), start=1):
             weights = None if self.weights is None else weights_by_name(self.weights(micro_batch))
-            accumulation.add(self.loss_of(micro_batch), samples=tree.rows(micro_batch), weights=weights)
+            samples = samples_in(self.split, batch, pieces[done - 1])
+            accumulation.add(self.loss_of(micro_batch), samples=samples, weights=weights)
             ran(done)

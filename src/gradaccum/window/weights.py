@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradaccum import tree
 from gradaccum.losses.loss import Weight, checked_weight
 from gradaccum.losses.normaliser import SINGLE, host_number
 from gradaccum.window.looking_ahead import END, FAILED
@@ -27,17 +26,27 @@ def add_weights(so_far: Mapping[str, Weight], more: Mapping[str, Weight]) -> dic
 
 
 def totals_of_window(
-    weights: WeightsFunction, first: Any, peek: Callable[[int], Any], *, size: int, counts_samples: bool
+    weights: WeightsFunction,
+    first: Any,
+    peek: Callable[[int], Any],
+    *,
+    size: int,
+    count: Callable[[Any], int | None] | None,
 ) -> dict[str, Weight]:
     """The weights of a window's micro-batches, added up before its first backward.
 
-    ``first`` is its first micro-batch, ``peek`` shows those after it (`LookingAhead.peek`).
+    ``first`` is its first micro-batch, ``peek`` shows those after it (`LookingAhead.peek`); ``count`` counts their
+    samples where ``size`` does, and is None where it counts micro-batches.
     """
+
+    def size_of(micro_batch: Any) -> int:
+        return 1 if count is None else count(micro_batch) or 0
+
     totals = add_weights(weights_by_name(weights(first)), {})
-    done = (tree.rows_or_none(first) or 0) if counts_samples else 1
+    done = size_of(first)
     offset = 0
     while done < size and (upcoming := peek(offset)) is not END and upcoming is not FAILED:
         totals = add_weights(totals, weights_by_name(weights(upcoming)))
-        done += (tree.rows_or_none(upcoming) or 0) if counts_samples else 1
+        done += size_of(upcoming)
         offset += 1
     return totals

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gradaccum.errors import GradAccumError, LossError, UnsupportedError, WindowError
+from gradaccum.errors import UnsupportedError, WindowError
 
 Schedule = int | Callable[[int], int]
 """A size, or a function from the update it is for (1, 2, ...) to a size."""
@@ -84,19 +84,20 @@ class WindowSize:
             return None
         return length // per_window if only_complete else -(-length // per_window)
 
-    def does_not_fit(self, samples: int | None, *, before: int, target: int) -> GradAccumError:
-        """The error for a micro-batch that would make the window larger than it should be."""
-        if samples is None:
-            return LossError(
-                "batch_size= counts samples, and the micro-batch holds no tensor with rows. Pass micro_batches=, and "
-                "return ga.Loss.mean(value, over=n)."
-            )
+    def check_fits(self, samples: int, *, before: int, target: int) -> None:
+        """Checks that a micro-batch does not make the window larger than it should be.
+
+        Raises:
+            WindowError: it does.
+        """
+        if before + samples <= target:
+            return
         if before == 0:
-            return WindowError(
+            raise WindowError(
                 f"A micro-batch of {samples} samples is larger than batch_size={target}. It cannot be a part of a "
                 "smaller batch. Let the loader yield smaller ones, or cut whole batches with ga.TrainStep."
             )
-        return WindowError(
+        raise WindowError(
             f"The micro-batches do not add up to batch_size={target}: there were {before} samples, and the next "
             f"micro-batch has {samples}. The update would be of {before + samples} samples, not {target}. Let the "
             f"loader's batch size divide {target}, or pass micro_batches=."

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from gradaccum import tree
 from gradaccum.errors import UnsupportedError
-from gradaccum.types import GhostBatch
+from gradaccum.split.asked import rows_in
+from gradaccum.types import GhostBatch, Split
 from gradaccum.whole_batch.batch_norm.layers import Call, Layers, answered, calls
 from gradaccum.whole_batch.batch_norm.moments import Share, advance, merge, moments
 
@@ -54,14 +55,14 @@ class Ghosts:
                 self._layers.count(call, is_new=True)
         self._seen.clear()
 
-    def forward(self, run_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``run_one`` of a micro-batch, normalised group by group."""
+    def forward(self, run_one: Callable[[Any], Any], *, split: Split) -> Callable[[Any], Any]:
+        """``run_one`` of a micro-batch, normalised group by group; ``split`` counts its samples."""
 
         def grouped(micro_batch: Any) -> Any:
             name: Any = object()
             if self._is_replayed:
                 name = tuple((tensor.data_ptr(), tensor.shape) for tensor in tree.tensors(micro_batch))
-            with calls.in_forward(functools.partial(self._first, name, tree.rows(micro_batch), Counter[Any]())):
+            with calls.in_forward(functools.partial(self._first, name, rows_in(split, micro_batch), Counter[Any]())):
                 return run_one(micro_batch)
 
         return grouped

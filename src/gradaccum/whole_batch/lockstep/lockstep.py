@@ -23,7 +23,7 @@ from torch import nn
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, UnsupportedError
-from gradaccum.types import Activations, Rows, Split
+from gradaccum.types import Activations, Rows, Split, num_rows
 from gradaccum.whole_batch.batch_norm.exact import Exact
 from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
@@ -93,7 +93,7 @@ class Lockstep:
             def run_one(member: Member) -> tuple[Any, int, Any]:
                 """In the member's thread: the loss or the outputs, their rows, and what plain means are over."""
                 micro_batch = next(micro_batches)
-                rows = tree.rows(micro_batch)
+                rows = num_rows(pieces[member.index])
                 weights = None if self.weights is None else weights_by_name(self.weights(micro_batch))
                 with (
                     attributes.noted(member.index),
