@@ -91,8 +91,8 @@ __all__ = [
     "split_as_given",
     "split_by_cost",
     "split_by_samples",
-    "weight_of",
     "split_packed",
+    "weight_of",
 ]
 
 

@@ -357,7 +357,7 @@ class Accumulator(HasCounts):
         )
         if self._wants_progress and self._bar is None and current is not None:
             self._bar = ProgressBar(total=updates)
-        self._accumulation.plan_line.announce(sizes, updates_per_epoch=updates)
+        self._accumulation.plan_line.announce(sizes, updates_per_epoch=updates, reads_loss=True)
 
     def _size_of_next(self) -> int:
         """Of this process's next window, in the unit it is measured in."""
@@ -389,7 +389,7 @@ class Accumulator(HasCounts):
             self._size.check_fits(self._samples, before=self._accumulation.open_samples, target=self._target)
         if not self._accumulation.is_open:
             expected = self._size.expected(self._samples, target=self._target)
-            self._accumulation.plan_line.announce(expected.sizes)
+            self._accumulation.plan_line.announce(expected.sizes, reads_loss=True)
             self._accumulation.open(first_share=(1, len(expected.sizes)), samples=expected.samples)
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
 

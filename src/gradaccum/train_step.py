@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +11,9 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.checking.first_check import look_first
+from gradaccum.checking.check_once import CheckOnce
 from gradaccum.checking.look_run import StepToCheck
-from gradaccum.errors import GradAccumWarning, MisuseError, WindowError
+from gradaccum.errors import MisuseError, WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
@@ -24,10 +23,8 @@ from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
-from gradaccum.window.guards import user_stack_level
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
-from gradaccum.window.plan_line import NOT_CHECKED, NOTHING_IS_CUT
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.run_counts import HasCounts
 from gradaccum.window.weights import WeightsFunction, weights_by_name
@@ -134,11 +131,6 @@ class TrainStep(HasCounts):
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
-        if check not in ("first", "off"):
-            raise WindowError(
-                f"check={check!r}: before the first update the step holds itself against the whole on a few rows "
-                '("first"), or not ("off").'
-            )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         run_options = RunnerOptions(
             loss_fn=loss_fn,
@@ -176,18 +168,15 @@ class TrainStep(HasCounts):
         )
         self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
         self._counts = self._accumulation.counts
-        self._to_check: StepToCheck | None = None  # until it has been looked at
-        if check == "first":
-            self._to_check = StepToCheck(
-                models=models,
-                model=model,
-                optimizers=self._accumulation.optimizers,
-                options=run_options,
-                split=self._split,
-                coupled_batch_norms=self._accumulation.plan_line.coupled_layers,
-            )
-        else:
-            self._accumulation.plan_line.evidence = f'{NOT_CHECKED}: check="off"'
+        to_check = StepToCheck(
+            models=models,
+            model=model,
+            optimizers=self._accumulation.optimizers,
+            options=run_options,
+            split=self._split,
+            coupled_batch_norms=self._accumulation.plan_line.coupled_layers,
+        )
+        self._check = CheckOnce(self._accumulation, to_check, check=check)
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
             marking = self._any_rows.marking
@@ -239,6 +228,7 @@ class TrainStep(HasCounts):
 
         Args:
             batch: see `__call__`.
+            *more: see `__call__`.
             unscale: with ``scaler=``, whether the loss scale is divided out again. ``scaler.step(optimizer)`` knows of
                 it, and takes the gradients as they are. False leaves them scaled, as torch's own backward of
                 ``scaler.scale(loss)`` does: for a ``scaler.unscale_(optimizer)`` of your own.
@@ -331,41 +321,15 @@ class TrainStep(HasCounts):
                 pieces: Sequence[Rows] = []  # an empty share of a batch that other processes have
             else:
                 pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
-            self._look_first(batch, pieces)
+            self._check.before_run(batch, pieces)
             self._run_pieces(batch, pieces, totals=totals)
             return
         fitting = self._fitting
-        self._look_first(batch, self._halves(batch))
+        self._check.before_run(batch, None)
         fitting.run(
             batch,
             lambda pieces, ran: self._run_pieces(batch, pieces, totals=totals, ran=ran, is_final=fitting.is_settled),
         )
-
-    def _halves(self, batch: Any) -> Sequence[Rows]:
-        """What "auto" runs in its first update, at most."""
-        rows = (
-            sum(map(num_rows, self._split.plan(batch, self._split.largest(batch))))
-            if rows_in(self._split, batch)
-            else 0
-        )
-        return [slice(0, rows - rows // 2), slice(rows - rows // 2, rows)] if rows > 1 else [slice(0, rows)]
-
-    def _look_first(self, batch: Any, pieces: Sequence[Rows]) -> None:
-        """Before the first batch that is cut: holds a few rows in pieces against the same together."""
-        to_check, plan_line, ranks = self._to_check, self._accumulation.plan_line, self._accumulation.ranks
-        if to_check is None:
-            return
-        if ranks is None and len(pieces) < 2:
-            plan_line.evidence = NOTHING_IS_CUT
-            return
-        found = look_first(to_check, batch, pieces, ranks=ranks)
-        plan_line.evidence = found.evidence
-        if found.error is not None:
-            raise found.error  # and again, should somebody go on after it
-        self._to_check = None
-        self._accumulation.leave_to_check(was_checked=not found.evidence.startswith(NOT_CHECKED))
-        if found.warning is not None:
-            warnings.warn(found.warning, GradAccumWarning, stacklevel=user_stack_level())
 
     def _run_pieces(
         self,

@@ -232,7 +232,7 @@ class Runs:
             if isinstance(groups, GhostBatch):
                 ghosts = Ghosts(self.task.models, groups)
                 held.enter_context(ghosts.held())
-                function = ghosts.forward(function)
+                function = ghosts.forward(function, split=self.task.split)
             with run.forward(whole(rows)):
                 made = function(copied(run.whole_batch))
                 value = run.batch_loss(made) if self.task.loss_fn is None else loss_value(made, rows)

@@ -25,6 +25,7 @@ from gradaccum.checking.no_trace import Watched, no_trace
 from gradaccum.checking.pieces import Piece, copied, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
+from gradaccum.split.asked import rows_in, samples_in
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.whole_batch.batch_norm.layers import batch_norms, frozen
 from gradaccum.whole_batch.runners import RunnerOptions, choose_runner
@@ -239,6 +240,12 @@ class _NotingSplit:
     is_cut: bool
     _pieces: list[tuple[Tensor, Piece]] = field(default_factory=list)
     _rows: int = 0
+
+    def rows(self, batch: Any) -> int:
+        return rows_in(self.split, batch)
+
+    def samples(self, batch: Any, piece: Rows) -> int | None:
+        return samples_in(self.split, batch, piece)
 
     def largest(self, batch: Any) -> int:
         return self.split.largest(batch)

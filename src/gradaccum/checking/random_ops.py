@@ -141,6 +141,7 @@ class RandomCall:
         rows = self.match_rows(shape, ())
         has_rows = first is not None and rows is not None and rows[0] == 0
         if has_rows and shape and shape[0] and shape[0] % self.piece.rows == 0:
+            assert rows is not None
             numbers = torch.arange(self.draws.rows * (shape[0] // self.piece.rows))[rows[1]].tolist()
             return torch.cat([self._run_row(i, shape[0], number) for i, number in enumerate(numbers)])
         if rows is not None and self.piece.index:

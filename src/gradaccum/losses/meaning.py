@@ -180,11 +180,13 @@ class SampleMeans:
             warn(unknown_text(unknown))
 
     def evidence(self) -> str:
-        """What has been read of the open window, in the words of the plan line; empty where it was declared."""
+        """What has been read of the open window, in the words of the plan line; empty where nothing was."""
         plain = [seen[0] for seen in self._seen.values() if seen[0].how == "plain"]
         if any(not_read(read) for seen in self._seen.values() for read in seen[:1]):
             return "not checked: what the mean is over cannot be seen"
-        return "read: a mean over samples" if plain else ""
+        if plain:
+            return "read: a mean over samples"
+        return "weights as declared" if self._seen else ""
 
     def window_closed(self) -> None:
         """Forgets the window's counts, and decides what of later windows is looked at."""

@@ -23,12 +23,11 @@ from torch.optim import Optimizer
 
 from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
 from gradaccum.types import Update
 from gradaccum.window import guards
-from gradaccum.window.forward_state import ForwardState
+from gradaccum.window.loss_reading import LossReading
 from gradaccum.window.loss_scale import check_stays_scaled, refuse_scaled
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks
@@ -81,11 +80,6 @@ class Accumulation:
         )
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
-        self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
-        self.means.is_looking = not is_look
-        self._state = ForwardState(self.models)
-        # Between processes buffers are broadcast and parameters gathered, which looks like a change.
-        self._state.is_looking = self.ranks is None and not is_look
         self._normaliser: Normaliser | None = None
         self._sizes: list[int | None] = []
         self.open_samples, self._last_total = 0, 0.0
@@ -93,6 +87,14 @@ class Accumulation:
         self._is_first_backward = True
         self._hooks = ParameterHooks()
         self.plan_line = PlanLine(self.models, self.ranks, couples_batch_norms=couples_batch_norms)
+        self.reading = LossReading(
+            self.models,
+            self.plan_line,
+            reads=not is_look,
+            # Between processes buffers are broadcast and parameters gathered, which looks like a change.
+            watches_state=self.ranks is None,
+            warns_of_unknown=warns_of_unknown,
+        )
         self.counts = RunCounts()
 
     @property
@@ -125,11 +127,6 @@ class Accumulation:
     def read_all_graphs(self) -> None:
         """See `GradientSum.read_all`."""
         self._gradients.read_all()
-
-    def leave_to_check(self, *, was_checked: bool) -> None:
-        """Reads graphs and buffers for what a check before the first update has not seen."""
-        self.means.warns_of_unknown = not was_checked
-        self._state.is_looking = self._state.is_looking and not was_checked
 
     # ------------------------------------------------------------------------------------------------------------ open
 
@@ -179,8 +176,7 @@ class Accumulation:
         torch.clear_autocast_cache()
         if self.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device())
-        if self._state.is_looking:
-            self._state.window_begins()
+        self.reading.window_begins()
         if self._updater.loss_scale is not None:
             self._updater.loss_scale.begin(self.device())
         self._started = time.perf_counter()
@@ -200,10 +196,7 @@ class Accumulation:
         normaliser = self._opened()
         try:
             several = normaliser.seeds(as_terms(loss, samples, weights))
-            if self.means.is_looking:
-                self.means.check_all(loss, samples, weights or {})
-            if self._state.is_looking and several:
-                self._state.has_run([root for root, _ in several])
+            self.reading.has_run(loss, samples, weights, [root for root, _ in several])
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
@@ -232,8 +225,8 @@ class Accumulation:
         normaliser = self._opened()
         try:
             terms = [as_terms(loss, samples, weights) for loss, samples, weights in losses]
-            for loss, samples, weights in losses if self.means.is_looking else ():
-                self.means.check_all(loss, samples, weights or {})
+            for loss, samples, weights in losses:
+                self.reading.has_run(loss, samples, weights)
             counts_here = self.ranks is None or self.ranks.is_first or not is_shared
             if not counts_here:
                 terms = [without_value(losses_of_one) for losses_of_one in terms]
@@ -308,7 +301,8 @@ class Accumulation:
             raise
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
-        self._check_window(normaliser)
+        normaliser.check_totals()
+        self.reading.window_complete(len(self._sizes))
         parameters = self._gradients.filled(self._parameters.optimized)
         grad_norm: Tensor | None = None
         skipped: bool | Tensor = True
@@ -333,19 +327,9 @@ class Accumulation:
         self.counts.add(result.micro_batches, self.open_samples if result.samples is None else result.samples)
         self._gradients.clear(keeps_memory=len(self._sizes) > 1)
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
-        self.means.window_closed()
+        self.reading.window_closed()
         self._reset()
         return update
-
-    def _check_window(self, normaliser: Normaliser) -> None:
-        """What only a complete window shows, before anything is made of its gradient."""
-        normaliser.check_totals()
-        if self.means.is_looking:
-            self.means.window_complete(guards.warn)
-        if self._state.is_looking:
-            text = self._state.window_complete(len(self._sizes))
-            if text:
-                guards.warn(text)
 
     def close_into_grad(self, aside: Sequence[Tensor | None], *, unscales: bool = True) -> Loss:
         """Leaves the window's gradient in ``.grad``, added to what had been set ``aside``; makes no update.
@@ -354,7 +338,8 @@ class Accumulation:
         """
         normaliser = self._opened()
         result = self._settle(self._gradients.parameters)
-        self._check_window(normaliser)
+        normaliser.check_totals()
+        self.reading.window_complete(len(self._sizes))
         parameters = self._gradients.filled(self._gradients.parameters)
         if not parameters and not normaliser.is_empty:
             raise no_gradient(self._parameters.optimized)
@@ -364,7 +349,7 @@ class Accumulation:
         if unscales and self._updater.loss_scale is not None:
             self._updater.loss_scale.mark_unscaled()
         loss = loss_of(normaliser)
-        self.means.window_closed()
+        self.reading.window_closed()
         self._reset()
         return loss
 
@@ -372,7 +357,7 @@ class Accumulation:
         """Throws the open window away, and returns how many micro-batches it had."""
         lost = self.open_micro_batches
         self._gradients.clear()
-        self.means.window_discarded()
+        self.reading.window_discarded()
         self._reset()
         return lost
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +29,7 @@ class PlanLine:
 
     Attributes:
         evidence: what is known of the gradient: "exact", and by what it was checked; or what was not checked, and why.
+        waits: whether there is a line for `tell`, which waits until a loss has been read.
     """
 
     def __init__(self, models: Sequence[nn.Module], ranks: OverRanks | None, *, couples_batch_norms: bool) -> None:
@@ -34,6 +37,8 @@ class PlanLine:
         self._couples_batch_norms = couples_batch_norms
         self._is_logged = self._has_seen_split = False
         self.evidence = NOT_CHECKED
+        self.waits = False
+        self._line: Callable[[str], str] = str
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
@@ -44,11 +49,17 @@ class PlanLine:
         return bool(sizes) and not (self._is_logged and (self._has_seen_split or len(sizes) == 1))
 
     def announce(
-        self, sizes: Sequence[int | None], *, updates_per_epoch: int | None = None, is_final: bool = True
+        self,
+        sizes: Sequence[int | None],
+        *,
+        updates_per_epoch: int | None = None,
+        is_final: bool = True,
+        reads_loss: bool = False,
     ) -> None:
         """Logs the plan line, on one of several processes, and warns of layers that see the micro-batch.
 
-        With ``is_final`` later windows will be cut like this one, of these sizes in rows; the line waits for that.
+        With ``is_final`` later windows will be cut like this one, of these sizes in rows; the line waits for that. With
+        ``reads_loss`` it waits for `tell` besides.
         """
         is_split = len(sizes) > 1
         if not self.is_due(sizes) or not (is_final or (is_split and not self._has_seen_split)):
@@ -56,18 +67,29 @@ class PlanLine:
         coupled = self.coupled_layers()
         if is_final and not self._is_logged and (self._ranks is None or self._ranks.is_first):
             over = None if self._ranks is None else self._ranks.description
-            found = self._found(len(coupled) if is_split else 0)
-            logger.info(plan_line(sizes, evidence=found, updates_per_epoch=updates_per_epoch, ranks=over))
+            self._line = functools.partial(
+                self._line_of, sizes, len(coupled) if is_split else 0, updates_per_epoch=updates_per_epoch, ranks=over
+            )
+            self.waits = True
+            if not reads_loss:
+                self.tell()
         if coupled and is_split:
             warn_of_batch_norms(coupled, micro_batches=len(sizes))
         self._is_logged = self._is_logged or is_final
         self._has_seen_split = is_split
 
-    def _found(self, coupled_layers: int) -> str:
-        if not coupled_layers:
-            return self.evidence
-        layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
-        return f"not exact: {layers}" + (f", the rest {self.evidence}" if self.evidence != NOT_CHECKED else "")
+    def tell(self, evidence: str = "") -> None:
+        """Logs the line that waits, with what is known by now."""
+        self.evidence = evidence or self.evidence
+        self.waits = False
+        logger.info(self._line(self.evidence))
+
+    @staticmethod
+    def _line_of(sizes: Sequence[int | None], coupled_layers: int, evidence: str, **rest: Any) -> str:
+        if coupled_layers:
+            layers = f"{coupled_layers} BatchNorm layer{'s see' if coupled_layers != 1 else ' sees'} the micro-batch"
+            evidence = f"not exact: {layers}" + (f", the rest {evidence}" if evidence != NOT_CHECKED else "")
+        return plan_line(sizes, evidence=evidence, **rest)
 
 
 def exact_on(sizes: Sequence[int]) -> str:
