@@ -15,6 +15,7 @@ from gradaccum import tree
 from gradaccum.errors import WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
+from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
@@ -66,7 +67,7 @@ class TrainStep(HasCounts):
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
-        clip_norm, scheduler, scaler, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
+        clip_norm, scheduler, scaler, fused, accumulate_dtype, persistent_gradients, backward: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
             rows.
@@ -113,6 +114,7 @@ class TrainStep(HasCounts):
         persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
+        backward: BackwardFunction | None = None,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -144,6 +146,7 @@ class TrainStep(HasCounts):
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
             sync=sync,
+            backward=backward,
         )
         self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
         self._counts = self._accumulation.counts
