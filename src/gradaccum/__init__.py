@@ -36,6 +36,7 @@ from gradaccum.sync.global_batches import GlobalBatchSampler
 from gradaccum.train_step import TrainStep
 from gradaccum.types import GhostBatch, Job, Update
 from gradaccum.whole_batch.lockstep.gather import gather
+from gradaccum.window.own_window import Window
 
 if _typing.TYPE_CHECKING:
     from gradaccum.auditing.audit_report import Report
@@ -75,6 +76,7 @@ __all__ = [
     "UnknownLossError",
     "UnsupportedError",
     "Update",
+    "Window",
     "WindowError",
     "audit",
     "criterion",

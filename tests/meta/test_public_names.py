@@ -17,6 +17,8 @@ PUBLIC = {
     "Loss", "criterion",
     # how a batch is cut
     "split_by_cost", "split_by_samples",
+    # loops that step themselves
+    "Window",
     # layers over the batch
     "GhostBatch", "gather",
     # what fits, and a training run for the command line
