@@ -154,13 +154,13 @@ class _PreparedAccumulator(ga.Accumulator):
 
     def backward(self, loss: Any) -> ga.Update | None:
         """See `Accumulator.backward`; Accelerate hears of a step that was skipped."""
-        self._tell(is_skipped=False)  # a prepared scheduler stands still as long as that is said
+        self._note(is_skipped=False)  # a prepared scheduler stands still as long as that is said
         update = super().backward(loss)
         if update is not None and self._accelerator.scaler is not None:
-            self._tell(is_skipped=update.skipped)
+            self._note(is_skipped=update.skipped)
         return update
 
-    def _tell(self, *, is_skipped: bool) -> None:
+    def _note(self, *, is_skipped: bool) -> None:
         for one in self._wrapped:
             if hasattr(one, "_is_overflow"):
                 one._is_overflow = is_skipped

@@ -32,8 +32,8 @@ _HOOKS = {
 class _ExactAccumulation:
     """Gradient accumulation that gives the whole batch's update, for Lightning's automatic optimisation.
 
-    ``training_step`` may return a mean, a `Loss`, or a dict with ``"loss"`` and perhaps ``"weight"``, what the loss is a
-    mean over; or None for a micro-batch that is left out. ``accumulate_grad_batches`` is read live, so
+    ``training_step`` may return a mean, a `Loss`, or a dict with ``"loss"`` and perhaps ``"weight"``, what the loss is
+    a mean over; or None for a micro-batch that is left out. ``accumulate_grad_batches`` is read live, so
     ``GradientAccumulationScheduler`` works.
 
     Args:
