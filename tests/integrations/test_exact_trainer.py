@@ -220,7 +220,6 @@ def test_a_loss_scale(tmp_path: Path) -> None:
 
     def with_scaler(trainer: Any) -> Any:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-        trainer.accelerator.native_amp = True
         return trainer
 
     made = train(ExactTrainer, model, rows, tmp_path, wrap=with_scaler)
