@@ -1,7 +1,7 @@
 """Transformers' Trainer, masked language modelling: the stock gradient is four times too large, the exact one is not.
 
-    -from transformers import Trainer
-    +from gradaccum.integrations.transformers import ExactTrainer
+-from transformers import Trainer
++from gradaccum.integrations.transformers import ExactTrainer
 """
 
 import copy

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-warnings.simplefilter("ignore")  # Lightning's, about loaders without worker processes
 try:
+    warnings.simplefilter("ignore")  # Lightning's, about loaders without worker processes
     import lightning as L
 except ImportError:
     raise SystemExit("needs lightning: pip install 'gradaccum[lightning]'") from None

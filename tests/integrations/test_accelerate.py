@@ -208,7 +208,7 @@ def on_a_rank(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def test_two_processes() -> None:
-    for found in results_of(on_a_rank, 2):
+    for found in results_of(on_a_rank, 2, seconds=250):
         expected = by_whole_batches(40, 2 * STEPS * PER_BATCH)
         assert far(found["exact"], expected) < EXACT
         assert far(found["stock"], expected) > WRONG

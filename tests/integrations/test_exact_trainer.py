@@ -358,7 +358,7 @@ def test_two_processes(number: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = whole(bert("MaskedLM"), texts(number=number))
     for kind in ("stock", "exact"):
-        for gradients, losses in results_of(on_a_rank, 2, str(tmp_path), kind, number):
+        for gradients, losses in results_of(on_a_rank, 2, str(tmp_path), kind, number, seconds=250):
             found = max(errors(Ran(gradients=gradients), expected))
             if kind == "exact":
                 assert found < EXACT

@@ -271,7 +271,7 @@ def on_a_rank(rank: int, world_size: int, folder: str) -> Any:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    for found in results_of(on_a_rank, 2, str(tmp_path)):
+    for found in results_of(on_a_rank, 2, str(tmp_path), seconds=250):
         for window, last in ((0, 3), (1, 4)):
             rows = [row for share in Share.SHARES for some in share[3 * window : last] for row in some]
             expected = whole(Module(), rows)
