@@ -14,7 +14,8 @@ try:
     import transformers
     from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 except ImportError:
-    raise SystemExit("needs transformers and accelerate: pip install 'gradaccum[transformers]'") from None
+    print("needs transformers and accelerate: pip install 'gradaccum[transformers]'")
+    raise SystemExit from None
 
 from gradaccum.integrations.transformers import ExactTrainer
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 try:
     from accelerate import Accelerator
 except ImportError:
-    raise SystemExit("needs accelerate: pip install 'gradaccum[accelerate]'") from None
+    print("needs accelerate: pip install 'gradaccum[accelerate]'")
+    raise SystemExit from None
 
 from gradaccum.integrations import exact
 

@@ -17,7 +17,8 @@ try:
     warnings.simplefilter("ignore")  # Lightning's, about loaders without worker processes
     import lightning as L
 except ImportError:
-    raise SystemExit("needs lightning: pip install 'gradaccum[lightning]'") from None
+    print("needs lightning: pip install 'gradaccum[lightning]'")
+    raise SystemExit from None
 
 from gradaccum.integrations.lightning import ExactAccumulation
 

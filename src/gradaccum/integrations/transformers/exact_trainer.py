@@ -13,6 +13,7 @@ a window is logged once, with its last micro-batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,10 +249,13 @@ class _ExactWindows:
         optimizer = self._trainer.optimizer
         while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper
             optimizer = optimizer.optimizer
-        if self._train_step is not None and self._made_for == (id(model), id(optimizer)):
+        before = self._made_for
+        if self._train_step is not None and before is not None and before[0] is model and before[1] is optimizer:
             return self._train_step
         size = self._size if self._size is not None else "auto" if self._finds else _UNCUT
         options: dict[str, Any] = {"micro_batch_size": size, "split": self._split, "batch_norm": self._batch_norm}
+        if "check" in inspect.signature(TrainStep).parameters:
+            options["check"] = "off"  # measured here: only the collated micro-batch can be cut in halves
         plain_model = self._trainer.accelerator.unwrap_model(model)
         has_routers = RouterLosses.are_in(plain_model)
         if has_routers:
@@ -264,7 +268,7 @@ class _ExactWindows:
             options |= {"loss_fn": lambda model, batch: self._loss.of(model, batch.inputs)}
             if self._weights is not None:
                 options["weights"] = self._weights_of
-        self._train_step, self._made_for = TrainStep(model, optimizer, **options), (id(model), id(optimizer))
+        self._train_step, self._made_for = TrainStep(model, optimizer, **options), (model, optimizer)
         return self._train_step
 
     def _weights_of(self, batch: TrainerBatch) -> Any:
