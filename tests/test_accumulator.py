@@ -301,3 +301,33 @@ def test_a_state_that_is_none() -> None:
     _, _, accumulator = make_accumulator(micro_batches=3)
     with pytest.raises(ga.StateError, match=r"no count of micro_batches, samples; .*holds updates, other"):
         accumulator.load_state_dict({"updates": 1, "other": 2})
+
+
+# -------------------------------------------------------------------------------------------------- thrown away by hand
+def test_a_discarded_window_is_in_no_update() -> None:
+    model = nn.Linear(3, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
+    data = list(torch.randn(13, 3).double().split([3, 1, 5, 4]))
+    seen: list[torch.Tensor | None] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
+    updates = []
+    for index, x in enumerate(accumulator.over(data)):
+        if index == 1:
+            assert accumulator.discard() == 1  # the micro-batch in hand has had no backward, and is left out too
+            assert model.weight.grad is None
+            continue
+        updates.append(accumulator.backward(model(x).mean()))
+    assert [update and update.samples for update in updates] == [None, None, 9]
+    torch.testing.assert_close(seen[0], torch.cat(data[2:]).mean(0, keepdim=True))
+    assert accumulator.discard() == 0
+
+
+def test_a_window_outside_of_a_pass_is_discarded() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = ga.Accumulator(model, optimizer, micro_batches=2)
+    accumulator.backward(ga.Loss.mean(model(torch.ones(2, 3)).mean(), over=2))
+    assert accumulator.discard() == 1
+    optimizer.step()  # nobody minds any more
+    assert accumulator.flush() is None

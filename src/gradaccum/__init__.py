@@ -41,6 +41,7 @@ from gradaccum.sync.global_batches import GlobalBatchSampler
 from gradaccum.train_step import TrainStep
 from gradaccum.types import GhostBatch, Job, Split, Update
 from gradaccum.whole_batch.lockstep.gather import gather
+from gradaccum.window.own_window import Window
 
 if _typing.TYPE_CHECKING:
     from gradaccum.audit_model import audit
@@ -81,6 +82,7 @@ __all__ = [
     "UnknownLossError",
     "UnsupportedError",
     "Update",
+    "Window",
     "WindowError",
     "audit",
     "chunked",

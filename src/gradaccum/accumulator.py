@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choice import FusedOption
+from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Weight
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
@@ -69,6 +70,11 @@ class Accumulator(HasCounts):
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
             counts the samples of all processes, of which each passes an even share.
+        backward: what runs each micro-batch's backward, where that is not torch's own: ``accelerator.backward``,
+            ``fabric.backward``, a function. It is called ``backward(root, gradient=seed)``, once a micro-batch, and
+            must end in ``root.backward(gradient=seed)``; several terms are joined to one root. What it divides or
+            multiplies the root by on the way is undone, a loss scale too: that one belongs into ``scaler``. Gradients
+            are not added up in place then.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -109,6 +115,7 @@ class Accumulator(HasCounts):
         persistent_gradients: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
+        backward: BackwardFunction | None = None,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
@@ -123,6 +130,7 @@ class Accumulator(HasCounts):
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
             sync=sync,
+            backward=backward,
         )
         self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         self._counts = self._accumulation.counts
@@ -244,6 +252,19 @@ class Accumulator(HasCounts):
                 "Call it after the loop."
             )
         return self._close() if self._accumulation.open_micro_batches else None
+
+    def discard(self) -> int:
+        """Throws the open window away: its micro-batches are in no update, and the next one starts a new window.
+
+        For a loss that turned out to be useless, or a window that was interrupted. Inside of a pass the window that is
+        thrown away ends here; the micro-batch that was handed out last and had no backward yet is left out as well.
+
+        Returns:
+            How many micro-batches had been added to it; 0 where none was open.
+        """
+        self._awaits_backward = False
+        self._outside.close()
+        return self._accumulation.discard() if self._accumulation.is_open else 0
 
     def state_dict(self) -> dict[str, int]:
         """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""

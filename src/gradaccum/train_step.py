@@ -16,6 +16,7 @@ from gradaccum.checking.look_run import StepToCheck
 from gradaccum.errors import MisuseError, WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
+from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import Sync
@@ -76,7 +77,7 @@ class TrainStep(HasCounts):
             which calls ``loss_fn`` a few times more and leaves no trace. A loss that does not add up is an error, a
             layer or a state that depends on the cut a warning with its name; the plan line says what was checked, or
             why nothing was. "off": nothing is checked.
-        clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
+        clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
             rows.
@@ -125,6 +126,7 @@ class TrainStep(HasCounts):
         persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
+        backward: BackwardFunction | None = None,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -165,6 +167,7 @@ class TrainStep(HasCounts):
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
             sync=sync,
+            backward=backward,
         )
         self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
         self._counts = self._accumulation.counts

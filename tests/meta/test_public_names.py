@@ -17,6 +17,8 @@ PUBLIC = {
     "Loss", "criterion", "chunked", "chunked_head",
     # how a batch is cut
     "split_by_cost", "split_by_samples", "split_packed", "split_as_given", "Split",
+    # loops that step themselves
+    "Window", "weight_of",
     # layers over the batch
     "GhostBatch", "gather",
     # what fits, and a training run for the command line

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.gradients.fused.backward import FusedBackward
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
+from gradaccum.gradients.given_backward import BackwardFunction, gradients_kept, run_given_backward
 from gradaccum.gradients.gradient_buffers import PersistentGradients, WideGradients
 from gradaccum.gradients.graph import Graph, read_graph, run_backward
 from gradaccum.gradients.others_parameters import OthersParameters
@@ -36,6 +37,7 @@ class GradientSum:
         persistent: whether gradients lie in the same memory in every window.
         has_shards: whether parameters are shards of FSDP2, which are leaves of no graph: FSDP2 brings their gradients
             over from whole parameters of its own.
+        backward: what runs the backwards, in the place of torch's engine; then nothing is added in place.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class GradientSum:
         accumulate_dtype: torch.dtype | None = None,
         persistent: bool = False,
         has_shards: bool = False,
+        backward: BackwardFunction | None = None,
     ) -> None:
         self._named = list(named_parameters)
         self.parameters = [parameter for _, parameter in self._named]
-        choice = choice_of(fused)
+        self._backward = backward
+        choice = choice_of(fused) if backward is None else None
         in_place = None if choice is None else FusedBackward(self.parameters, choice)
         self._fused = in_place if in_place is not None and in_place.has_candidates else None
         self._wide = None if accumulate_dtype is None else WideGradients(self.parameters, accumulate_dtype)
@@ -146,8 +150,27 @@ class GradientSum:
                 self._watch()
                 return
         if inputs is None or inputs:  # the engine would read no inputs as "all leaves"
-            run_backward(roots, seeds, inputs or ())
+            if self._backward is None:
+                run_backward(roots, seeds, inputs or ())
+            else:
+                self._run_given(self._backward, roots, seeds, inputs)
         self._watch()
+
+    def _run_given(
+        self,
+        backward: BackwardFunction,
+        roots: tuple[Tensor, ...],
+        seeds: tuple[Tensor, ...],
+        inputs: Sequence[Tensor] | None,
+    ) -> None:
+        """Runs a backward for ``inputs`` alone, None for all leaves, through a function that reaches all of them."""
+        others: list[Tensor] = []
+        if inputs is not None:
+            wanted = frozenset(map(id, inputs))
+            reached = {id(leaf): leaf for leaf in (*self.parameters, *read_graph(roots).leaves.values())}
+            others = [leaf for key, leaf in reached.items() if key not in wanted]
+        with gradients_kept(others):
+            run_given_backward(backward, roots, seeds)
 
     def _look_for_others(self, graph: Graph) -> None:
         """Finds out whether a backward would reach another model's parameters too; if so, all are restricted to ours.

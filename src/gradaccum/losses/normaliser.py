@@ -106,6 +106,19 @@ class _TermSum:
                 total = total + root.to(total) * share
         return (total if weight is None else _quotient(total, weight)).to(dtype)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sum and the weight so far, on the host; waits for the device."""
+        total = self._on_host
+        for root, share in self._on_device:
+            total += root.item() * float(share) if share != 0 else 0.0
+        weight = self.weight.item() if isinstance(self.weight, Tensor) else self.weight
+        return {"total": total, "weight": weight, "dtype": self._dtype}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        self._on_host, self._on_device = state["total"], []
+        self.weight, self._dtype = state["weight"], state["dtype"]
+
 
 def _quotient(total: Any, weight: Number) -> Any:
     """A mean; NaN over nothing, whatever the sum is."""
@@ -133,10 +146,10 @@ class Normaliser:
         expected: float | None = None,
     ) -> None:
         self._totals = None if totals is None else {name: _exact(total) for name, total in totals.items()}
-        self._first_share = first_share
-        self._at_least = at_least
+        self._first_share: tuple[int, int] = first_share
+        self._at_least: float = at_least
         self._expected: Number | None = expected
-        self._is_fixed = expected is not None
+        self._is_fixed: bool = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, _TermSum] = {}
 
@@ -241,6 +254,20 @@ class Normaliser:
         for name, (total, weight) in whole.items():
             self._terms[name] = _TermSum(weight)
             self._terms[name].add(total, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and weights so far, and what the totals were taken for; waits for the device."""
+        expected = self._expected.item() if isinstance(self._expected, Tensor) else self._expected
+        options = {"first_share": self._first_share, "at_least": self._at_least, "is_fixed": self._is_fixed}
+        return {"expected": expected, "terms": {n: term.state_dict() for n, term in self._terms.items()}, **options}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the window of which ``state_dict()`` was taken, whose totals were not known ahead."""
+        self._expected = state["expected"]
+        self._is_fixed, self._at_least, self._first_share = state["is_fixed"], state["at_least"], state["first_share"]
+        self._terms = {name: _TermSum(None) for name in state["terms"]}
+        for name, term in self._terms.items():
+            term.load_state_dict(state["terms"][name])
 
     def means(self) -> dict[str, Tensor]:
         """Each term's mean over the window, by name; sums where there is no divisor. Detached."""

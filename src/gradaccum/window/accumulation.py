@@ -408,4 +408,5 @@ class Accumulation:
             accumulate_dtype=options.accumulate_dtype,
             persistent=options.persistent_gradients,
             has_shards=self.ranks is not None and self.ranks.shards,
+            backward=options.backward,
         )

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradaccum.errors import ParameterError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
+from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
 from gradaccum.sync.detect import Sync
 
@@ -35,10 +36,13 @@ class Options:
     persistent_gradients: bool = False
     sync: Sync = "auto"
     before_step: Callable[[], Any] | None = None
+    backward: BackwardFunction | None = None
 
     def __post_init__(self) -> None:
         choice_of(self.fused)
         checked_accumulate_dtype(self.accumulate_dtype)
+        if self.backward is not None:
+            self._check_backward(self.backward)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WindowError(
                 f"clip_norm={self.clip_norm}: clipping to it would erase or reverse every gradient. Pass a positive "
@@ -56,6 +60,19 @@ class Options:
                     "ReduceLROnPlateau is advanced with a validation metric, which an update does not have. Leave it "
                     "out here and call scheduler.step(metric) after each validation."
                 )
+
+    def _check_backward(self, backward: Any) -> None:
+        if not callable(backward):
+            raise ParameterError(
+                f"backward= is a {type(backward).__name__}, and runs the backward of every micro-batch. Pass a "
+                "function that is called function(root, gradient=seed): accelerator.backward, fabric.backward."
+            )
+        if self.fused is True:
+            raise ParameterError(
+                "fused=True adds gradients up in place inside of the library's own backward, and backward= runs "
+                "another one. Leave fused= out: with backward= the gradients are added as torch does it, to the same "
+                "sum."
+            )
 
     @property
     def schedulers(self) -> list[Any]:
