@@ -13,7 +13,6 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Weight
@@ -26,7 +25,7 @@ from gradaccum.window.fillers import SharedPasses
 from gradaccum.window.looking_ahead import Follower, LookingAhead
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import refuse_closures
-from gradaccum.window.progress import ProgressBar
+from gradaccum.window.progress import PassBar
 from gradaccum.window.run_counts import HasCounts
 from gradaccum.window.samples import SamplesFunction, not_counted, said_samples, sample_counter
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
@@ -140,8 +139,7 @@ class Accumulator(HasCounts):
         self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
         self._weights = weights
-        self._wants_progress = progress
-        self._bar: ProgressBar | None = None
+        self._bar = PassBar(is_wanted=progress)
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
         self._target = 1
         self._target_of_all: int | None = None
@@ -194,11 +192,8 @@ class Accumulator(HasCounts):
         self._pass = weakref.ref(shared)
         if self._any_rows is not None:
             self._any_rows.expect_of(shared.items)
-        length = shared.length
-        if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
-            target = self._size.at(1)
-            if length < target:
-                raise self._size.too_short(length, target=target)
+        if self._tail == "drop":
+            self._size.check_length(shared.length)
         return shared
 
     def backward(self, loss: Any, *, samples: int | None = None) -> Update | None:
@@ -233,8 +228,7 @@ class Accumulator(HasCounts):
                 else:
                     accumulation.add(loss, samples=self._samples, weights=self._counted)
         done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
-        if self._bar is not None:
-            self._bar.inside(done, self._target)
+        self._bar.inside(done, self._target)
         is_complete = done == self._target or (self._is_last and self._tail == "step")
         if self._fills:
             is_complete = (is_complete or self._passes.is_filler) and self._passes.closes
@@ -247,17 +241,13 @@ class Accumulator(HasCounts):
             The update, or None where nothing had been added.
         """
         if self._active_pass() is not None:
-            raise MisuseError(
-                f"flush() was called at {guards.user_line()}, inside a pass, whose windows close by themselves. "
-                "Call it after the loop."
-            )
+            raise guards.flush_inside()
         return self._close() if self._accumulation.open_micro_batches else None
 
     def discard(self) -> int:
         """Throws the open window away: its micro-batches are in no update, and the next one starts a new window.
 
-        For a loss that turned out to be useless, or a window that was interrupted. Inside of a pass the window that is
-        thrown away ends here; the micro-batch that was handed out last and had no backward yet is left out as well.
+        Inside of a pass, a micro-batch that was handed out and had no backward yet is left out as well.
 
         Returns:
             How many micro-batches had been added to it; 0 where none was open.
@@ -278,7 +268,8 @@ class Accumulator(HasCounts):
         before = self._active_pass()
         if before is not None and before is not new:
             before.cut_short()
-        self._refuse_open_window()
+        if self._accumulation.open_micro_batches and self._tail != "carry":
+            raise guards.left_open(self._accumulation.open_micro_batches)
 
     def _pass_begins(self, items: LookingAhead[Any]) -> AbstractContextManager[None]:
         """A pass begins: calls by hand are errors until it ends."""
@@ -318,20 +309,13 @@ class Accumulator(HasCounts):
         """The next micro-batch is asked for: this one must have had its backward."""
         if self._awaits_backward:
             self._awaits_backward = False
-            rows = "" if self._samples is None else f" of {self._samples} samples"
-            raise MisuseError(
-                f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would "
-                "silently be made without it. Call accumulator.backward(loss) once for each; for one that is to be "
-                "left out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
-            )
+            raise guards.no_backward(self._samples)
 
     def _pass_ends(self, completely: bool, unused: deque[Any]) -> None:
         """The pass is over: no half window stays behind in silence."""
         self._awaits_backward = False
         self._unused = unused
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
         if self._tail == "carry" and self._accumulation.open_micro_batches:
             self._outside.enter_context(self._accumulation.no_calls_by_hand())
             return
@@ -364,20 +348,17 @@ class Accumulator(HasCounts):
         else:
             share = (1, target)
         expected = self._size.expected(samples, target=target)
-        if (self._wants_progress and self._bar is None) or self._accumulation.plan_line.is_due(expected.sizes):
+        if self._bar.is_due or self._accumulation.plan_line.is_due(expected.sizes):
             self._tell(expected.sizes)
         self._accumulation.open(totals=totals, first_share=share, samples=expected.samples)
 
     def _tell(self, sizes: Sequence[int | None]) -> None:
         """What is to come, before the first window of these sizes."""
-        current = self._active_pass()
-        updates = (
-            self._size.updates_in(current.length, len(sizes), only_complete=self._tail == "drop")
-            if current is not None
-            else None
-        )
-        if self._wants_progress and self._bar is None and current is not None:
-            self._bar = ProgressBar(total=updates)
+        current, updates = self._active_pass(), None
+        if current is not None:
+            updates = self._size.updates_in(current.length, len(sizes), only_complete=self._tail == "drop")
+        if self._bar.is_due and current is not None:
+            self._bar.begin(total=updates)
         self._accumulation.plan_line.announce(sizes, updates_per_epoch=updates, reads_loss=True)
 
     def _size_of_next(self) -> int:
@@ -392,7 +373,7 @@ class Accumulator(HasCounts):
     def _close(self) -> Update | None:
         update = self._passes.close()
         self._outside.close()
-        if self._bar is not None and update is not None:
+        if update is not None:
             self._bar.updated(update)
         return update
 
@@ -417,11 +398,3 @@ class Accumulator(HasCounts):
     def _active_pass(self) -> LookingAhead[Any] | None:
         current = self._pass() if self._pass is not None else None
         return current if current is not None and current.has_begun and not current.is_over else None
-
-    def _refuse_open_window(self) -> None:
-        lost = self._accumulation.open_micro_batches
-        if lost and self._tail != "carry":
-            raise MisuseError(
-                f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The "
-                "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
-            )

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
@@ -35,7 +34,6 @@ from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
 from gradaccum.window.run_counts import RunCounts
-from gradaccum.window.update import Updater
 from gradaccum.window.window_result import WindowResult, loss_of, update_of
 
 logger = logging.getLogger("gradaccum")
@@ -70,14 +68,7 @@ class Accumulation:
             self.ranks = over_ranks(self.models, options.sync, self._parameters.named)
         options.check_with(self.optimizers, has_ranks=self.ranks is not None)
         self._look_at_parameters()
-        self._updater = Updater(
-            self.optimizers,
-            clip_norm=options.clip_norm,
-            schedulers=options.schedulers,
-            scaler=options.scaler,
-            before_step=options.before_step,
-            narrow=None if options.accumulate_dtype is None else lambda: self._gradients.narrow(),
-        )
+        self._updater = options.updater(self.optimizers, narrow=lambda: self._gradients.narrow())
         if self.ranks is not None and self.ranks.shards:
             self._updater.total_norm = self.ranks.total_norm
         self._normaliser: Normaliser | None = None
@@ -87,13 +78,10 @@ class Accumulation:
         self._is_first_backward = True
         self._hooks = ParameterHooks()
         self.plan_line = PlanLine(self.models, self.ranks, couples_batch_norms=couples_batch_norms)
+        # Between processes buffers are broadcast and parameters gathered, which looks like a change.
+        watches_state = self.ranks is None and not is_look
         self.reading = LossReading(
-            self.models,
-            self.plan_line,
-            reads=not is_look,
-            # Between processes buffers are broadcast and parameters gathered, which looks like a change.
-            watches_state=self.ranks is None,
-            warns_of_unknown=warns_of_unknown,
+            self.models, self.plan_line, not is_look, watches_state=watches_state, warns_of_unknown=warns_of_unknown
         )
         self.counts = RunCounts()
 
@@ -399,14 +387,8 @@ class Accumulation:
             self._look_at_parameters()
 
     def _look_at_parameters(self) -> None:
-        named, options = self._parameters.named, self._options
+        named = self._parameters.named
         if self.ranks is not None:
             self.ranks.look_at(named)
-        self._gradients = GradientSum(
-            named,
-            fused=options.fused,
-            accumulate_dtype=options.accumulate_dtype,
-            persistent=options.persistent_gradients,
-            has_shards=self.ranks is not None and self.ranks.shards,
-            backward=options.backward,
-        )
+        has_shards = self.ranks is not None and self.ranks.shards
+        self._gradients = self._options.gradient_sum(named, has_shards=has_shards)

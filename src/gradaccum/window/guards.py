@@ -144,6 +144,32 @@ def uncounted_backward() -> MisuseError:
     )
 
 
+def no_backward(samples: int | None) -> MisuseError:
+    """The error for a micro-batch that `over` has handed out, and that was never added."""
+    rows = "" if samples is None else f" of {samples} samples"
+    return MisuseError(
+        f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would silently be "
+        "made without it. Call accumulator.backward(loss) once for each; for one that is to be left out: "
+        "accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
+    )
+
+
+def flush_inside() -> MisuseError:
+    """The error for a flush inside of a pass."""
+    return MisuseError(
+        f"flush() was called at {user_line()}, inside a pass, whose windows close by themselves. Call it after the "
+        "loop."
+    )
+
+
+def left_open(micro_batches: int) -> MisuseError:
+    """The error for a pass that begins while a window is open that was begun outside of one."""
+    return MisuseError(
+        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied. The "
+        "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
+    )
+
+
 def tell_lost(micro_batches: int, samples: int) -> None:
     """Warns that a half window was discarded."""
     message = (

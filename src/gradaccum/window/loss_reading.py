@@ -33,15 +33,15 @@ class LossReading:
         self,
         models: Sequence[nn.Module],
         plan_line: PlanLine,
-        *,
         reads: bool,
+        *,
         watches_state: bool,
         warns_of_unknown: bool,
     ) -> None:
         self._means = SampleMeans(warns_of_unknown=warns_of_unknown)
         self._means.is_looking = reads
         self._state = ForwardState(models)
-        self._state.is_looking = reads and watches_state
+        self._state.is_looking = watches_state
         self._plan_line = plan_line
 
     def leave_to_check(self, *, was_checked: bool) -> None:

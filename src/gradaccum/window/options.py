@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -15,7 +16,9 @@ from gradaccum.errors import ParameterError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
+from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.sync.detect import Sync
+from gradaccum.window.update import Updater
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,28 @@ class Options:
         """
         if self.persistent_gradients:
             check_persistent(optimizers, has_ranks=has_ranks)
+
+    def updater(self, optimizers: Sequence[Optimizer], *, narrow: Callable[[], None]) -> Updater:
+        """What makes updates with these options; ``narrow`` as there, where gradients are of more precision."""
+        return Updater(
+            optimizers,
+            clip_norm=self.clip_norm,
+            schedulers=self.schedulers,
+            scaler=self.scaler,
+            before_step=self.before_step,
+            narrow=None if self.accumulate_dtype is None else narrow,
+        )
+
+    def gradient_sum(self, named: Sequence[tuple[str, nn.Parameter]], *, has_shards: bool) -> GradientSum:
+        """Where the gradients of these parameters add up with these options."""
+        return GradientSum(
+            named,
+            fused=self.fused,
+            accumulate_dtype=self.accumulate_dtype,
+            persistent=self.persistent_gradients,
+            has_shards=has_shards,
+            backward=self.backward,
+        )
 
 
 def _unwrapped(scheduler: Any) -> Any:

@@ -63,3 +63,36 @@ class ProgressBar:
             return False
         is_last = bar.total is not None and self._updates >= bar.total
         return is_last or bool(bar._time() - bar.last_print_t >= bar.mininterval)
+
+
+class PassBar:
+    """The bar of one pass after another, if one is wanted."""
+
+    def __init__(self, *, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._bar: ProgressBar | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a bar is wanted, and this pass has none yet."""
+        return self._is_wanted and self._bar is None
+
+    def begin(self, *, total: int | None) -> None:
+        """Draws the bar of a pass of so many updates."""
+        self._bar = ProgressBar(total=total)
+
+    def inside(self, done: int, expected: int) -> None:
+        """See `ProgressBar`."""
+        if self._bar is not None:
+            self._bar.inside(done, expected)
+
+    def updated(self, update: Update) -> None:
+        """See `ProgressBar`."""
+        if self._bar is not None:
+            self._bar.updated(update)
+
+    def close(self) -> None:
+        """Leaves the pass's bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

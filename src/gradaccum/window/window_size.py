@@ -103,6 +103,15 @@ class WindowSize:
             f"loader's batch size divide {target}, or pass micro_batches=."
         )
 
+    def check_length(self, length: int | None) -> None:
+        """Checks, where only complete windows are applied, that a pass of so many micro-batches has one.
+
+        Raises:
+            WindowError: it has none.
+        """
+        if length and not self.counts_samples and self.is_fixed and length < self.at(1):
+            raise self.too_short(length, target=self.at(1))
+
     def too_short(self, micro_batches: int, *, target: int, samples: int | None = None) -> WindowError:
         """The error for a pass in which no window is ever complete."""
         rows = "" if samples is None else f" ({samples} samples)"
