@@ -118,7 +118,7 @@ def test_the_plan_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "gradaccum"):
         for _ in range(2):
             train(accumulator, model, pairs(4, 4, 2, 4, 4, 2, 1))
-    assert caplog.messages == ["batch 12 = 3 micro-batches x 4 | not checked | 3 updates an epoch"]
+    assert caplog.messages == ["batch 12 = 3 micro-batches x 4 | read: a mean over samples | 3 updates an epoch"]
 
 
 def test_samples_that_cannot_be_counted() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from gradaccum import tree
 from gradaccum.checking.findings import Difference, Finding, blame
-from gradaccum.checking.look_run import Draw, Look, Side, StepToCheck
+from gradaccum.checking.look_run import CannotLook, Draw, Look, Side, StepToCheck
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.pieces import copied
 from gradaccum.checking.random_ops import Draws
@@ -51,10 +51,6 @@ _CUTS = {
     3: ((2, 1),),
     2: ((1, 1),),
 }
-
-
-class _CannotLook(Exception):
-    """Why a batch cannot be looked at."""
 
 
 def look_first(step: StepToCheck, batch: Any, planned: Sequence[Rows], *, ranks: OverRanks | None) -> Finding:
@@ -90,7 +86,7 @@ def _look(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Finding:
     for rows in (rows for rows in _CUTS if rows <= most):
         try:
             return _look_at(step, batch, planned, rows)
-        except _CannotLook as why:
+        except CannotLook as why:
             return Finding(evidence=f"{NOT_CHECKED}: {why}")
         except Exception as error:  # noqa: BLE001  # whatever it is, training itself shows it
             if not is_out_of_memory(error):
@@ -143,7 +139,7 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
     if not type(step.split).__module__.startswith("gradaccum."):
         # A split of the user's own may know rows of its batch only: its first micro-batch is looked at, where it is.
         if step.options.batch_loss is not None or step.options.is_lockstep or num_rows(planned[0]) < rows:
-            raise _CannotLook("split= cuts whole batches only")
+            raise CannotLook("split= cuts whole batches only")
         atoms = _single_rows(planned[0])[:rows]
         return Look(step, tree.to_device(copied(batch), device), atoms)
     atoms = smallest_pieces(step.split, batch)
@@ -152,7 +148,7 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
     if each > 1 and count < 2:
         count = 2 if 2 * each <= max(map(num_rows, planned)) else 0
     if count < 2 or len(atoms) < 2:
-        raise _CannotLook(f"groups of {each} samples stay together, and one forward has fewer than two of them")
+        raise CannotLook(f"groups of {each} samples stay together, and one forward has fewer than two of them")
     count = max(one for one in _CUTS if one <= min(count, len(atoms)))
     atoms = sorted(atoms, key=lambda atom: atom.start if isinstance(atom, slice) else int(atom[0]))
     spread = [atoms[i * (len(atoms) - 1) // (count - 1)] for i in range(count)]

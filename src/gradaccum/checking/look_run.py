@@ -36,6 +36,10 @@ from gradaccum.window.snapshot import RandomState
 from gradaccum.window.weights import weights_by_name
 
 
+class CannotLook(Exception):
+    """Why a batch cannot be looked at."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepToCheck:
     """What is looked at: a `TrainStep` without the class.
@@ -158,7 +162,11 @@ class Look:
                 totals = weights_by_name(options.weights(split.cut(batch, _joined(self.atoms))))
             aside = accumulation.set_aside()
             accumulation.open(totals=totals, first_share=(rows[0], sum(rows)), samples=sum(rows), pieces=len(rows))
+            trained = [p for _, p in named_parameters(step.models) if p.requires_grad]
+            versions = [p._version for p in trained]
             runner.run(accumulation, batch, pieces, ran=lambda done: None)
+            if versions != [p._version for p in trained]:
+                raise CannotLook("parameters are changed in a forward or a backward")
             loss = accumulation.close_into_grad(aside)
             gradients = {name: p.grad for name, p in named_parameters(step.models) if p.requires_grad}
             return Side(gradients=gradients, loss=float(loss.value), state=self._watched.changed())

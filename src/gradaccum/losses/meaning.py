@@ -125,7 +125,8 @@ class SampleMeans:
         self._check(name, loss, "plain", None, samples)
 
     def _check(self, name: str, root: Tensor, how: str, weight: Weight | None, samples: int | None) -> None:
-        if samples == 0 or root.grad_fn is None:
+        weighs_nothing = weight is not None and host_number(weight) == 0 if root.is_cpu else False
+        if samples == 0 or root.grad_fn is None or weighs_nothing:
             return
         if not self._is_first_window:
             self._check_again(name, root, how, weight, samples)

@@ -116,6 +116,11 @@ class Accumulation:
         """See `GradientSum.read_all`."""
         self._gradients.read_all()
 
+    def leave_to_check(self, *, was_checked: bool) -> None:
+        """Leaves to a check before the first update what it has seen, or warns of what it has not."""
+        self.reading.leave_to_check(was_checked=was_checked)
+        self._hooks.warns = not was_checked
+
     # ------------------------------------------------------------------------------------------------------------ open
 
     def open(

@@ -31,9 +31,14 @@ _hooks_of = operator.attrgetter("_post_accumulate_grad_hooks", "_backward_hooks"
 
 
 class ParameterHooks:
-    """Looks at the hooks of the parameters that train, once each."""
+    """Looks at the hooks of the parameters that train, once each.
+
+    Attributes:
+        warns: whether hooks that seem to clamp are worth a warning; not where what they do has been measured.
+    """
 
     def __init__(self) -> None:
+        self.warns = True
         self._known: dict[int, Any] = {}  # by id, and held, so that an id stays that hook's
         self._versions: list[tuple[str, nn.Parameter, int, Any]] = []
 
@@ -72,7 +77,7 @@ class ParameterHooks:
             raise _stepping(name, hook)
 
     def _look_at_clamp(self, name: str, hook: Any) -> None:
-        if not self._is_new(hook):
+        if not self.warns or not self._is_new(hook):
             return
         uses = uses_of(hook)
         if uses.attributes & _CLAMPING or ("norm" in uses.attributes and uses.computes):
