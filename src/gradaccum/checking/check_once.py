@@ -61,7 +61,9 @@ class CheckOnce:
         if found.error is not None:
             raise found.error  # and again, should somebody go on after it
         self._is_due = False
-        accumulation.leave_to_check(was_checked=not found.evidence.startswith(NOT_CHECKED))
+        accumulation.leave_to_check(
+            was_checked=not found.evidence.startswith(NOT_CHECKED), has_warned=found.warning is not None
+        )
         if found.warning is not None:
             warnings.warn(found.warning, GradAccumWarning, stacklevel=user_stack_level())
 

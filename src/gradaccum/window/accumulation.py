@@ -116,10 +116,10 @@ class Accumulation:
         """See `GradientSum.read_all`."""
         self._gradients.read_all()
 
-    def leave_to_check(self, *, was_checked: bool) -> None:
-        """Leaves to a check before the first update what it has seen, or warns of what it has not."""
+    def leave_to_check(self, *, was_checked: bool, has_warned: bool) -> None:
+        """Leaves to a check before the first update what it has seen and said."""
         self.reading.leave_to_check(was_checked=was_checked)
-        self._hooks.warns = not was_checked
+        self._hooks.warns = not has_warned
 
     # ------------------------------------------------------------------------------------------------------------ open
 

@@ -34,7 +34,7 @@ class ParameterHooks:
     """Looks at the hooks of the parameters that train, once each.
 
     Attributes:
-        warns: whether hooks that seem to clamp are worth a warning; not where what they do has been measured.
+        warns: whether hooks that seem to clamp are worth a warning; not where that was measured.
     """
 
     def __init__(self) -> None:
