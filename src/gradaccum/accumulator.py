@@ -28,6 +28,7 @@ from gradaccum.window.options import Options
 from gradaccum.window.parameters import refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.run_counts import HasCounts
+from gradaccum.window.update_windows import UpdateWindow, update_windows
 from gradaccum.window.weights import WeightsFunction, totals_of_window, weights_by_name
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
 
@@ -67,6 +68,8 @@ class Accumulator(HasCounts):
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
             counts the samples of all processes, of which each passes an even share.
+        timeout: seconds that a message between processes waits for one that does not answer, which may be longer away
+            than that nowhere in training, a validation included; None for the process group's own timeout.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -106,6 +109,7 @@ class Accumulator(HasCounts):
         persistent_gradients: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
+        timeout: float | None = None,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
@@ -119,6 +123,7 @@ class Accumulator(HasCounts):
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
             sync=sync,
+            timeout=timeout,
         )
         self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         self._counts = self._accumulation.counts
@@ -166,6 +171,7 @@ class Accumulator(HasCounts):
             micro_batch_begins=self._micro_batch_begins,
             micro_batch_ends=self._micro_batch_ends,
             pass_ends=self._pass_ends,
+            pass_fails=self._passes.failed,
             wants_again=self._passes.wants_filler if self._fills else None,
             parameters=lambda: (one for model in self._accumulation.models for one in model.parameters()),
         )
@@ -189,6 +195,15 @@ class Accumulator(HasCounts):
                 raise self._size.too_short(length, target=target)
         return shared
 
+    def windows(self, micro_batches: Iterable[Item]) -> Iterator[UpdateWindow[Item]]:
+        """One pass, window by window, equally many on every process: for a loop with collectives of its own at updates.
+
+        ``for window in accumulator.windows(loader): for x, y in window: accumulator.backward(...)``; after the inner
+        loop ``window.update`` is there on every process, also on one whose loader is exhausted. See `over`.
+        """
+        items = self.over(micro_batches)
+        return update_windows(items, self._passes, self._accumulation, self._refuse_no_backward)
+
     def backward(self, loss: Any) -> Update | None:
         """Adds the micro-batch's share to the gradient; makes the update when the window is complete.
 
@@ -209,21 +224,18 @@ class Accumulator(HasCounts):
         if not self._awaits_backward:
             self._begin_outside_of_a_pass()
         self._awaits_backward = False
-        if accumulation.ranks is None:
-            accumulation.add(loss, samples=self._samples, weights=self._counted)
-        else:
-            with accumulation.ranks.report_errors():
-                if self._passes.is_filler:
-                    self._passes.backward_of_filler()
-                else:
-                    accumulation.add(loss, samples=self._samples, weights=self._counted)
-        done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
-        if self._bar is not None:
-            self._bar.inside(done, self._target)
-        is_complete = done == self._target or (self._is_last and self._tail == "step")
-        if self._fills:
-            is_complete = (is_complete or self._passes.is_filler) and self._passes.closes
-        return self._close() if is_complete else None
+        with self._passes.report_errors():
+            if self._passes.is_filler:
+                self._passes.backward_of_filler()
+            else:
+                accumulation.add(loss, samples=self._samples, weights=self._counted)
+            done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches
+            if self._bar is not None:
+                self._bar.inside(done, self._target)
+            is_complete = done == self._target or (self._is_last and self._tail == "step")
+            if self._fills:
+                is_complete = (is_complete or self._passes.is_filler) and self._passes.closes
+            return self._close() if is_complete else None
 
     def flush(self) -> Update | None:
         """Applies an incomplete window with its true weight: one that was carried, or begun outside of a pass.
@@ -236,7 +248,8 @@ class Accumulator(HasCounts):
                 f"flush() was called at {guards.user_line()}, inside a pass, whose windows close by themselves. "
                 "Call it after the loop."
             )
-        return self._close() if self._accumulation.open_micro_batches else None
+        with self._passes.report_errors():
+            return self._close() if self._accumulation.open_micro_batches else None
 
     def state_dict(self) -> dict[str, int]:
         """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
@@ -286,6 +299,10 @@ class Accumulator(HasCounts):
 
     def _micro_batch_ends(self) -> None:
         """The next micro-batch is asked for: this one must have had its backward."""
+        self._refuse_no_backward()
+        self._accumulation.leave_if_agreed()
+
+    def _refuse_no_backward(self) -> None:
         if self._awaits_backward:
             self._awaits_backward = False
             rows = "" if self._samples is None else f" of {self._samples} samples"
@@ -374,6 +391,7 @@ class Accumulator(HasCounts):
             raise guards.uncounted_backward()
         self._samples, self._is_last, self._counted = None, False, None
         if not self._accumulation.is_open:
+            self._accumulation.leave_if_agreed()
             self._target = self._size_of_next()
             self._accumulation.plan_line.announce([None] * self._target)
             self._accumulation.open(first_share=(1, self._target))

@@ -17,6 +17,7 @@ from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.sync.detect import Sync
+from gradaccum.sync.messages import Caller
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
@@ -71,8 +72,8 @@ class TrainStep(HasCounts):
             terms are means over different things.
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
-            rows.
+        sync, timeout: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and
+            have zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -117,6 +118,7 @@ class TrainStep(HasCounts):
         persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
+        timeout: float | None = None,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -157,8 +159,12 @@ class TrainStep(HasCounts):
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
             sync=sync,
+            timeout=timeout,
         )
-        self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
+        couples = batch_norm == "micro"
+        self._accumulation = Accumulation(
+            models, optimizer, options, couples_batch_norms=couples, caller=Caller.TRAIN_STEP
+        )
         self._counts = self._accumulation.counts
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
@@ -192,6 +198,7 @@ class TrainStep(HasCounts):
             MisuseError: a gradient is left over from something else.
         """
         refuse_closures(self._accumulation.optimizers)
+        self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             self._run(batch)
             update = self._accumulation.close()
@@ -232,7 +239,7 @@ class TrainStep(HasCounts):
         """
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
-            with self._accumulation.with_others():
+            with self._accumulation.with_others(caller=Caller.BACKWARD):
                 self._run(batch)
                 loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:

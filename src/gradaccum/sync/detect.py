@@ -19,7 +19,9 @@ Sync = Literal["auto", "last", "every", "never"]
 """When gradients are reduced over processes; see `detect`."""
 
 
-def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, list[Engine]] | None:
+def detect(
+    models: Sequence[nn.Module], sync: Sync = "auto", timeout: float | None = None
+) -> tuple[Ranks, list[Engine]] | None:
     """Finds the processes that train together, and an engine for each model.
 
     Args:
@@ -27,6 +29,7 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
         sync: "auto": once a window where that costs no memory (plain modules, DDP), in every backward for FSDP2;
             "last": once a window; "every": in every backward, which changes the result nowhere and only FSDP2 does;
             "never": this process trains for itself, whatever others do.
+        timeout: seconds that a message may wait for another process; None for what the process group has.
 
     Returns:
         None where this process trains for itself: no process group, or one of a single process, and nothing wrapped.
@@ -59,7 +62,7 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
             "them would divide some by the wrong number. Give each an accumulator and an optimizer of its own."
         )
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
-    return Ranks(groups.pop(), device), [engine for engine, _ in found]
+    return Ranks(groups.pop(), device, timeout), [engine for engine, _ in found]
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
+from gradaccum.sync.messages import Caller
 from gradaccum.types import Update
 from gradaccum.window import guards
 from gradaccum.window.forward_state import ForwardState
@@ -36,6 +37,7 @@ from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
 from gradaccum.window.run_counts import RunCounts
+from gradaccum.window.stopping import Stopping
 from gradaccum.window.update import Updater
 from gradaccum.window.window_result import WindowResult, loss_of, update_of
 
@@ -49,6 +51,7 @@ class Accumulation:
     Attributes:
         ranks: the processes that train together with this one; None where there are none.
         open_samples: rows added to the open window so far, as far as they could be seen.
+        stopping: whether this run is to save and to leave; None where no signal can ask for it.
         means: reads what the losses are means over; ``warns_of_unknown`` as there.
     """
 
@@ -60,11 +63,15 @@ class Accumulation:
         *,
         couples_batch_norms: bool = True,
         warns_of_unknown: bool = False,
+        caller: Caller = Caller.ACCUMULATOR,
     ) -> None:
         self._options = options
         self._parameters = Parameters(model, optimizer)
         self.models, self.optimizers = self._parameters.models, self._parameters.optimizers
-        self.ranks: OverRanks | None = over_ranks(self.models, options.sync, self._parameters.named)
+        self.ranks: OverRanks | None = over_ranks(
+            self.models, options.sync, self._parameters.named, timeout=options.timeout, caller=caller
+        )
+        self.stopping: Stopping | None = None
         options.check_with(self.optimizers, has_ranks=self.ranks is not None)
         self._look_at_parameters()
         self._updater = Updater(
@@ -113,9 +120,9 @@ class Accumulation:
             is_ours=lambda: self._updater.is_stepping,
         )
 
-    def with_others(self) -> AbstractContextManager[Any]:
+    def with_others(self, caller: Caller | None = None) -> AbstractContextManager[Any]:
         """Context manager in which other processes hear of an error here, and engines leave gradients to us."""
-        return nullcontext() if self.ranks is None else self.ranks.trained_with()
+        return nullcontext() if self.ranks is None else self.ranks.trained_with(caller)
 
     def read_all_graphs(self) -> None:
         """See `GradientSum.read_all`."""
@@ -270,10 +277,24 @@ class Accumulation:
 
     def _settle(self, parameters: Sequence[nn.Parameter], *, is_done: bool = False) -> WindowResult:
         """What the window had in all; gradients of other processes are added up here."""
-        normaliser = self._opened()
-        if self.ranks is not None:
-            return self.ranks.settle(normaliser, parameters, sizes=self._sizes, is_done=is_done)
-        return WindowResult.of(self._sizes, normaliser.correction)
+        normaliser, stops = self._opened(), self.stopping is not None and self.stopping.is_wanted
+        if self.ranks is None:
+            result = WindowResult.of(self._sizes, normaliser.correction)
+        else:
+            flags = {"is_done": is_done, "wants_to_stop": stops}
+            result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
+        if self.stopping is not None:
+            self.stopping.is_agreed = stops or result.stops
+        return result
+
+    def leave_if_agreed(self) -> None:
+        """Saves and ends the process where all of them have agreed to; called between windows.
+
+        Raises:
+            Stopped: they have.
+        """
+        if self.stopping is not None and self.stopping.is_agreed and not self.is_open:
+            self.stopping.leave()
 
     def close(self) -> Update:
         """The update from what has been added."""
@@ -325,6 +346,8 @@ class Accumulation:
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
         self.means.window_closed()
         self._reset()
+        if self.ranks is not None:
+            self.ranks.stepped()
         return update
 
     def _check_window(self, normaliser: Normaliser) -> None:

@@ -33,6 +33,7 @@ class Options:
     accumulate_dtype: torch.dtype | None = None
     persistent_gradients: bool = False
     sync: Sync = "auto"
+    timeout: float | None = None
     before_step: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +48,12 @@ class Options:
             raise ParameterError(
                 f"before_step={self.before_step!r} is called once an update, without arguments, before the optimizer "
                 "steps. Pass a function: before_step=lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0)."
+            )
+        if self.timeout is not None and not self.timeout > 0:
+            raise ParameterError(
+                f"timeout={self.timeout!r}: it is how many seconds a message between processes waits for the others, "
+                "longer than what one of them may do alone (a validation, say). Pass a positive number, or None for "
+                "the process group's own timeout."
             )
         for scheduler in self.schedulers:
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

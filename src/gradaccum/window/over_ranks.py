@@ -29,25 +29,48 @@ from gradaccum.losses.normaliser import Normaliser, Number
 from gradaccum.sync import faults, flat
 from gradaccum.sync.detect import Sync, detect
 from gradaccum.sync.engine import Engine
-from gradaccum.sync.messages import Kind, Message, Outcome, TermKind, TermShare
+from gradaccum.sync.messages import Caller, Kind, Message, Outcome, TermKind, TermShare
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.stopping import Stopped
 from gradaccum.window.window_result import WindowResult
 
 Share = Mapping[str, tuple[Tensor, Number | None]]
 """Each term's sum and weight; see `Normaliser.share`."""
 
 
-def over_ranks(models: Sequence[nn.Module], sync: Sync, named: Sequence[tuple[str, nn.Parameter]]) -> OverRanks | None:
+def over_ranks(
+    models: Sequence[nn.Module],
+    sync: Sync,
+    named: Sequence[tuple[str, nn.Parameter]],
+    *,
+    timeout: float | None,
+    caller: Caller,
+) -> OverRanks | None:
     """What trains together with this process; None where nothing does."""
-    found = detect(models, sync)
-    return None if found is None else OverRanks(*found, named)
+    found = detect(models, sync, timeout)
+    return None if found is None else OverRanks(*found, named, caller)
 
 
 class OverRanks:
-    """A window's way over all processes, which have the same parameters in the same order."""
+    """A window's way over all processes, which have the same parameters in the same order.
 
-    def __init__(self, ranks: Ranks, engines: Sequence[Engine], named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    Attributes:
+        caller: what the user has called, for messages.
+        passes: passes over a loader that were begun.
+        pieces: micro-batches that every process runs in the open window, where that is agreed on.
+        all_are_done: no process had a window of its own when messages were exchanged last.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        engines: Sequence[Engine],
+        named: Sequence[tuple[str, nn.Parameter]],
+        caller: Caller = Caller.ACCUMULATOR,
+    ) -> None:
         self.ranks = ranks
+        self.caller = caller
+        self.passes = 0
         self._engines = engines
         self.is_first = ranks.rank == 0  # the process that speaks for all
         self.is_wrapped = any(engine.is_wrapper for engine in engines)
@@ -58,8 +81,9 @@ class OverRanks:
         self._names: list[str] = []
         self._has_met = False
         self._update = 0
-        self.pieces = 0  # micro-batches that every process runs in the open window, where that is agreed on
-        self.all_are_done = False  # no process had a window of its own when messages were exchanged last
+        self._is_among_collectives = False  # others may be inside of a forward or backward, and read no message
+        self.pieces = 0
+        self.all_are_done = False
 
     def look_at(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Takes note of the parameters; called again whenever they have changed."""
@@ -99,20 +123,33 @@ class OverRanks:
         except BaseException as error:
             if self.runs_collectives and faults.is_of_transport(error):
                 raise self.ranks.fault(error) from error
-            if not isinstance(error, RankError):
-                faults.report(self.ranks.rank, faults.description(error))
-                # Not where the others are inside of a collective of the model, or everybody is being stopped.
-                if not self.runs_collectives and isinstance(error, Exception):
-                    with suppress(RankError):  # they have gone as well
-                        self._meet()  # the others do, if this is the first window
-                        self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+            self.tell(error)
             raise
 
+    def tell(self, error: BaseException, *, is_between: bool = False) -> None:
+        """Tells the other processes of an error here, if they are where they read messages.
+
+        They are there ``is_between`` micro-batches, also where each forward waits for all.
+        """
+        if isinstance(error, (RankError, Stopped)):
+            return
+        faults.report(self.ranks.name, faults.description(error))
+        # Not where everybody is being stopped.
+        if (is_between or not self._is_among_collectives) and isinstance(error, Exception):
+            with suppress(RankError):  # they have gone as well
+                self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+                faults.withdraw()
+
     @contextmanager
-    def trained_with(self) -> Iterator[None]:
-        """Context manager for a whole window: `report_errors` around `taken_over`."""
-        with self.report_errors(), self.taken_over():
-            yield
+    def trained_with(self, caller: Caller | None = None) -> Iterator[None]:
+        """Context manager for a whole window: `report_errors` around `taken_over`; for messages of this caller."""
+        before = self.caller
+        self.caller = before if caller is None else caller
+        try:
+            with self.report_errors(), self.taken_over():
+                yield
+        finally:
+            self.caller = before
 
     def begin(
         self,
@@ -138,6 +175,7 @@ class OverRanks:
             The totals of all processes; and what an unknown total is taken for on all of them.
         """
         self._update = update
+        self._is_among_collectives = False
         self._meet()
         expected = None
         if self.runs_collectives or totals is not None:
@@ -149,6 +187,7 @@ class OverRanks:
                 # at the end. Close to the total it keeps half-precision gradients in range, so: what the window before
                 # had, the rows of this one where they are known, or 1.
                 expected = last_total or float(sum(message.samples for message in messages)) or 1.0
+                self._is_among_collectives = True
         if totals is None:
             return None, expected
         return self._added_totals(totals), None
@@ -174,11 +213,12 @@ class OverRanks:
         *,
         sizes: Sequence[int | None],
         is_done: bool = False,
+        wants_to_stop: bool = False,
     ) -> WindowResult:
         """Adds this process's window, of micro-batches of so many rows, and those of the others up.
 
         ``normaliser`` is about all processes afterwards, and ``.grad`` of the parameters has their sum. A process that
-        is done has no more windows, and only takes part in those of the others.
+        is done has no more windows, and only takes part in those of the others. All hear that one wants to stop.
 
         Raises:
             RankError: another process failed or has gone, or is not closing this window.
@@ -186,7 +226,8 @@ class OverRanks:
         """
         share = normaliser.share()
         reduced_here = [parameter for parameter in parameters if id(parameter) not in self._is_sharded]
-        messages = self._exchange_shares(share, reduced_here, sizes, is_done=is_done)
+        messages = self._exchange_shares(share, reduced_here, sizes, is_done=is_done, wants_to_stop=wants_to_stop)
+        self._is_among_collectives = False
         self.all_are_done = all(message.is_done for message in messages)
         if self.all_are_done or not any(message.micro_batches for message in messages):
             normaliser.settle({})
@@ -206,18 +247,26 @@ class OverRanks:
         flat.reduce_gradients(self.ranks, reduced_here, used, factor=1.0 / self.boost)
         return _counted(messages, normaliser.correction)
 
+    def stepped(self) -> None:
+        """Makes sure that all processes have made the update that was settled last.
+
+        Raises:
+            RankError: the optimizer, the scheduler or ``before_step`` failed on another process.
+        """
+        self._agree(Kind.STEPPED)
+
     def rows_before(self, rows: int) -> tuple[int, list[int]]:
         """Where this process's rows are among those of all, and how many each process has.
 
         Raises:
             RankError: another process failed, or does not count anything now.
         """
-        counts = [message.samples for message in self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS, samples=rows)]
+        counts = [message.samples for message in self._agree(Kind.EXCHANGING_OUTPUTS, samples=rows)]
         return sum(counts[: self.ranks.rank]), counts
 
     def totals(self, own: Mapping[str, Number]) -> dict[str, Number]:
         """Each term's weight over all processes."""
-        self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS)
+        self._agree(Kind.EXCHANGING_OUTPUTS)
         return self._added_totals(own)
 
     def agree(self, is_out_of_memory: bool) -> bool:
@@ -227,11 +276,12 @@ class OverRanks:
             RankError: another process failed otherwise.
         """
         outcome = Outcome.OUT_OF_MEMORY if is_out_of_memory else Outcome.FINE
-        messages = self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
+        messages = self._agree(Kind.LOOKING_FOR_A_SIZE, outcome=outcome)
         return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
     def _meet(self) -> None:
         if not self._has_met:
+            self._agree(Kind.MEETING)
             whole = [parameter for _, parameter in self._named if id(parameter) not in self._is_sharded]
             self.ranks.check_same_model(self._model, [] if self._engines[0].runs_collectives else whole)
             self._has_met = True
@@ -239,7 +289,15 @@ class OverRanks:
     def _agree(
         self, kind: Kind, *, outcome: Outcome = Outcome.FINE, error: BaseException | None = None, **fields: Any
     ) -> list[Message]:
-        message = Message(outcome, kind, self._update, self._model, **fields)
+        message = Message(
+            *(outcome, kind, self._update, 0 if kind == Kind.MEETING else self._model),
+            caller=self.caller,
+            sender=self.ranks.name,
+            passes=self.passes,
+            **fields,
+        )
+        if kind != Kind.CLOSING_A_WINDOW:
+            return self.ranks.agree(message, error=error)
         return self.ranks.agree(message, num_terms=len(self._names), num_uses=len(self._named), error=error)
 
     def _added_totals(self, own: Mapping[str, Weight]) -> dict[str, Any]:
@@ -252,7 +310,7 @@ class OverRanks:
         return added
 
     def _exchange_shares(
-        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], *, is_done: bool
+        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: bool
     ) -> list[Message]:
         known = [size for size in sizes if size is not None]
         messages = self._agree(
@@ -260,18 +318,18 @@ class OverRanks:
             micro_batches=len(sizes),
             samples=sum(known),
             largest=max(known, default=0),
-            is_done=is_done,
             has_new_terms=any(name not in self._names for name in share),
             has_unknown_sizes=len(known) < len(sizes),
             terms=[self._term(share.get(name)) for name in self._names],
             uses=flat.uses(reduced_here),
+            **flags,
         )
         if not any(message.has_new_terms for message in messages):
             return messages
         # As in a run's first window. Names are added in the order of ranks, so the layout is the same on all processes.
         for names in self.ranks.exchange_objects(list(share)):
             self._names += [name for name in names if name not in self._names]
-        return self._exchange_shares(share, reduced_here, sizes, is_done=is_done)
+        return self._exchange_shares(share, reduced_here, sizes, **flags)
 
     def _term(self, share: tuple[Tensor, Number | None] | None) -> TermShare:
         if share is None:
@@ -335,4 +393,5 @@ def _counted(messages: Sequence[Message], correction: Number | None) -> WindowRe
         correction=correction,
         is_over=all(message.is_done for message in messages),
         is_incomplete=any(message.is_done for message in messages),
+        stops=any(message.wants_to_stop for message in messages),
     )
