@@ -45,7 +45,7 @@ def test_every_header_can_be_read_whatever_follows() -> None:
             numbers = message.to_numbers(num_terms=num_terms, num_uses=num_uses)
             assert len(numbers) >= PREFIX
             header = Message.from_numbers(numbers[:PREFIX], num_terms=0, num_uses=0)
-            assert header == dataclasses.replace(message, terms=[], uses=())
+            assert header == dataclasses.replace(message, terms=[], uses=[])
 
 
 @pytest.mark.parametrize(

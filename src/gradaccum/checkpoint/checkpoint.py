@@ -112,9 +112,7 @@ class Checkpoint:
 
         What takes long between updates, a validation say, asks it and is left out. It is the same on all processes.
         """
-        if self._stopping is None:
-            return False
-        return self._stopping.is_agreed or (self._together.size == 1 and self._stopping.is_wanted)
+        return self._stopping is not None and self._stopping.is_agreed
 
     def save(self) -> Path:
         """Saves a checkpoint, and returns its path on every process. Every process has to call it.
@@ -195,7 +193,7 @@ class Checkpoint:
                 "among the objects. Pass it too: Checkpoint(path, train_step=train_step, on_signal=signal.SIGTERM)."
             )
         signals = [on_signal] if isinstance(on_signal, int) else list(on_signal)
-        accumulation.stopping = Stopping(signals, self._save_between_windows)
+        accumulation.stopping = Stopping(signals, self._save_between_windows, is_alone=accumulation.ranks is None)
         return accumulation.stopping
 
     def _save_between_windows(self) -> bool:

@@ -284,7 +284,7 @@ class Accumulation:
             flags = {"is_done": is_done, "wants_to_stop": stops}
             result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
         if self.stopping is not None:
-            self.stopping.is_agreed = stops or result.stops
+            self.stopping.is_heard_of = result.stops
         return result
 
     def leave_if_agreed(self) -> None:

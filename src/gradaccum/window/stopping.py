@@ -24,17 +24,19 @@ class Stopping:
     Args:
         signals: each takes the place of the handler that there is.
         save: what is called, on all processes, before they leave; returns whether it could save now.
+        is_alone: whether there are no other processes, so that nobody has to be agreed with.
 
     Attributes:
         is_wanted: a signal came to this process.
-        is_agreed: a signal came to some process, and all of them have heard of it at the same update.
+        is_heard_of: a signal came to some process, and all of them have heard of it at the same update.
 
     Raises:
         StateError: a signal that cannot be handled, or not in this thread.
     """
 
-    def __init__(self, signals: Sequence[int], save: Callable[[], bool]) -> None:
-        self.is_wanted = self.is_agreed = False
+    def __init__(self, signals: Sequence[int], save: Callable[[], bool], *, is_alone: bool) -> None:
+        self.is_wanted = self.is_heard_of = False
+        self._is_alone = is_alone
         self._save = save
         self._before: dict[int, Any] = {}
         try:
@@ -46,6 +48,11 @@ class Stopping:
                 "without a checkpoint. Pass a signal such as signal.SIGTERM, or several, and make the Checkpoint in "
                 "the main thread."
             ) from error
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether all processes stop before their next window."""
+        return self.is_heard_of or (self._is_alone and self.is_wanted)
 
     def leave(self) -> None:
         """Saves and ends the process, if it can save now.
