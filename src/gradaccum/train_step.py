@@ -16,7 +16,7 @@ from gradaccum.errors import WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.sync.detect import Sync
+from gradaccum.sync.detect import Sync, is_sharded
 from gradaccum.sync.messages import Caller
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
@@ -173,6 +173,11 @@ class TrainStep(HasCounts):
         self._runner = choose_runner(run_options, model, models, split=self._split, ranks=self._accumulation.ranks)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
+            if self._accumulation.ranks is None and any(map(is_sharded, models)):
+                raise WindowError(
+                    'micro_batch_size="auto" with tensor parallelism: each process would find a size of its own, and '
+                    "wait in its forwards for micro-batches that the others do not run. Pass an int."
+                )
             self._fitting = Fitting(
                 self._split,
                 self._accumulation,

@@ -32,7 +32,8 @@ def detect(
         timeout: seconds that a message may wait for another process; None for what the process group has.
 
     Returns:
-        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped.
+        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped; or
+        where tensor parallelism makes one model of all processes.
 
     Raises:
         UnsupportedError: wrapped in something whose averages cannot be undone, or in two ways at once.
@@ -46,6 +47,8 @@ def detect(
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not wrapped and (sync == "never" or not several):
         return None
+    if not wrapped and any(map(is_sharded, models)):
+        return _check_one_model_over_all(models)
     if sync == "never":
         raise UnsupportedError(
             f'sync="never" leaves other processes alone, and the model is wrapped in {type(wrapped[0]).__name__}, '
@@ -65,6 +68,44 @@ def detect(
     return Ranks(groups.pop(), device, timeout), [engine for engine, _ in found]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of a model lie in parts on several processes."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def _check_one_model_over_all(models: Sequence[nn.Module]) -> None:
+    """Checks that tensor-parallel parameters, which nothing else wraps, make one model of all processes.
+
+    These all have the same batch then, and the gradient is complete without being added up.
+
+    Raises:
+        UnsupportedError: some processes hold another copy of the model, and which is not known.
+    """
+    meshes = [getattr(parameter, "device_mesh", None) for model in models for parameter in model.parameters()]
+    sizes = {mesh.size() for mesh in meshes if mesh is not None}
+    if sizes != {dist.get_world_size()} or not all(map(is_sharded, models)):
+        raise UnsupportedError(
+            f"The model has tensor-parallel parameters over {min(sizes)} of {dist.get_world_size()} processes, and "
+            "which of the others have data of their own is not known: gradients would be added up over the wrong "
+            "ones. Wrap it in fully_shard(model, mesh=...) over the data-parallel dimension, or pass "
+            'sync="never" and add gradients up in before_step.'
+        )
+
+
+def refuse_late_group(sync: Sync) -> None:
+    """Refuses a window of one process where there are several by now.
+
+    Raises:
+        UnsupportedError: the process group was made after this was to train.
+    """
+    if sync != "never" and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedError(
+            "The process group was made after this TrainStep or Accumulator, which would train each of the "
+            f"{dist.get_world_size()} processes for itself: their models would drift apart. Make it after "
+            'init_process_group(), or say sync="never".'
+        )
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     name = type(module).__name__
     return name in ("DistributedDataParallel", "FullyShardedDataParallel") or name.startswith("FSDP")
@@ -82,7 +123,7 @@ def _engine(
             "the gradient could not be made the batch's. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
     if not wrappers:
-        return Engine(), (world,)
+        return Engine(model), (world,)
     # Engines are imported only for models that need them: torch's distributed tensors take 0.3 s to import.
     if names[0] == "DistributedDataParallel":
         from torch.nn.parallel import DistributedDataParallel

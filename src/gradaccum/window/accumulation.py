@@ -26,13 +26,14 @@ from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.meaning import SampleMeans
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, no_gradient, without_value
+from gradaccum.sync.detect import is_sharded, refuse_late_group
 from gradaccum.sync.messages import Caller
 from gradaccum.types import Update
 from gradaccum.window import guards
 from gradaccum.window.forward_state import ForwardState
 from gradaccum.window.loss_scale import check_stays_scaled, refuse_scaled
 from gradaccum.window.options import Options
-from gradaccum.window.over_ranks import OverRanks, over_ranks
+from gradaccum.window.over_ranks import OverRanks, over_ranks, total_norm_of_shards
 from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
@@ -82,8 +83,9 @@ class Accumulation:
             before_step=options.before_step,
             narrow=None if options.accumulate_dtype is None else lambda: self._gradients.narrow(),
         )
-        if self.ranks is not None and self.ranks.shards:
-            self._updater.total_norm = self.ranks.total_norm
+        self._looks_for_others = torch.distributed.is_available() and not torch.distributed.is_initialized()
+        if any(map(is_sharded, self.models)):
+            self._updater.total_norm = total_norm_of_shards
         self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
         self._state = ForwardState(self.models)
         # Between processes buffers are broadcast and parameters gathered, which looks like a change.
@@ -155,7 +157,10 @@ class Accumulation:
         self._hooks.look(self._parameters.named)
         self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         expected = None
-        if self.ranks is not None:
+        if self.ranks is None:
+            if self._looks_for_others:
+                refuse_late_group(self._options.sync)
+        else:
             totals, expected = self.ranks.begin(
                 totals,
                 update=self.counts.updates + 1,

@@ -51,6 +51,13 @@ def over_ranks(
     return None if found is None else OverRanks(*found, named, caller)
 
 
+def total_norm_of_shards(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+    """The norm over all gradients together, of which each process has a part."""
+    from gradaccum.sync.fsdp2 import total_norm  # for models that have shards: it takes 0.3 s to import
+
+    return total_norm(parameters, order)
+
+
 class OverRanks:
     """A window's way over all processes, which have the same parameters in the same order.
 
@@ -100,12 +107,6 @@ class OverRanks:
     def shards(self) -> bool:
         """Whether parameters lie in parts on several processes."""
         return bool(self._is_sharded)
-
-    def total_norm(self, parameters: Sequence[nn.Parameter], order: float) -> Tensor:
-        """The norm over all gradients together, of which each process has a part."""
-        from gradaccum.sync.fsdp2 import total_norm
-
-        return total_norm(parameters, order)
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
@@ -202,9 +203,13 @@ class OverRanks:
             engine.prepare(is_last=is_last)
 
     def backward_of_nothing(self) -> None:
-        """Runs what the others wait for after a forward that is not to change anything."""
-        for engine in self._engines:
-            engine.backward_of_nothing()
+        """Runs the collectives of a backward, with gradients of zero, after a forward that is to change nothing.
+
+        One backward for all models, so that it comes to them in the order in which those of the others do.
+        """
+        roots = [output for engine in self._engines for output in engine.take_outputs()]
+        if roots:
+            torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
     def settle(
         self,
