@@ -14,7 +14,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import tree
-from gradaccum.errors import MisuseError
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Weight
 from gradaccum.sync.detect import Sync
@@ -244,10 +243,7 @@ class Accumulator(HasCounts):
             The update, or None where nothing had been added.
         """
         if self._active_pass() is not None:
-            raise MisuseError(
-                f"flush() was called at {guards.user_line()}, inside a pass, whose windows close by themselves. "
-                "Call it after the loop."
-            )
+            raise guards.flush_in_a_pass()
         with self._passes.report_errors():
             return self._close() if self._accumulation.open_micro_batches else None
 
@@ -305,12 +301,7 @@ class Accumulator(HasCounts):
     def _refuse_no_backward(self) -> None:
         if self._awaits_backward:
             self._awaits_backward = False
-            rows = "" if self._samples is None else f" of {self._samples} samples"
-            raise MisuseError(
-                f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would "
-                "silently be made without it. Call accumulator.backward(loss) once for each; for one that is to be "
-                "left out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
-            )
+            raise guards.no_backward(self._samples)
 
     def _pass_ends(self, completely: bool, unused: deque[Any]) -> None:
         """The pass is over: no half window stays behind in silence."""
@@ -404,7 +395,4 @@ class Accumulator(HasCounts):
     def _refuse_open_window(self) -> None:
         lost = self._accumulation.open_micro_batches
         if lost and self._tail != "carry":
-            raise MisuseError(
-                f"A window was left open: {lost} micro-batches were added up outside of a pass and not applied. The "
-                "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
-            )
+            raise guards.left_open(lost)

@@ -89,6 +89,49 @@ def copies(rank: int) -> None:
         assert not made[0](x).any()
 
 
+class Experts(nn.Module):
+    """A trunk that all have, and an expert of each process's own."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.trunk = make()
+        self.expert = nn.Sequential(*list(make(seed=rank))[2:], nn.Linear(2, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(self.trunk[:2](x))
+
+
+def parameters_left_alone(rank: int) -> None:
+    """What DDP is told to ignore has the gradient of its own process's samples; one norm, one decision to skip."""
+    shares = [rows(2, 5), rows(11, 6)]
+    alone = [Experts(0), Experts(1)]
+    for one, x in zip(alone, shares, strict=True):
+        loss_fn(one, x).backward()
+    expected = gradients_of(alone[rank])
+    for name in expected:
+        if name.startswith("trunk.") and not name.startswith("trunk.2"):
+            both_have = [gradients_of(one)[name] for one in alone]
+            expected[name] = sum(g * len(x) / 13 for g, x in zip(both_have, shares, strict=True))
+    common = [one for name, one in expected.items() if name.startswith("trunk.") and one is not None]
+    own = [p.grad for one in alone for p in one.expert.parameters()]
+    norm = torch.nn.utils.get_total_norm([*common, *own]).item()
+
+    model = Experts(rank)
+    names = [name for name, _ in model.named_parameters() if name.startswith("expert.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    step = ga.TrainStep(ddp, sgd(ddp), loss_fn, micro_batch_size=3, clip_norm=norm / 7)
+    step.backward(shares[rank])
+    assert_same_gradients(gradients_of(model), expected)
+    model.zero_grad()
+    assert abs(step(shares[rank]).grad_norm.item() - norm) < 1e-12 * norm
+    if rank == 1:
+        model.expert[0].weight.register_hook(lambda g: g * float("inf"))
+    assert bool(ga.TrainStep(ddp, sgd(ddp), loss_fn, micro_batch_size=3)(shares[rank]).skipped)
+    with pytest.raises(ga.UnsupportedError, match="leave some parameters alone"):
+        ga.TrainStep(ddp, sgd(ddp), loss_fn, micro_batch_size=3, weights=len)(shares[rank])
+
+
 def a_late_process_group(step: ga.TrainStep) -> None:
     assert "made after this TrainStep" in refused(step, rows(4))
 
@@ -154,6 +197,7 @@ def tensor_parallel_alone(rank: int) -> None:
 def both(rank: int, world_size: int, early: Any = None) -> None:
     around_a_model(rank)
     copies(rank)
+    parameters_left_alone(rank)
     unequal_counts_of_shards(rank)
     tensor_parallel_alone(rank)
     # A step that was made before the process group.

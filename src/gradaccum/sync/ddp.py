@@ -41,9 +41,10 @@ class DDP(Engine):
         self._refuse_what_changes_sums()
 
     @property
-    def left_alone(self) -> set[str]:
-        """The names of parameters, as the wrapper has them, that it has been told not to reduce."""
-        return {f"module.{name}" for name in self._wrapper.parameters_to_ignore}
+    def left_alone(self) -> list[nn.Parameter]:
+        """The parameters that it has been told not to reduce: experts, sharded embeddings."""
+        ignored = self._wrapper.parameters_to_ignore
+        return [parameter for name, parameter in self._wrapper.module.named_parameters() if name in ignored]
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:

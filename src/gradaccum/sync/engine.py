@@ -34,9 +34,9 @@ class Engine:
         self._model = model  # until it has been looked at
 
     @property
-    def left_alone(self) -> set[str]:
-        """Names of parameters that are each process's own."""
-        return set()
+    def left_alone(self) -> list[nn.Parameter]:
+        """Parameters that are each process's own."""
+        return []
 
     @property
     def description(self) -> str:

@@ -73,7 +73,8 @@ class Accumulation:
             self.models, options.sync, self._parameters.named, timeout=options.timeout, caller=caller
         )
         self.stopping: Stopping | None = None
-        options.check_with(self.optimizers, has_ranks=self.ranks is not None)
+        has_own = self.ranks is not None and self.ranks.has_own
+        options.check_with(self.optimizers, has_ranks=self.ranks is not None, has_own=has_own)
         self._look_at_parameters()
         self._updater = Updater(
             self.optimizers,
@@ -86,6 +87,8 @@ class Accumulation:
         self._looks_for_others = torch.distributed.is_available() and not torch.distributed.is_initialized()
         if any(map(is_sharded, self.models)):
             self._updater.total_norm = total_norm_of_shards
+        elif self.ranks is not None and has_own:
+            self._updater.total_norm = self.ranks.total_norm
         self.means = SampleMeans(warns_of_unknown=warns_of_unknown)
         self._state = ForwardState(self.models)
         # Between processes buffers are broadcast and parameters gathered, which looks like a change.

@@ -218,3 +218,29 @@ def _derived(original: type, name: str) -> type:
     derived: Any = type(original.__name__, (original,), members)
     derived.__module__, derived.__qualname__ = original.__module__, original.__qualname__
     return derived
+
+
+def no_backward(samples: int | None) -> MisuseError:
+    """The error for a micro-batch that was taken, of so many samples, and had no backward."""
+    rows = "" if samples is None else f" of {samples} samples"
+    return MisuseError(
+        f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would silently "
+        "be made without it. Call accumulator.backward(loss) once for each; for one that is to be left out: "
+        "accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
+    )
+
+
+def flush_in_a_pass() -> MisuseError:
+    """The error for a window that is applied by hand where it closes by itself."""
+    return MisuseError(
+        f"flush() was called at {user_line()}, inside a pass, whose windows close by themselves. Call it after the "
+        "loop."
+    )
+
+
+def left_open(micro_batches: int) -> MisuseError:
+    """The error for a new pass on top of a window of so many micro-batches."""
+    return MisuseError(
+        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied. The "
+        "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
+    )

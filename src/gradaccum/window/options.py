@@ -10,7 +10,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import ParameterError, WindowError
+from gradaccum.errors import ParameterError, UnsupportedError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
 from gradaccum.sync.detect import Sync
@@ -69,12 +69,20 @@ class Options:
             return []
         return list(self.scheduler) if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
 
-    def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool) -> None:
+    def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool, has_own: bool = False) -> None:
         """Checks that the options go with these optimizers and, with ``has_ranks``, with several processes.
+
+        ``has_own`` says that some parameters are each process's own.
 
         Raises:
             ParameterError: they do not go with the optimizers.
             UnsupportedError: they do not go with several processes.
         """
+        if has_own and self.scaler is not None and self.scaler.is_enabled():
+            raise UnsupportedError(
+                "DistributedDataParallel was told to leave some parameters alone, and a GradScaler looks for overflows "
+                "in each process's own gradients: one process would skip an update that the others make. Train in "
+                "bf16, without scaler=."
+            )
         if self.persistent_gradients:
             check_persistent(optimizers, has_ranks=has_ranks)

@@ -23,19 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum.errors import LossError, RankError
+from gradaccum.errors import RankError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, Number
+from gradaccum.norms import combined, norms
 from gradaccum.sync import faults, flat
 from gradaccum.sync.detect import Sync, detect
 from gradaccum.sync.engine import Engine
-from gradaccum.sync.messages import Caller, Kind, Message, Outcome, TermKind, TermShare
+from gradaccum.sync.messages import Caller, Kind, Message, Outcome
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.shares import Share, added_shares, term_of
 from gradaccum.window.stopping import Stopped
 from gradaccum.window.window_result import WindowResult
-
-Share = Mapping[str, tuple[Tensor, Number | None]]
-"""Each term's sum and weight; see `Normaliser.share`."""
 
 
 def over_ranks(
@@ -96,12 +95,34 @@ class OverRanks:
         """Takes note of the parameters; called again whenever they have changed."""
         self._named = named
         self._is_sharded = {id(parameter) for _, parameter in named if hasattr(parameter, "device_mesh")}
+        left_alone = {id(parameter) for engine in self._engines for parameter in engine.left_alone}
+        self._own = [parameter for _, parameter in named if id(parameter) in left_alone]
+        self._elsewhere = {*self._is_sharded, *left_alone}  # what is not added up here
         self._model = zlib.crc32(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
 
     @property
     def description(self) -> str:
         """What the plan line says: how many processes add up what, and when."""
         return f"{self.ranks.size} ranks, {self._engines[0].description}"
+
+    @property
+    def has_own(self) -> bool:
+        """Whether some parameters are each process's own, with gradients of its own samples alone."""
+        return bool(self._own)
+
+    def total_norm(self, parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+        """The norm over the gradients of all processes: the own ones of each, and the common ones once.
+
+        The order is 2; or infinity, where only that matters.
+        """
+        is_own = {id(parameter) for parameter in self._own}
+        common = [p.grad for p in parameters if p.grad is not None and id(p) not in is_own]
+        own = [p.grad for p in parameters if p.grad is not None and id(p) in is_own]
+        total = combined(norms(own, order), order).to(self.ranks.device, torch.float64)
+        total = total.square() if order == 2.0 else total
+        self.ranks.add_up(total)
+        total = total.sqrt() if order == 2.0 else total
+        return combined([total, combined(norms(common, order), order).to(total)], order)
 
     @property
     def shards(self) -> bool:
@@ -175,6 +196,12 @@ class OverRanks:
         Returns:
             The totals of all processes; and what an unknown total is taken for on all of them.
         """
+        if self._own and totals is not None:
+            raise UnsupportedError(
+                "DistributedDataParallel was told to leave some parameters alone, whose gradients are those of each "
+                "process's own samples, and weights= divides by what all processes have. Leave weights= out: the loss "
+                "says what it is a mean over."
+            )
         self._update = update
         self._is_among_collectives = False
         self._meet()
@@ -230,14 +257,15 @@ class OverRanks:
             LossError: the loss is a sum on one process and a mean on another.
         """
         share = normaliser.share()
-        reduced_here = [parameter for parameter in parameters if id(parameter) not in self._is_sharded]
+        reduced_here = [parameter for parameter in parameters if id(parameter) not in self._elsewhere]
         messages = self._exchange_shares(share, reduced_here, sizes, is_done=is_done, wants_to_stop=wants_to_stop)
         self._is_among_collectives = False
         self.all_are_done = all(message.is_done for message in messages)
         if self.all_are_done or not any(message.micro_batches for message in messages):
             normaliser.settle({})
             return _counted(messages, None)
-        normaliser.settle(self._added_shares(messages, share))
+        of_own = normaliser.correction  # by what this process has
+        normaliser.settle(added_shares(self.ranks, self._names, messages, share, lone=self._named[0][1].dtype))
         if normaliser.is_empty:
             return _counted(messages, None)
         used = flat.merged_uses([message.uses for message in messages], len(reduced_here))
@@ -247,6 +275,7 @@ class OverRanks:
         # Parameters that this engine does not shard were seeded with its boost too, but it has not averaged them, so
         # the boost is divided out here.
         if self.boost is None:
+            flat.multiply(self._own, of_own)
             flat.reduce_gradients(self.ranks, reduced_here, used, factor=normaliser.correction)
             return _counted(messages, None)
         flat.reduce_gradients(self.ranks, reduced_here, used, factor=1.0 / self.boost)
@@ -287,7 +316,7 @@ class OverRanks:
     def _meet(self) -> None:
         if not self._has_met:
             self._agree(Kind.MEETING)
-            whole = [parameter for _, parameter in self._named if id(parameter) not in self._is_sharded]
+            whole = [parameter for _, parameter in self._named if id(parameter) not in self._elsewhere]
             self.ranks.check_same_model(self._model, [] if self._engines[0].runs_collectives else whole)
             self._has_met = True
 
@@ -325,7 +354,7 @@ class OverRanks:
             largest=max(known, default=0),
             has_new_terms=any(name not in self._names for name in share),
             has_unknown_sizes=len(known) < len(sizes),
-            terms=[self._term(share.get(name)) for name in self._names],
+            terms=[term_of(share.get(name), self.ranks.device) for name in self._names],
             uses=flat.uses(reduced_here),
             **flags,
         )
@@ -335,58 +364,6 @@ class OverRanks:
         for names in self.ranks.exchange_objects(list(share)):
             self._names += [name for name in names if name not in self._names]
         return self._exchange_shares(share, reduced_here, sizes, **flags)
-
-    def _term(self, share: tuple[Tensor, Number | None] | None) -> TermShare:
-        if share is None:
-            return TermShare()
-        total, weight = share
-        is_on_host = self.ranks.device.type == "cpu"
-        number = total.item() if is_on_host else 0.0
-        if weight is None:
-            return TermShare(TermKind.PLAIN_SUM, 0.0, number)
-        if is_on_host or not isinstance(weight, Tensor):
-            return TermShare(TermKind.ON_HOST, float(weight), number)
-        return TermShare(TermKind.ON_DEVICE, 0.0, number)
-
-    def _added_shares(self, messages: Sequence[Message], share: Share) -> dict[str, tuple[Tensor, Number | None]]:
-        """Each term's sum and weight over all processes."""
-        on_device = None if self.ranks.device.type == "cpu" else self._added_on_device(share)
-        # A process without samples has the dtype of its parameters, which the others' losses most likely have too.
-        lone_dtype = self._named[0][1].dtype
-        lone_dtype = torch.promote_types(lone_dtype, torch.float32) if lone_dtype.is_floating_point else torch.float32
-        dtype = next((total.dtype for total, _ in share.values()), lone_dtype)
-        found: dict[str, tuple[Tensor, Number | None]] = {}
-        for i, name in enumerate(self._names):
-            terms = [message.terms[i] for message in messages]
-            kinds = {term.kind for term in terms} - {TermKind.ABSENT}
-            if not kinds:
-                continue
-            if TermKind.PLAIN_SUM in kinds and len(kinds) > 1:
-                raise LossError(
-                    "The loss is a sum without `over` on one process, and has a weight on another. The one is not to "
-                    "be divided by anything, the other is; their gradients cannot be added up. Return the same kind "
-                    "everywhere: ga.Loss.sum(total, over=n)."
-                )
-            # Counts were ints before they travelled, and are again.
-            weight: Number = sum(int(term.weight) if term.weight.is_integer() else term.weight for term in terms)
-            total = torch.tensor(sum(term.total for term in terms), dtype=dtype)
-            if on_device is not None:
-                total = on_device[2 * i].to(dtype)
-                weight = weight if TermKind.ON_DEVICE not in kinds else weight + on_device[2 * i + 1]
-            found[name] = total, None if TermKind.PLAIN_SUM in kinds else weight
-        return found
-
-    def _added_on_device(self, share: Share) -> Tensor:
-        """Sum and weight of each term, as far as they lie on devices, added up there."""
-        device = self.ranks.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        mine = torch.zeros(2 * len(self._names), dtype=wide, device=device)
-        for i, name in enumerate(self._names):
-            for place, number in enumerate(share.get(name, ())):
-                if isinstance(number, Tensor):
-                    mine[2 * i + place] = number.to(wide)
-        self.ranks.add_up(mine)
-        return mine
 
 
 def _counted(messages: Sequence[Message], correction: Number | None) -> WindowResult:
