@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.optim import Optimizer
 
 from gradaccum import tree
@@ -67,8 +68,8 @@ class Accumulator(HasCounts):
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
             counts the samples of all processes, of which each passes an even share.
-        timeout: seconds that a message between processes waits for one that does not answer, which may be longer away
-            than that nowhere in training, a validation included; None for the process group's own timeout.
+        timeout: seconds that a message waits for another process; None for as long as the process group does.
+        process_group: which processes have data of their own, where no wrapper says so; a group or a mesh of them.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -109,6 +110,7 @@ class Accumulator(HasCounts):
         progress: bool = False,
         sync: Sync = "auto",
         timeout: float | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
@@ -123,6 +125,7 @@ class Accumulator(HasCounts):
             persistent_gradients=persistent_gradients,
             sync=sync,
             timeout=timeout,
+            process_group=process_group,
         )
         self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         self._counts = self._accumulation.counts
@@ -200,8 +203,7 @@ class Accumulator(HasCounts):
         ``for window in accumulator.windows(loader): for x, y in window: accumulator.backward(...)``; after the inner
         loop ``window.update`` is there on every process, also on one whose loader is exhausted. See `over`.
         """
-        items = self.over(micro_batches)
-        return update_windows(items, self._passes, self._accumulation, self._refuse_no_backward)
+        return update_windows(self.over(micro_batches), self._passes, self._accumulation, self._refuse_no_backward)
 
     def backward(self, loss: Any) -> Update | None:
         """Adds the micro-batch's share to the gradient; makes the update when the window is complete.

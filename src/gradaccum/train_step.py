@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.optim import Optimizer
 
 from gradaccum import tree
@@ -72,8 +73,8 @@ class TrainStep(HasCounts):
             terms are means over different things.
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync, timeout: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and
-            have zero rows.
+        sync, timeout, process_group: see `Accumulator`. Each process passes its own share of the batch, which may
+            differ in size and have zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -119,6 +120,7 @@ class TrainStep(HasCounts):
         progress: bool | int = False,
         sync: Sync = "auto",
         timeout: float | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -160,6 +162,7 @@ class TrainStep(HasCounts):
             persistent_gradients=persistent_gradients,
             sync=sync,
             timeout=timeout,
+            process_group=process_group,
         )
         couples = batch_norm == "micro"
         self._accumulation = Accumulation(

@@ -214,6 +214,7 @@ def test_right_or_refused(tmp_path: Any) -> None:
 
 
 def under_fsdp2(rank: int, world_size: int) -> bool:
+    replicas_of_a_group(rank)
     x = rows(13)
     alone, model = make(), make()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -239,6 +240,28 @@ def under_fsdp2(rank: int, world_size: int) -> bool:
 
     weight.register_post_accumulate_grad_hook(overflow)
     return bool(ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=3)(share).skipped)
+
+
+def replicas_of_a_group(rank: int) -> None:
+    """With ``process_group=`` only the processes of a mesh's dimension add up; the others have the same data."""
+    x = rows(13)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    share = x[:4] if mesh["dp"].get_local_rank() == 0 else x[4:]
+    alone = make()
+    loss_fn(alone, x).backward()
+    for group in (mesh["dp"], mesh.get_group("dp")):
+        model = make()
+        step = ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=3, process_group=group)
+        step.backward(share)
+        assert_same_gradients(gradients_of(model), gradients_of(alone))
+        model.zero_grad()
+        assert step(share).samples == 13
+    ddp = DistributedDataParallel(make())
+    with pytest.raises(ga.UnsupportedError, match="names the processes"):
+        ga.TrainStep(ddp, sgd(ddp), loss_fn, process_group=mesh["dp"])
+    half = parallelize_module(make(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with pytest.raises(ga.UnsupportedError, match="over 2 of 4 processes"):
+        ga.TrainStep(half, sgd(half), loss_fn, micro_batch_size=3)
 
 
 def test_one_norm_under_fsdp2_and_tensor_parallelism() -> None:

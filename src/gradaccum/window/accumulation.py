@@ -69,9 +69,7 @@ class Accumulation:
         self._options = options
         self._parameters = Parameters(model, optimizer)
         self.models, self.optimizers = self._parameters.models, self._parameters.optimizers
-        self.ranks: OverRanks | None = over_ranks(
-            self.models, options.sync, self._parameters.named, timeout=options.timeout, caller=caller
-        )
+        self.ranks: OverRanks | None = over_ranks(self.models, options, self._parameters.named, caller)
         self.stopping: Stopping | None = None
         has_own = self.ranks is not None and self.ranks.has_own
         options.check_with(self.optimizers, has_ranks=self.ranks is not None, has_own=has_own)

@@ -34,6 +34,7 @@ class Options:
     persistent_gradients: bool = False
     sync: Sync = "auto"
     timeout: float | None = None
+    process_group: Any = None
     before_step: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:

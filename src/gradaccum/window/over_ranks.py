@@ -28,10 +28,11 @@ from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, Number
 from gradaccum.norms import combined, norms
 from gradaccum.sync import faults, flat
-from gradaccum.sync.detect import Sync, detect
+from gradaccum.sync.detect import detect
 from gradaccum.sync.engine import Engine
 from gradaccum.sync.messages import Caller, Kind, Message, Outcome
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.options import Options
 from gradaccum.window.shares import Share, added_shares, term_of
 from gradaccum.window.stopping import Stopped
 from gradaccum.window.window_result import WindowResult
@@ -39,14 +40,12 @@ from gradaccum.window.window_result import WindowResult
 
 def over_ranks(
     models: Sequence[nn.Module],
-    sync: Sync,
+    options: Options,
     named: Sequence[tuple[str, nn.Parameter]],
-    *,
-    timeout: float | None,
     caller: Caller,
 ) -> OverRanks | None:
     """What trains together with this process; None where nothing does."""
-    found = detect(models, sync, timeout)
+    found = detect(models, options.sync, options.timeout, options.process_group)
     return None if found is None else OverRanks(*found, named, caller)
 
 
