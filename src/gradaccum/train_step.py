@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.optim import Optimizer
 
 from gradaccum.checking.check_once import CheckOnce
@@ -19,7 +20,8 @@ from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Loss, Weight
 from gradaccum.split.asked import rows_in
-from gradaccum.sync.detect import Sync
+from gradaccum.sync.detect import Sync, is_sharded
+from gradaccum.sync.messages import Caller
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
@@ -80,8 +82,8 @@ class TrainStep(HasCounts):
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see
             `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
-            rows.
+        sync, timeout, process_group: see `Accumulator`. Each process passes its own share of the batch, which may
+            differ in size and have zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -128,6 +130,8 @@ class TrainStep(HasCounts):
         progress: bool | int = False,
         sync: Sync = "auto",
         backward: BackwardFunction | None = None,
+        timeout: float | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -169,8 +173,13 @@ class TrainStep(HasCounts):
             persistent_gradients=persistent_gradients,
             sync=sync,
             backward=backward,
+            timeout=timeout,
+            process_group=process_group,
         )
-        self._accumulation = Accumulation(models, optimizer, options, couples_batch_norms=batch_norm == "micro")
+        couples = batch_norm == "micro"
+        self._accumulation = Accumulation(
+            models, optimizer, options, couples_batch_norms=couples, caller=Caller.TRAIN_STEP
+        )
         self._counts = self._accumulation.counts
         to_check = StepToCheck(
             models=models,
@@ -188,6 +197,11 @@ class TrainStep(HasCounts):
         self._runner = choose_runner(run_options, model, models, split=self._split, ranks=self._accumulation.ranks)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
+            if self._accumulation.ranks is None and any(map(is_sharded, models)):
+                raise WindowError(
+                    'micro_batch_size="auto" with tensor parallelism: each process would find a size of its own, and '
+                    "wait in its forwards for micro-batches that the others do not run. Pass an int."
+                )
             self._fitting = Fitting(
                 self._split,
                 self._accumulation,
@@ -217,6 +231,7 @@ class TrainStep(HasCounts):
         if more:
             raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
+        self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             self._run(batch)
             update = self._accumulation.close()
@@ -260,7 +275,7 @@ class TrainStep(HasCounts):
             raise MisuseError(_in_one(batch, *more))
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
-            with self._accumulation.with_others():
+            with self._accumulation.with_others(caller=Caller.BACKWARD):
                 self._run(batch)
                 loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:

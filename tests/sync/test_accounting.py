@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradaccum as ga
 from gradaccum.sync import flat
-from gradaccum.sync.messages import Kind, Message, Outcome
+from gradaccum.sync.messages import PREFIX, Kind, Message, Outcome
 from tasks import LOSSES, make_batch, make_model
 
 RANKS = 1000
@@ -40,9 +40,9 @@ def test_a_thousand_ranks(collectives: tuple[mock.Mock, mock.Mock]) -> None:
         update = step(batch)
         assert (update.samples, update.micro_batches) == (13 * RANKS, 4 * RANKS)
         assert update.weight == RANKS * int(batch["mask"].sum())
-    # One message, of a header and counts (8 numbers), the one term (3), and the uses of at most 8 parameters (1).
-    (message,), (reduction,) = (collective.call_args_list for collective in collectives)
-    assert message.args[1].nbytes == 8 * (8 + 3 + 1)
+    # Two messages, at the window's end and after the step: what both begin with holds all there is to say.
+    messages, (reduction,) = (collective.call_args_list for collective in collectives)
+    assert [message.args[1].nbytes for message in messages] == [8 * PREFIX] * 2
     assert reduction.args[0].nbytes == 8 * elements
 
 
@@ -57,7 +57,7 @@ def test_uses_are_sent_in_bytes_and_merged() -> None:
     parameters[0].grad = parameters[33].grad = parameters[69].grad = torch.ones(2)
     message = Message(Outcome.FINE, Kind.CLOSING_A_WINDOW, 1, 1, uses=flat.uses(parameters))
     numbers = message.to_numbers(num_terms=0, num_uses=70)
-    assert len(numbers) == 8 + 9
+    assert len(numbers) == PREFIX
     sent = Message.from_numbers(numbers, num_terms=0, num_uses=70).uses
     parameters[33].grad, parameters[34].grad = None, torch.ones(2)
     merged = flat.merged_uses([sent, flat.uses(parameters)], 70)

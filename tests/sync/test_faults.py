@@ -132,8 +132,8 @@ def different_places(rank: int) -> None:
         step.load_state_dict({"updates": 4, "micro_batches": 8, "samples": 12})
     other = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2 if rank == 1 else "auto")
     for different, message in (
-        (step, "rank 0 is closing a window for update 1 .*, and rank 1 is closing a window for update 5 "),
-        (other, "rank 0 is looking for a micro batch size for update 1 .*, and rank 1 is closing a window"),
+        (step, "rank 0 begins with update 1 of a TrainStep, and rank 1 begins with update 5 of"),
+        (other, "rank 0 looks for a micro-batch size in update 1 .*, and rank 1 closes the window of"),
     ):
         before = parameters_of(model)
         with pytest.raises(ga.RankError, match=message):
@@ -198,9 +198,9 @@ def test_whereabouts() -> None:
     if not child:
         os._exit(0)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    assert Whereabouts(own.host, child).is_gone()  # ended, and not asked about yet
+    assert Whereabouts(own.host, child, 1).is_gone()  # ended, and not asked about yet
     os.waitpid(child, 0)
-    assert Whereabouts(own.host, child).is_gone()
+    assert Whereabouts(own.host, child, 1).is_gone()
     assert not Whereabouts("another host", child).is_gone()
 
 
@@ -216,5 +216,5 @@ def test_who_ends_of_what_it_heard_is_not_blamed(monkeypatch: pytest.MonkeyPatch
     store = dist.HashStore()
     monkeypatch.setattr(faults, "_store", lambda: store)
     own = Whereabouts.own()
-    message = faults.found([own, own, EndsWhileLookedAt(own.host, own.pid)], own_rank=0)
+    message = faults.found([own, own, EndsWhileLookedAt(own.host, own.pid, 1)], own_rank=0)
     assert message == "rank 1 failed (it ended without a word, as a process that is killed)"

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
 import gradaccum as ga
-from gradaccum.sync.messages import Kind, Message, Outcome, TermKind, TermShare, check_fit
+from gradaccum.sync.messages import PREFIX, Caller, Kind, Message, Outcome, TermKind, TermShare, check_fit
 
 CLOSING = Message(
     Outcome.OUT_OF_MEMORY,
     Kind.CLOSING_A_WINDOW,
     update=7,
     model=2**32 - 1,
+    sender=4,
+    passes=2,
     micro_batches=3,
     samples=13,
     largest=5,
@@ -21,7 +24,7 @@ CLOSING = Message(
     uses=[2, 0, 1],
 )
 FAILED = Message(Outcome.FAILED, Kind.FAILURE, 0, 5)
-LAYOUT = {"num_terms": 2, "num_uses": 9}
+LAYOUT = {"num_terms": 14, "num_uses": 9}
 
 
 @pytest.mark.parametrize(
@@ -29,20 +32,38 @@ LAYOUT = {"num_terms": 2, "num_uses": 9}
 )
 def test_they_arrive_as_they_were_sent(message: Message) -> None:
     numbers = message.to_numbers(**LAYOUT)
-    assert len(numbers) == 8 + 3 * 2 + 2, "whatever they are about"
+    assert len(numbers) == 11 + 3 * 14 + 2, "whatever they are about"
     assert all(type(number) is int and -(2**63) <= number < 2**63 for number in numbers)
-    terms = [*message.terms, *[TermShare()] * (2 - len(message.terms))]
+    terms = [*message.terms, *[TermShare()] * (14 - len(message.terms))]
     uses = [*message.uses, *[0] * (9 - len(message.uses))]
     assert Message.from_numbers(numbers, **LAYOUT) == dataclasses.replace(message, terms=terms, uses=uses)
 
 
+def test_every_header_can_be_read_whatever_follows() -> None:
+    for message in (CLOSING, FAILED):
+        for num_terms, num_uses in ((2, 9), (14, 9), (2, 1000)):
+            numbers = message.to_numbers(num_terms=num_terms, num_uses=num_uses)
+            assert len(numbers) >= PREFIX
+            header = Message.from_numbers(numbers[:PREFIX], num_terms=0, num_uses=0)
+            assert header == dataclasses.replace(message, terms=[], uses=[])
+
+
 @pytest.mark.parametrize(
-    "other", [{"kind": Kind.OPENING_A_WINDOW}, {"update": 8}, {"model": 5}], ids=lambda change: next(iter(change))
+    ("other", "advice"),
+    [
+        ({"kind": Kind.OPENING_A_WINDOW}, "make the same calls"),
+        ({"caller": Caller.BACKWARD}, "make the same calls"),
+        ({"caller": Caller.CHECKPOINT, "kind": Kind.SAVING}, "not inside of `if rank == 0`"),
+        ({"update": 8}, "unequal numbers of batches"),
+        ({"passes": 3}, "has left its pass"),
+        ({"model": 5}, "the same models, in the same order"),
+    ],
 )
-def test_what_does_not_fit_is_one_error_that_names_both(other: dict[str, int]) -> None:
+def test_what_does_not_fit_is_one_error_that_names_both(other: dict[str, Any], advice: str) -> None:
     check_fit([CLOSING, dataclasses.replace(CLOSING, samples=0, is_done=True)])
-    message = dataclasses.replace(CLOSING, **other)
+    message = dataclasses.replace(CLOSING, sender=6, **other)
     with pytest.raises(ga.RankError) as caught:
         check_fit([CLOSING, CLOSING, message])
-    assert f"rank 0 is {CLOSING.place}, and rank 2 is {message.place}" in str(caught.value)
-    assert "closing a window for update 7 of model ffffffff" in str(caught.value)
+    assert f"rank 4 {CLOSING.place}, and rank 6 {message.place}" in str(caught.value)
+    assert advice in str(caught.value)
+    assert "closes the window of update 7, in pass 2 over its loader, of an Accumulator" in str(caught.value)

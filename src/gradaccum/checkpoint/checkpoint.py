@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,12 @@ from torch import nn
 
 from gradaccum.checkpoint import files
 from gradaccum.checkpoint.plain_data import as_plain_data, from_plain_data
-from gradaccum.checkpoint.together import everywhere, on_first, rank_and_world_size, reason_of
+from gradaccum.checkpoint.random_state import random_state, restore_random_state
+from gradaccum.checkpoint.together import Together, reason_of
 from gradaccum.errors import StateError
-from gradaccum.window.snapshot import RandomState
+from gradaccum.sync.messages import Kind
+from gradaccum.sync.ranks import Ranks
+from gradaccum.window.stopping import Stopping
 
 logger = logging.getLogger("gradaccum")
 
@@ -42,6 +43,8 @@ class Checkpoint:
         path: the folder for checkpoints, which is made if it does not exist.
         keep: how many of the newest checkpoints stay; at least 2, or a torn one could be the only one.
         keep_every: the first checkpoint of each so many updates stays for good; None for none.
+        on_signal: ``signal.SIGTERM``, or several signals, at which the run saves and ends, with status 0: a signal to
+            one process stops all, at the same update, when the loop's body has been run for it. None to handle none.
         objects: what is saved, by name. Each has ``state_dict()`` and ``load_state_dict()``: ``model=``,
             ``optimizer=``, ``scheduler=``, ``train_step=`` (or ``accumulator=``), ``sampler=``, ``scaler=``. Of a model
             wrapped in DDP the module inside is saved.
@@ -68,7 +71,15 @@ class Checkpoint:
         True
     """
 
-    def __init__(self, path: str | Path, *, keep: int = 3, keep_every: int | None = None, **objects: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        on_signal: int | Sequence[int] | None = None,
+        **objects: Any,
+    ) -> None:
         methods = ("state_dict", "load_state_dict")
         stateless = [name for name, value in objects.items() if not all(hasattr(value, method) for method in methods)]
         if stateless or not objects:
@@ -89,9 +100,19 @@ class Checkpoint:
         is_wrapped = {name: type(value).__name__ == "DistributedDataParallel" for name, value in objects.items()}
         self._objects = {name: value.module if is_wrapped[name] else value for name, value in objects.items()}
         self._saves = 0
+        self._together = Together(None, updates=0)
+        self._stopping = None if on_signal is None else self._stop_at(on_signal)
         # Checkpoints of this run, by name, and those it found in its folder when it loaded one of them; None before.
         self._known: set[str] | None = None
         self._outdated: list[Path] = []
+
+    @property
+    def stops(self) -> bool:
+        """Whether a signal has asked for a stop, and all processes know: the next window saves and ends the run.
+
+        What takes long between updates, a validation say, asks it and is left out. It is the same on all processes.
+        """
+        return self._stopping is not None and self._stopping.is_agreed
 
     def save(self) -> Path:
         """Saves a checkpoint, and returns its path on every process. Every process has to call it.
@@ -111,17 +132,20 @@ class Checkpoint:
         def collect() -> Mapping[str, Any]:
             self._refuse_file()
             state.update((name, self._state_of(name)) for name in self._objects if name not in shards)
-            return _random_state()
+            return random_state()
 
-        state[_RANDOM] = everywhere(collect, doing="Saving")
-        on_first(lambda: self._look_for_another_run(updates), doing="Saving")
+        self._together = Together(self._ranks(), updates=updates)
+        state[_RANDOM] = self._together.everywhere(collect, doing="Saving")
+        self._together.on_first(lambda: self._look_for_another_run(updates), doing="Saving")
         if shards:
             path = self._save_sharded(updates, state, shards)
         else:
-            path = on_first(lambda: files.write(self._path, updates, lambda to: _write(state, to)), doing="Saving")
+            path = self._together.on_first(
+                lambda: files.write(self._path, updates, lambda to: _write(state, to)), doing="Saving"
+            )
         self._saves = updates + 1
         self._known = {*(self._known or ()), path.name}
-        if rank_and_world_size()[0] == 0:
+        if self._together.rank == 0:
             self._tidy(path)
         return path
 
@@ -138,20 +162,48 @@ class Checkpoint:
             StateError: there are checkpoints, but none is whole; it was saved from other objects, or by a later
                 version; or the given one is not whole.
         """
-        self._refuse_file()
-        found = on_first(lambda: files.newest_first(self._path), doing="Loading")
+        self._together = Together(self._ranks(), updates=0, kind=Kind.LOADING)
+        found = self._together.on_first(self._found, doing="Loading")
         chosen = self._newest_whole(found) if path is None else self._whole(Path(path))
         if chosen is None:
             return None
         rest = chosen / "rest.pt" if chosen.is_dir() else chosen
         state: dict[str, Any] = {}
-        everywhere(lambda: state.update(_read(rest)), doing=f"Loading {chosen}")
+        self._together.everywhere(lambda: state.update(_read(rest)), doing=f"Loading {chosen}")
         self._check_fit(chosen, state)
         shards = self._sharded()
         if shards:
             from gradaccum.checkpoint.sharded import load
 
-            everywhere(lambda: load(chosen, shards), doing=f"Loading {chosen}")
+            self._together.everywhere(lambda: load(chosen, shards), doing=f"Loading {chosen}")
+        self._together.everywhere(lambda: self._load_states(chosen, state, shards), doing=f"Loading {chosen}")
+        restore_random_state(state[_RANDOM], rank=self._together.rank, world_size=self._together.size)
+        updates = files.updates_of(chosen)
+        self._saves = updates + 1
+        self._known = {one.name for one in found}
+        self._outdated = [one for one in found if files.updates_of(one) > updates]
+        logger.info("going on from %s", chosen)
+        return chosen
+
+    def _stop_at(self, on_signal: int | Sequence[int]) -> Stopping:
+        accumulation = self._accumulation()
+        if accumulation is None:
+            raise StateError(
+                f"on_signal={on_signal!r}: where a run may stop is known to its TrainStep or Accumulator, and none is "
+                "among the objects. Pass it too: Checkpoint(path, train_step=train_step, on_signal=signal.SIGTERM)."
+            )
+        signals = [on_signal] if isinstance(on_signal, int) else list(on_signal)
+        accumulation.stopping = Stopping(signals, self._save_between_windows, is_alone=accumulation.ranks is None)
+        return accumulation.stopping
+
+    def _save_between_windows(self) -> bool:
+        """Saves unless one of several accumulators has a window open; returns whether it did."""
+        if any(getattr(getattr(value, "_accumulation", None), "is_open", False) for value in self._objects.values()):
+            return False
+        self.save()
+        return True
+
+    def _load_states(self, chosen: Path, state: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
         for name, value in self._objects.items():
             if name not in shards:
                 try:
@@ -162,25 +214,18 @@ class Checkpoint:
                         "from another one, or by another version. What stands before it in Checkpoint(...) has been "
                         "loaded, so begin anew before training."
                     ) from error
-        _restore_random_state(state[_RANDOM])
-        updates = files.updates_of(chosen)
-        self._saves = updates + 1
-        self._known = {one.name for one in found}
-        self._outdated = [one for one in found if files.updates_of(one) > updates]
-        logger.info("going on from %s", chosen)
-        return chosen
 
     def _save_sharded(self, updates: int, state: Mapping[str, Any], shards: Mapping[str, Any]) -> Path:
         from gradaccum.checkpoint.sharded import save
 
-        partial = on_first(lambda: files.partial_path(self._path, updates), doing="Saving")
+        partial = self._together.on_first(lambda: files.partial_path(self._path, updates), doing="Saving")
         try:
-            on_first(lambda: _begin_folder(state, partial), doing="Saving")
-            everywhere(lambda: save(partial, shards), doing="Saving")
-            sums = _sums(partial)
-            return on_first(lambda: files.publish(partial, updates, sums), doing="Saving")
+            self._together.on_first(lambda: _begin_folder(state, partial), doing="Saving")
+            self._together.everywhere(lambda: save(partial, shards), doing="Saving")
+            sums = _sums(partial, self._together)
+            return self._together.on_first(lambda: files.publish(partial, updates, sums), doing="Saving")
         except BaseException:
-            if rank_and_world_size()[0] == 0:
+            if self._together.rank == 0:
                 files.remove(partial)
             raise
 
@@ -214,7 +259,7 @@ class Checkpoint:
 
     def _newest_whole(self, found: Sequence[Path]) -> Path | None:
         for path in found:
-            if files.is_whole(path, _sums(path)):
+            if files.is_whole(path, _sums(path, self._together)):
                 return path
             logger.warning("%s is not whole any more, so the checkpoint before it is used", path)
         if found:
@@ -230,7 +275,7 @@ class Checkpoint:
                 f"{path} is no checkpoint: its name carries its update and the checksum of its content, as in "
                 "update-000000012-<32 digits>.pt. Pass a path that save() returned, under its own name."
             )
-        if not files.is_whole(path, _sums(path)):
+        if not files.is_whole(path, _sums(path, self._together)):
             raise StateError(
                 f"{path} is not whole: it is not there, or what was written has changed since. A run would go on from "
                 "something else. Pass another one, or none, for the newest that is whole."
@@ -254,6 +299,10 @@ class Checkpoint:
                 "saved from, wrapped alike."
             )
 
+    def _found(self) -> list[Path]:
+        self._refuse_file()
+        return files.newest_first(self._path)
+
     def _refuse_file(self) -> None:
         if self._path.exists() and not self._path.is_dir():
             raise StateError(f"{self._path} is a file, and checkpoints are kept in a folder. Pass a folder's path.")
@@ -262,7 +311,7 @@ class Checkpoint:
         value, counter = self._objects[name], self._counter()
         if hasattr(value, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: rank 0 gets the others' parts
             value.consolidate_state_dict()
-            if rank_and_world_size()[0]:
+            if self._together.rank:
                 return None
         # A sampler stands where the loader has read ahead to; what is saved is where training stands.
         if counter is not None and hasattr(value, "dataset_size") and hasattr(value, "collate"):
@@ -273,6 +322,15 @@ class Checkpoint:
         """Returns the `TrainStep` or `Accumulator` that counts updates and samples, or None."""
         values = self._objects.values()
         return next((one for one in values if hasattr(one, "updates") and hasattr(one, "samples")), None)
+
+    def _accumulation(self) -> Any:
+        """Returns what adds up in the `TrainStep` or `Accumulator`, or None."""
+        return getattr(self._counter(), "_accumulation", None)
+
+    def _ranks(self) -> Ranks | None:
+        """Returns the processes that train together, which save together; None where nothing says so."""
+        over_ranks = getattr(self._accumulation(), "ranks", None)
+        return None if over_ranks is None else over_ranks.ranks
 
     def _sharded(self) -> dict[str, Any]:
         """Returns sharded models and their optimizers by name."""
@@ -309,9 +367,9 @@ def _read(path: Path) -> dict[str, Any]:
     return {name: from_plain_data(value) for name, value in state.items()}
 
 
-def _sums(path: Path) -> dict[str, str]:
+def _sums(path: Path, together: Together) -> dict[str, str]:
     """The digests of a checkpoint's files, of which each process has read its part."""
-    rank, world_size = rank_and_world_size()
+    rank, world_size = together.rank, together.size
 
     def mine() -> dict[str, str]:
         if not path.exists():
@@ -321,39 +379,6 @@ def _sums(path: Path) -> dict[str, str]:
         return files.digests(path, part=rank, parts=world_size)
 
     found: dict[str, str] = {}
-    for one in everywhere(mine, doing=f"Reading {path}"):
+    for one in together.everywhere(mine, doing=f"Reading {path}"):
         found.update(one)
     return found
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of this process's generators, in types that are loaded without running code."""
-    version, numbers, gauss = random.getstate()
-    state = RandomState.now()
-    found: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "cpu": state.cpu,
-        "cuda": list(state.cuda.values()),
-    }
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found["numpy"] = as_plain_data(numpy.random.get_state(), "numpy's random state")
-    return found
-
-
-def _restore_random_state(by_rank: Sequence[Mapping[str, Any]]) -> None:
-    rank, world_size = rank_and_world_size()
-    is_another_size = len(by_rank) != world_size
-    state = by_rank[0 if is_another_size else rank]
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    RandomState(state["cpu"], dict(enumerate(state["cuda"][: torch.cuda.device_count()]))).restore()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy" in state:
-        numpy.random.set_state(state["numpy"])
-    if is_another_size and rank > 0:  # a stream of its own, or it would draw what rank 0 draws
-        seed = int(torch.randint(0, 1 << 62, ())) + rank
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy is not None:
-            numpy.random.seed(seed % (1 << 32))

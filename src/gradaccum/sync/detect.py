@@ -9,7 +9,7 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
 
 from gradaccum.errors import UnsupportedError
 from gradaccum.sync.engine import Engine
@@ -19,7 +19,12 @@ Sync = Literal["auto", "last", "every", "never"]
 """When gradients are reduced over processes; see `detect`."""
 
 
-def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, list[Engine]] | None:
+def detect(
+    models: Sequence[nn.Module],
+    sync: Sync = "auto",
+    timeout: float | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+) -> tuple[Ranks, list[Engine]] | None:
     """Finds the processes that train together, and an engine for each model.
 
     Args:
@@ -27,9 +32,12 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
         sync: "auto": once a window where that costs no memory (plain modules, DDP), in every backward for FSDP2;
             "last": once a window; "every": in every backward, which changes the result nowhere and only FSDP2 does;
             "never": this process trains for itself, whatever others do.
+        timeout: seconds that a message may wait for another process; None for what the process group has.
+        process_group: the processes that have data of their own, where nothing wrapped says which; None for all.
 
     Returns:
-        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped.
+        None where this process trains for itself: no process group, or one of a single process, and nothing wrapped; or
+        where tensor parallelism makes one model of all processes.
 
     Raises:
         UnsupportedError: wrapped in something whose averages cannot be undone, or in two ways at once.
@@ -43,6 +51,8 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not wrapped and (sync == "never" or not several):
         return None
+    if not wrapped and any(map(is_sharded, models)):  # whatever process_group= says: what lies in parts is not added up
+        return _check_one_model_over_all(models)
     if sync == "never":
         raise UnsupportedError(
             f'sync="never" leaves other processes alone, and the model is wrapped in {type(wrapped[0]).__name__}, '
@@ -50,16 +60,83 @@ def detect(models: Sequence[nn.Module], sync: Sync = "auto") -> tuple[Ranks, lis
         )
     world = dist.group.WORLD
     assert world is not None, "a wrapped model means that there is a process group"
-    found = [_engine(model, sync, world) for model in models]
-    # The default group takes the place of those that span it: it may have a backend for the host.
-    groups = {several if math.prod(one.size() for one in several) < world.size() else (world,) for _, several in found}
+    given = _or_world(_groups_of(process_group, world), world)
+    if not wrapped and math.prod(one.size() for one in given) == 1:
+        return None
+    found = [_engine(model, sync, given) for model in models]
+    groups = {_or_world(several, world) for _, several in found}
+    if wrapped and process_group is not None and any(_members(one) != _members(given) for one in groups):
+        raise UnsupportedError(
+            f"process_group= names the processes {_members(given)}, and the model is wrapped for others. The wrapper "
+            "knows over which its gradients are to be added up: leave process_group= out."
+        )
     if len(groups) > 1:
         raise UnsupportedError(
             f"The {len(models)} models are spread over different groups of processes, so that one weight for all of "
             "them would divide some by the wrong number. Give each an accumulator and an optimizer of its own."
         )
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
-    return Ranks(groups.pop(), device), [engine for engine, _ in found]
+    return Ranks(groups.pop(), device, timeout), [engine for engine, _ in found]
+
+
+def _groups_of(process_group: ProcessGroup | DeviceMesh | None, world: ProcessGroup) -> tuple[ProcessGroup, ...]:
+    if process_group is None:
+        return (world,)
+    if isinstance(process_group, ProcessGroup):
+        return (process_group,)
+    if isinstance(process_group, DeviceMesh):
+        return tuple(process_group.get_all_groups())
+    raise UnsupportedError(
+        f"process_group={process_group!r}: it is a torch.distributed.ProcessGroup or a DeviceMesh of the processes "
+        'that have data of their own, this one among them: mesh["dp"], say.'
+    )
+
+
+def _or_world(groups: tuple[ProcessGroup, ...], world: ProcessGroup) -> tuple[ProcessGroup, ...]:
+    """The default group in the place of those that span it: it may have a backend for the host."""
+    return groups if math.prod(one.size() for one in groups) < world.size() else (world,)
+
+
+def _members(groups: Sequence[ProcessGroup]) -> list[list[int]]:
+    return sorted(dist.get_process_group_ranks(group) for group in groups)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of a model lie in parts on several processes."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def _check_one_model_over_all(models: Sequence[nn.Module]) -> None:
+    """Checks that tensor-parallel parameters, which nothing else wraps, make one model of all processes.
+
+    These all have the same batch then, and the gradient is complete without being added up.
+
+    Raises:
+        UnsupportedError: some processes hold another copy of the model, and which is not known.
+    """
+    meshes = [getattr(parameter, "device_mesh", None) for model in models for parameter in model.parameters()]
+    sizes = {mesh.size() for mesh in meshes if mesh is not None}
+    if sizes != {dist.get_world_size()} or not all(map(is_sharded, models)):
+        raise UnsupportedError(
+            f"The model has tensor-parallel parameters over {min(sizes)} of {dist.get_world_size()} processes, and "
+            "which of the others have data of their own is not known: gradients would be added up over the wrong "
+            "ones. Wrap it in fully_shard(model, mesh=...) over the data-parallel dimension, or pass "
+            'sync="never" and add gradients up in before_step.'
+        )
+
+
+def refuse_late_group(sync: Sync) -> None:
+    """Refuses a window of one process where there are several by now.
+
+    Raises:
+        UnsupportedError: the process group was made after this was to train.
+    """
+    if sync != "never" and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedError(
+            "The process group was made after this TrainStep or Accumulator, which would train each of the "
+            f"{dist.get_world_size()} processes for itself: their models would drift apart. Make it after "
+            'init_process_group(), or say sync="never".'
+        )
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -68,7 +145,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _engine(
-    model: nn.Module, sync: Literal["auto", "last", "every"], world: ProcessGroup
+    model: nn.Module, sync: Literal["auto", "last", "every"], given: tuple[ProcessGroup, ...]
 ) -> tuple[Engine, tuple[ProcessGroup, ...]]:
     wrappers = [module for module in model.modules() if _is_wrapper(module)]
     names = [type(module).__name__ for module in wrappers]
@@ -79,7 +156,7 @@ def _engine(
             "the gradient could not be made the batch's. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
     if not wrappers:
-        return Engine(), (world,)
+        return Engine(model), given
     # Engines are imported only for models that need them: torch's distributed tensors take 0.3 s to import.
     if names[0] == "DistributedDataParallel":
         from torch.nn.parallel import DistributedDataParallel

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import Tensor, nn
+
 
 class Engine:
     """What wraps a model; as it stands, the engine of a plain module."""
@@ -28,6 +30,14 @@ class Engine:
     averages_over: float = 1.0  # what gradients are divided by where the engine reduces them
     runs_collectives: bool = False  # every forward and backward waits for all processes
 
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model  # until it has been looked at
+
+    @property
+    def left_alone(self) -> list[nn.Parameter]:
+        """Parameters that are each process's own."""
+        return []
+
     @property
     def description(self) -> str:
         """What the plan line says: the engine, and when gradients are reduced."""
@@ -35,10 +45,16 @@ class Engine:
 
     def taken_over(self) -> AbstractContextManager[None]:
         """Context manager in which the engine reduces gradients only when it is told to."""
-        return nullcontext()
+        model, self._model = self._model, None
+        if model is None or model._compiled_call_impl is not None:  # whose code a hook would make anew
+            return nullcontext()
+        from gradaccum.sync.ddp import found_around  # an engine itself
+
+        return found_around(model)  # in the first window: afterwards it is known
 
     def prepare(self, *, is_last: bool) -> None:
         """Called before a forward that waits for all processes; ``is_last`` where its window ends with it."""
 
-    def backward_of_nothing(self) -> None:
-        """Runs the collectives of a backward, with gradients of zero, for a forward that is to change nothing."""
+    def take_outputs(self) -> list[Tensor]:
+        """What the forward since `prepare` put out, where its backward waits for all processes."""
+        return []

@@ -61,6 +61,13 @@ def reduce_gradients(
             _add_up_sparse(ranks, parameter, factor)
 
 
+def multiply(parameters: Sequence[nn.Parameter], factor: float | Tensor | None) -> None:
+    """Multiplies gradients that are not reduced; None for by nothing."""
+    for gradient in (parameter.grad for parameter in parameters if factor is not None):
+        if gradient is not None and factor is not None:
+            gradient.mul_(_on(factor, gradient))
+
+
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters of one device and dtype together, at most `BUCKET_BYTES` of them or a single one."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[list[nn.Parameter]]] = {}

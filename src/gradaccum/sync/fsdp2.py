@@ -19,7 +19,8 @@ through a loss that is a mean over nothing it would be 0 / 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves
 
 from gradaccum.errors import UnsupportedError
@@ -49,6 +50,7 @@ class FSDP2(Engine):
     def __init__(self, model: nn.Module, sync: Literal["auto", "last", "every"] = "auto") -> None:
         self._model = model
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._states: list[Any] = [module._get_fsdp_state() for module in self._modules]
         self._groups = groups = [group for module in self._modules for group in _groups_of(module)]
         has_replicas = any(hasattr(group.mesh_info, "replicate_mesh_size") for group in groups)
         self._defers_replicas = has_replicas and sync == "auto"
@@ -87,6 +89,9 @@ class FSDP2(Engine):
         with ExitStack() as held:
             held.callback(self._outputs.clear)
             held.callback(self._model.register_forward_hook(self._keep_outputs).remove)
+            for state in self._states:
+                state._post_forward = functools.partial(self._keep_and_go_on, state._post_forward)
+                held.callback(state.__dict__.pop, "_post_forward")
             for group in self._groups:
                 if hasattr(group, "reduce_scatter_unused_params"):  # another process may have gradients for them
                     held.callback(setattr, group, "reduce_scatter_unused_params", group.reduce_scatter_unused_params)
@@ -96,15 +101,13 @@ class FSDP2(Engine):
 
     def prepare(self, *, is_last: bool) -> None:
         """Sets whether the backward of the micro-batch that is run next reduces."""
-        self._outputs.clear()
+        self._outputs = []
         self._set_reduces(is_last=is_last)
 
-    def backward_of_nothing(self) -> None:
-        """Runs the backward of a micro-batch that weighs nothing: all collectives, with gradients of zero."""
-        roots = [output for output in self._outputs if output.requires_grad]
-        self._outputs.clear()
-        if roots:
-            torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
+    def take_outputs(self) -> list[Tensor]:
+        """The outputs of the forward since `prepare`, whose backward runs all collectives."""
+        outputs, self._outputs = self._outputs, []
+        return [output for output in outputs if output.requires_grad]
 
     def _set_reduces(self, *, is_last: bool) -> None:
         for module in self._modules:
@@ -112,6 +115,12 @@ class FSDP2(Engine):
                 module.set_requires_gradient_sync(is_last, recurse=False)
             elif self._defers_replicas:
                 module.set_requires_all_reduce(is_last, recurse=False)
+
+    def _keep_and_go_on(self, post_forward: Callable[..., Any], module: nn.Module, inputs: Any, output: Any) -> Any:
+        """For methods besides ``forward``, which call this by its name (`register_fsdp_forward_method`)."""
+        output = post_forward(module, inputs, output)
+        self._keep_outputs(module, inputs, output)
+        return output
 
     def _keep_outputs(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
@@ -141,13 +150,19 @@ def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
     Parameters are shards, whole ones, or both. The order is 2 or infinity, which is inf too where a gradient is NaN.
     """
     by_mesh: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    everybody: dict[ProcessGroup, None] = {}
     for parameter in parameters:
         gradient = parameter.grad
         assert gradient is not None, "only parameters that have a gradient are updated"
         groups: tuple[ProcessGroup, ...] = ()
         if isinstance(gradient, DTensor):
-            sharded = (i for i, placement in enumerate(gradient.placements) if placement.is_shard())
-            groups = tuple(gradient.device_mesh.get_group(i) for i in sharded)
+            mesh, placements = gradient.device_mesh, gradient.placements
+            everybody.update(dict.fromkeys(mesh.get_all_groups()))
+            if any(placement.is_partial() for placement in placements):  # as tensor parallelism leaves some
+                placements = tuple(Replicate() if one.is_partial() else one for one in placements)
+                gradient = gradient.redistribute(placements=placements)
+            # Strided shards, of tensor parallelism under FSDP2, say of themselves that they are none.
+            groups = tuple(mesh.get_group(i) for i, one in enumerate(placements) if not one.is_replicate())
             gradient = gradient.to_local()
         by_mesh.setdefault(groups, []).append(gradient._values() if gradient.is_sparse else gradient)
     totals: list[Tensor] = []
@@ -164,4 +179,11 @@ def total_norm(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
                 norm = torch.nan_to_num(norm, nan=torch.inf, posinf=torch.inf)
                 torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX, group=group)
         totals.append(norm)
-    return torch.linalg.vector_norm(torch.stack([total.to(totals[0]) for total in totals]), order)
+    norm = torch.linalg.vector_norm(torch.stack([total.to(totals[0]) for total in totals]), order)
+    # Replicas over tensor-parallel processes may differ in the last digit, or in an overflow: one norm, one decision.
+    apart = [group for group in everybody if any(group not in groups for groups in by_mesh)]
+    if apart:
+        norm = torch.nan_to_num(norm, nan=torch.inf, posinf=torch.inf)
+    for group in apart:
+        torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX, group=group)
+    return norm

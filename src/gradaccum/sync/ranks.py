@@ -1,8 +1,8 @@
 """The processes that train one model together, and what they exchange: messages, objects, sums.
 
-What decides how the Python code goes on (did anybody fail, who has no data left) is exchanged between hosts, so that no
-device is waited for: the default group of ``torchrun`` has gloo beside NCCL. Where a group has NCCL alone, the exchange
-goes over the device, which waits for it once an update.
+What decides how the Python code goes on (did anybody fail, who has no data left) is exchanged between hosts, in a group
+of the library's own (see `own_group`), so that no device is waited for and nothing is paired with a collective of the
+user's. Gradients, outputs and statistics go through the user's group, and only right after messages that agreed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 from gradaccum.errors import RankError
 from gradaccum.sync import faults
 from gradaccum.sync.faults import Whereabouts
-from gradaccum.sync.messages import Message, Outcome, check_fit
+from gradaccum.sync.messages import PREFIX, Kind, Message, Outcome, check_fit
+from gradaccum.sync.own_group import own_group
 
 _OF_A_SUM = 1e-9  # float64 sums of equal numbers on unlike processors; seeds that differ do so in the first digits
 
@@ -29,13 +30,18 @@ class Ranks:
     """The processes between which gradients add up.
 
     They are one group; or several, one for each dimension of their mesh, over which sums are taken one after another.
+
+    Args:
+        groups: see above.
+        device: where tensors to be added up lie.
+        timeout: seconds that a message may wait for another process; None for what the groups have.
     """
 
-    def __init__(self, groups: Sequence[ProcessGroup], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[ProcessGroup], device: torch.device, timeout: float | None = None) -> None:
         self._groups = tuple(groups)
         self.device = device
-        types = {device_type.type for group in groups for device_type in group._device_types}
-        self._control = torch.device("cpu") if "cpu" in types else device
+        self._timeout = timeout
+        self.name = dist.get_rank()  # among all processes, as users know them
         self.size = 1
         self.rank = 0
         for group in self._groups:
@@ -45,21 +51,23 @@ class Ranks:
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Exchanges integers, by rank, equally many on every process."""
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._control)
-        for group in self._groups:
-            theirs = [torch.empty_like(mine) for _ in range(group.size())]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        for own in self._own_groups():
+            has_hosts = any(device_type.type == "cpu" for device_type in own._device_types)
+            mine = mine if has_hosts else mine.to(self.device)
+            theirs = [torch.empty_like(mine) for _ in range(own.size())]
             with self._watched():
-                dist.all_gather(theirs, mine, group=group)
+                dist.all_gather(theirs, mine, group=own)
             mine = torch.cat(theirs)
         return mine.view(self.size, len(numbers)).tolist()
 
     def exchange_objects(self, mine: Any) -> list[Any]:
         """Exchanges anything that can be pickled, by rank; for what is rare, since it takes two collectives."""
         everything = [mine]
-        for group in self._groups:
-            theirs: list[Any] = [None] * group.size()
+        for own in self._own_groups():
+            theirs: list[Any] = [None] * own.size()
             with self._watched():
-                dist.all_gather_object(theirs, everything, group=group)
+                dist.all_gather_object(theirs, everything, group=own)
             everything = [one for several in theirs for one in several]
         return everything
 
@@ -83,26 +91,32 @@ class Ranks:
         return wait
 
     def agree(
-        self, message: Message, *, num_terms: int, num_uses: int, error: BaseException | None = None
+        self, message: Message, *, num_terms: int = 0, num_uses: int = 0, error: BaseException | None = None
     ) -> list[Message]:
         """Exchanges messages, by rank, and makes sure that they fit together; ``error`` is why this process failed.
 
         Raises:
             RankError: another process failed, and this one did not; or the messages are not for the same thing.
         """
-        rows = self.exchange(message.to_numbers(num_terms=num_terms, num_uses=num_uses))
-        messages = [Message.from_numbers(row, num_terms=num_terms, num_uses=num_uses) for row in rows]
-        if not any(one.outcome == Outcome.FAILED for one in messages):
-            check_fit(messages)
-            return messages
+        numbers = message.to_numbers(num_terms=num_terms, num_uses=num_uses)
+        rows = self.exchange(numbers[:PREFIX])
+        headers = [Message.from_numbers(row, num_terms=0, num_uses=0) for row in rows]
+        if not any(header.outcome == Outcome.FAILED for header in headers):
+            check_fit(headers)
+            if not (num_terms or num_uses):
+                return headers
+            if len(numbers) > PREFIX:
+                rows = [row + rest for row, rest in zip(rows, self.exchange(numbers[PREFIX:]), strict=True)]
+            return [Message.from_numbers(row, num_terms=num_terms, num_uses=num_uses) for row in rows]
         errors = self.exchange_objects(None if error is None else faults.description(error))
         if message.outcome != Outcome.FAILED:
-            reported = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+            failed = [(header.sender, text) for header, text in zip(headers, errors, strict=True) if text]
+            reported = "; ".join(f"rank {sender}: {text}" for sender, text in failed)
             raise RankError(
-                f"This process (rank {self.rank} of {self.size}) is fine, and another failed. {reported}. The batch's "
-                "gradient is not complete without it: no update was made on any process."
+                f"This process (rank {self.name}) is fine, and another failed. {reported}. "
+                f"{_what_became_of(message, ', '.join(str(sender) for sender, _ in failed))}"
             )
-        return messages
+        return headers
 
     def check_same_model(self, model: int, parameters: Sequence[Tensor]) -> None:
         """Checks, before anything else is exchanged, that all processes start from the same model and parameters.
@@ -115,12 +129,13 @@ class Ranks:
         """
         comparable = [parameter for parameter in parameters if parameter.device.type != "mps"]  # mps has no float64
         checksum = sum(parameter.detach().double().sum().item() for parameter in comparable) if comparable else None
-        found = self.exchange_objects((Whereabouts.own(), model, checksum))
+        found = self.exchange_objects((Whereabouts.own(self.name), model, checksum))
         self._whereabouts = [whereabouts for whereabouts, _, _ in found]
         if len({theirs for _, theirs, _ in found}) > 1:
             raise RankError(
                 "The processes have different models: names, shapes or dtypes of their parameters differ. Their "
-                "gradients cannot be added up. Build the same model on every process."
+                "gradients cannot be added up. Build the same model on every process; where there are several, begin "
+                "with the same."
             )
         known = [one for _, _, one in found if one is not None and math.isfinite(one)]
         if known and max(known) - min(known) > _OF_A_SUM * (1 + max(map(abs, known))):
@@ -145,9 +160,25 @@ class Ranks:
     def fault(self, error: BaseException) -> RankError:
         """The error to raise after a collective has failed."""
         known = self._whereabouts
-        who = faults.found(known, own_rank=self.rank) if known else "it was gone before the first update"
+        who = faults.found(known, own_rank=self.name) if known else "it was gone before the first update"
         return RankError(
-            f"This process (rank {self.rank} of {self.size}) waited for another that does not answer: {who}. No update "
-            "was made; what was saved last is where to go on from. The transport says: "
-            f"{faults.description(error)[:200]}"
+            f"This process (rank {self.name}) waited for another that does not answer: {who}. What was saved last is "
+            f"where to go on from. The transport says: {faults.description(error)[:200]}"
         )
+
+    def _own_groups(self) -> list[ProcessGroup]:
+        with self._watched():
+            return [own_group(group, self._timeout) for group in self._groups]
+
+
+def _what_became_of(message: Message, failed: str) -> str:
+    """What the failure of another process means for one that is fine, by where that one is."""
+    if message.kind in (Kind.SAVING, Kind.LOADING):
+        return f"Nothing was {'saved' if message.kind == Kind.SAVING else 'loaded'} here."
+    if message.kind == Kind.STEPPED:
+        return (
+            f"Update {message.update} has been made on this process, and failed on rank {failed}, in the optimizer, "
+            "the scheduler or before_step: from here on their parameters may differ. End the run, and go on from what "
+            "was saved last."
+        )
+    return "The batch's gradient is not complete without it: no update was made on any process."

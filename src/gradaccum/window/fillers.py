@@ -29,6 +29,8 @@ from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.snapshot import Buffers
 
+_NOTHING = nullcontext()
+
 
 class Fillers:
     """Runs fillers on one row of a batch that this process has had."""
@@ -113,6 +115,8 @@ class SharedPasses:
         self.is_filler = False  # the present micro-batch is run again
         self.closes = True  # the open window is closed after the present micro-batch
         self._is_complete = False
+        self.last_update: Update | None = None
+        self.ends_by_itself = True  # windows of others are made at a pass's end, and not one by one by who asks
         if self._ranks is not None and tail == "carry":
             raise UnsupportedError(
                 'tail="carry" with several processes: what one carries into the next pass belongs to a window that '
@@ -141,8 +145,19 @@ class SharedPasses:
     def held(self, watched: AbstractContextManager[None]) -> Iterator[None]:
         """Context manager for a pass, around ``watched``."""
         self.is_filler, self._is_complete, self.closes = False, False, not self.fills
+        if self._ranks is not None:
+            self._ranks.passes += 1
         with watched, nullcontext() if self._ranks is None else self._ranks.taken_over():
             yield
+
+    def report_errors(self) -> AbstractContextManager[None]:
+        """Context manager in which other processes hear of an error here."""
+        return _NOTHING if self._ranks is None else self._ranks.report_errors()
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the others of an error between two micro-batches: where all of them read messages."""
+        if self._ranks is not None:
+            self._ranks.tell(error, is_between=True)
 
     def begins(self, *, completes: bool) -> None:
         """Called before the forward of a micro-batch, which is this process's last in the window or not."""
@@ -192,14 +207,25 @@ class SharedPasses:
     def close(self) -> Update | None:
         """The update of the open window; None where other processes had no more, and it is dropped."""
         self._is_complete = False
-        return self._accumulation.close_with_others(drops_incomplete=self._drops_incomplete)
+        self.last_update = self._accumulation.close_with_others(drops_incomplete=self._drops_incomplete)
+        return self.last_update
 
     def finish(self) -> None:
         """Called after a pass: takes part in what the others still have to do."""
-        if self._ranks is None or self.fills:  # with fillers, the last one was run when all were done
-            return
-        while True:
+        while self.ends_by_itself and self.take_part():
+            pass
+
+    def take_part(self) -> bool:
+        """Takes part in one window of others, after this process's own; whether there was one.
+
+        With fillers none is left: the last of them was run when all were done.
+        """
+        if self._ranks is None or self.fills:
+            return False
+        self._accumulation.leave_if_agreed()
+        with self._ranks.report_errors():
             self._accumulation.open(totals=self._no_totals, is_done=True)
-            self._accumulation.close_with_others(is_done=True, drops_incomplete=self._drops_incomplete)
-            if self._ranks.all_are_done:
-                return
+            self.last_update = self._accumulation.close_with_others(
+                is_done=True, drops_incomplete=self._drops_incomplete
+            )
+        return not self._ranks.all_are_done

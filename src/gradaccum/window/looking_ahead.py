@@ -37,6 +37,7 @@ class Follower:
         micro_batch_ends: before the item after it is asked for, or the pass ends.
         pass_ends: at the end; gets whether all items have been handed out, or the loop was left before; and what had
             been read ahead and not handed out of a bare iterator, which cannot be asked for it again.
+        pass_fails: gets the error of the stream or of a follower that ends the pass; of several the first is told.
         wants_again: whether the item before is to be handed out again instead of the next one; gets whether there is no
             next one, and whether there was one before. None for never.
         parameters: what is in training.
@@ -46,6 +47,7 @@ class Follower:
     micro_batch_begins: Callable[[Any, bool, LookingAhead[Any]], None]
     micro_batch_ends: Callable[[], None]
     pass_ends: Callable[[bool, deque[Any]], None]
+    pass_fails: Callable[[BaseException], None] = lambda error: None
     wants_again: Callable[[bool, bool], bool] | None = None
     parameters: Callable[[], Iterable[Tensor]] = tuple
 
@@ -121,7 +123,8 @@ class LookingAhead(Generic[Item]):
         except StopIteration as error:  # of a follower (its weights= function, say): not the end of the stream
             self._end(completely=False)
             raise RuntimeError("a function called for a micro-batch raised StopIteration") from error
-        except BaseException:
+        except BaseException as error:
+            self._followers[0].pass_fails(error)
             self._end(completely=False)
             raise
         if item is END:

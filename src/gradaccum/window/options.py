@@ -12,7 +12,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import ParameterError, WindowError
+from gradaccum.errors import ParameterError, UnsupportedError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
@@ -38,6 +38,8 @@ class Options:
     accumulate_dtype: torch.dtype | None = None
     persistent_gradients: bool = False
     sync: Sync = "auto"
+    timeout: float | None = None
+    process_group: Any = None
     before_step: Callable[[], Any] | None = None
     backward: BackwardFunction | None = None
 
@@ -55,6 +57,12 @@ class Options:
             raise ParameterError(
                 f"before_step={self.before_step!r} is called once an update, without arguments, before the optimizer "
                 "steps. Pass a function: before_step=lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0)."
+            )
+        if self.timeout is not None and not self.timeout > 0:
+            raise ParameterError(
+                f"timeout={self.timeout!r}: it is how many seconds a message between processes waits for the others, "
+                "longer than what one of them may do alone (a validation, say). Pass a positive number, or None for "
+                "the process group's own timeout."
             )
         for scheduler in self.schedulers:
             _check_scheduler(scheduler)
@@ -85,13 +93,21 @@ class Options:
         several = list(self.scheduler) if isinstance(self.scheduler, (list, tuple)) else [self.scheduler]
         return [_unwrapped(scheduler) for scheduler in several]
 
-    def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool) -> None:
+    def check_with(self, optimizers: Sequence[Optimizer], *, has_ranks: bool, has_own: bool = False) -> None:
         """Checks that the options go with these optimizers and, with ``has_ranks``, with several processes.
+
+        ``has_own`` says that some parameters are each process's own.
 
         Raises:
             ParameterError: they do not go with the optimizers.
             UnsupportedError: they do not go with several processes.
         """
+        if has_own and self.scaler is not None and self.scaler.is_enabled():
+            raise UnsupportedError(
+                "DistributedDataParallel was told to leave some parameters alone, and a GradScaler looks for overflows "
+                "in each process's own gradients: one process would skip an update that the others make. Train in "
+                "bf16, without scaler=."
+            )
         if self.persistent_gradients:
             check_persistent(optimizers, has_ranks=has_ranks)
 

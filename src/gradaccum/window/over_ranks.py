@@ -23,31 +23,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum.errors import LossError, RankError
+from gradaccum.errors import RankError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, Number
+from gradaccum.norms import combined, norms
 from gradaccum.sync import faults, flat
-from gradaccum.sync.detect import Sync, detect
+from gradaccum.sync.detect import detect
 from gradaccum.sync.engine import Engine
-from gradaccum.sync.messages import Kind, Message, Outcome, TermKind, TermShare
+from gradaccum.sync.messages import Caller, Kind, Message, Outcome
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.options import Options
+from gradaccum.window.shares import Share, added_shares, term_of
+from gradaccum.window.stopping import Stopped
 from gradaccum.window.window_result import WindowResult
 
-Share = Mapping[str, tuple[Tensor, Number | None]]
-"""Each term's sum and weight; see `Normaliser.share`."""
 
-
-def over_ranks(models: Sequence[nn.Module], sync: Sync, named: Sequence[tuple[str, nn.Parameter]]) -> OverRanks | None:
+def over_ranks(
+    models: Sequence[nn.Module],
+    options: Options,
+    named: Sequence[tuple[str, nn.Parameter]],
+    caller: Caller,
+) -> OverRanks | None:
     """What trains together with this process; None where nothing does."""
-    found = detect(models, sync)
-    return None if found is None else OverRanks(*found, named)
+    found = detect(models, options.sync, options.timeout, options.process_group)
+    return None if found is None else OverRanks(*found, named, caller)
+
+
+def total_norm_of_shards(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+    """The norm over all gradients together, of which each process has a part."""
+    from gradaccum.sync.fsdp2 import total_norm  # for models that have shards: it takes 0.3 s to import
+
+    return total_norm(parameters, order)
 
 
 class OverRanks:
-    """A window's way over all processes, which have the same parameters in the same order."""
+    """A window's way over all processes, which have the same parameters in the same order.
 
-    def __init__(self, ranks: Ranks, engines: Sequence[Engine], named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    Attributes:
+        caller: what the user has called, for messages.
+        passes: passes over a loader that were begun.
+        pieces: micro-batches that every process runs in the open window, where that is agreed on.
+        all_are_done: no process had a window of its own when messages were exchanged last.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        engines: Sequence[Engine],
+        named: Sequence[tuple[str, nn.Parameter]],
+        caller: Caller = Caller.ACCUMULATOR,
+    ) -> None:
         self.ranks = ranks
+        self.caller = caller
+        self.passes = 0
         self._engines = engines
         self.is_first = ranks.rank == 0  # the process that speaks for all
         self.is_wrapped = any(engine.is_wrapper for engine in engines)
@@ -58,13 +86,17 @@ class OverRanks:
         self._names: list[str] = []
         self._has_met = False
         self._update = 0
-        self.pieces = 0  # micro-batches that every process runs in the open window, where that is agreed on
-        self.all_are_done = False  # no process had a window of its own when messages were exchanged last
+        self._is_among_collectives = False  # others may be inside of a forward or backward, and read no message
+        self.pieces = 0
+        self.all_are_done = False
 
     def look_at(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Takes note of the parameters; called again whenever they have changed."""
         self._named = named
         self._is_sharded = {id(parameter) for _, parameter in named if hasattr(parameter, "device_mesh")}
+        left_alone = {id(parameter) for engine in self._engines for parameter in engine.left_alone}
+        self._own = [parameter for _, parameter in named if id(parameter) in left_alone]
+        self._elsewhere = {*self._is_sharded, *left_alone}  # what is not added up here
         self._model = zlib.crc32(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
 
     @property
@@ -73,15 +105,28 @@ class OverRanks:
         return f"{self.ranks.size} ranks, {self._engines[0].description}"
 
     @property
+    def has_own(self) -> bool:
+        """Whether some parameters are each process's own, with gradients of its own samples alone."""
+        return bool(self._own)
+
+    def total_norm(self, parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+        """The norm over the gradients of all processes: the own ones of each, and the common ones once.
+
+        The order is 2; or infinity, where only that matters.
+        """
+        is_own = {id(parameter) for parameter in self._own}
+        common = [p.grad for p in parameters if p.grad is not None and id(p) not in is_own]
+        own = [p.grad for p in parameters if p.grad is not None and id(p) in is_own]
+        total = combined(norms(own, order), order).to(self.ranks.device, torch.float64)
+        total = total.square() if order == 2.0 else total
+        self.ranks.add_up(total)
+        total = total.sqrt() if order == 2.0 else total
+        return combined([total, combined(norms(common, order), order).to(total)], order)
+
+    @property
     def shards(self) -> bool:
         """Whether parameters lie in parts on several processes."""
         return bool(self._is_sharded)
-
-    def total_norm(self, parameters: Sequence[nn.Parameter], order: float) -> Tensor:
-        """The norm over all gradients together, of which each process has a part."""
-        from gradaccum.sync.fsdp2 import total_norm
-
-        return total_norm(parameters, order)
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
@@ -99,20 +144,33 @@ class OverRanks:
         except BaseException as error:
             if self.runs_collectives and faults.is_of_transport(error):
                 raise self.ranks.fault(error) from error
-            if not isinstance(error, RankError):
-                faults.report(self.ranks.rank, faults.description(error))
-                # Not where the others are inside of a collective of the model, or everybody is being stopped.
-                if not self.runs_collectives and isinstance(error, Exception):
-                    with suppress(RankError):  # they have gone as well
-                        self._meet()  # the others do, if this is the first window
-                        self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+            self.tell(error)
             raise
 
+    def tell(self, error: BaseException, *, is_between: bool = False) -> None:
+        """Tells the other processes of an error here, if they are where they read messages.
+
+        They are there ``is_between`` micro-batches, also where each forward waits for all.
+        """
+        if isinstance(error, (RankError, Stopped)):
+            return
+        faults.report(self.ranks.name, faults.description(error))
+        # Not where everybody is being stopped.
+        if (is_between or not self._is_among_collectives) and isinstance(error, Exception):
+            with suppress(RankError):  # they have gone as well
+                self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+                faults.withdraw()
+
     @contextmanager
-    def trained_with(self) -> Iterator[None]:
-        """Context manager for a whole window: `report_errors` around `taken_over`."""
-        with self.report_errors(), self.taken_over():
-            yield
+    def trained_with(self, caller: Caller | None = None) -> Iterator[None]:
+        """Context manager for a whole window: `report_errors` around `taken_over`; for messages of this caller."""
+        before = self.caller
+        self.caller = before if caller is None else caller
+        try:
+            with self.report_errors(), self.taken_over():
+                yield
+        finally:
+            self.caller = before
 
     def begin(
         self,
@@ -137,7 +195,14 @@ class OverRanks:
         Returns:
             The totals of all processes; and what an unknown total is taken for on all of them.
         """
+        if self._own and totals is not None:
+            raise UnsupportedError(
+                "DistributedDataParallel was told to leave some parameters alone, whose gradients are those of each "
+                "process's own samples, and weights= divides by what all processes have. Leave weights= out: the loss "
+                "says what it is a mean over."
+            )
         self._update = update
+        self._is_among_collectives = False
         self._meet()
         expected = None
         if self.runs_collectives or totals is not None:
@@ -149,6 +214,7 @@ class OverRanks:
                 # at the end. Close to the total it keeps half-precision gradients in range, so: what the window before
                 # had, the rows of this one where they are known, or 1.
                 expected = last_total or float(sum(message.samples for message in messages)) or 1.0
+                self._is_among_collectives = True
         if totals is None:
             return None, expected
         return self._added_totals(totals), None
@@ -163,9 +229,13 @@ class OverRanks:
             engine.prepare(is_last=is_last)
 
     def backward_of_nothing(self) -> None:
-        """Runs what the others wait for after a forward that is not to change anything."""
-        for engine in self._engines:
-            engine.backward_of_nothing()
+        """Runs the collectives of a backward, with gradients of zero, after a forward that is to change nothing.
+
+        One backward for all models, so that it comes to them in the order in which those of the others do.
+        """
+        roots = [output for engine in self._engines for output in engine.take_outputs()]
+        if roots:
+            torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
     def settle(
         self,
@@ -174,24 +244,27 @@ class OverRanks:
         *,
         sizes: Sequence[int | None],
         is_done: bool = False,
+        wants_to_stop: bool = False,
     ) -> WindowResult:
         """Adds this process's window, of micro-batches of so many rows, and those of the others up.
 
         ``normaliser`` is about all processes afterwards, and ``.grad`` of the parameters has their sum. A process that
-        is done has no more windows, and only takes part in those of the others.
+        is done has no more windows, and only takes part in those of the others. All hear that one wants to stop.
 
         Raises:
             RankError: another process failed or has gone, or is not closing this window.
             LossError: the loss is a sum on one process and a mean on another.
         """
         share = normaliser.share()
-        reduced_here = [parameter for parameter in parameters if id(parameter) not in self._is_sharded]
-        messages = self._exchange_shares(share, reduced_here, sizes, is_done=is_done)
+        reduced_here = [parameter for parameter in parameters if id(parameter) not in self._elsewhere]
+        messages = self._exchange_shares(share, reduced_here, sizes, is_done=is_done, wants_to_stop=wants_to_stop)
+        self._is_among_collectives = False
         self.all_are_done = all(message.is_done for message in messages)
         if self.all_are_done or not any(message.micro_batches for message in messages):
             normaliser.settle({})
             return _counted(messages, None)
-        normaliser.settle(self._added_shares(messages, share))
+        of_own = normaliser.correction  # by what this process has
+        normaliser.settle(added_shares(self.ranks, self._names, messages, share, lone=self._named[0][1].dtype))
         if normaliser.is_empty:
             return _counted(messages, None)
         used = flat.merged_uses([message.uses for message in messages], len(reduced_here))
@@ -201,10 +274,19 @@ class OverRanks:
         # Parameters that this engine does not shard were seeded with its boost too, but it has not averaged them, so
         # the boost is divided out here.
         if self.boost is None:
+            flat.multiply(self._own, of_own)
             flat.reduce_gradients(self.ranks, reduced_here, used, factor=normaliser.correction)
             return _counted(messages, None)
         flat.reduce_gradients(self.ranks, reduced_here, used, factor=1.0 / self.boost)
         return _counted(messages, normaliser.correction)
+
+    def stepped(self) -> None:
+        """Makes sure that all processes have made the update that was settled last.
+
+        Raises:
+            RankError: the optimizer, the scheduler or ``before_step`` failed on another process.
+        """
+        self._agree(Kind.STEPPED)
 
     def rows_before(self, rows: int) -> tuple[int, list[int]]:
         """Where this process's rows are among those of all, and how many each process has.
@@ -212,12 +294,12 @@ class OverRanks:
         Raises:
             RankError: another process failed, or does not count anything now.
         """
-        counts = [message.samples for message in self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS, samples=rows)]
+        counts = [message.samples for message in self._agree(Kind.EXCHANGING_OUTPUTS, samples=rows)]
         return sum(counts[: self.ranks.rank]), counts
 
     def totals(self, own: Mapping[str, Number]) -> dict[str, Number]:
         """Each term's weight over all processes."""
-        self._agree(Kind.EXCHANGING_OUTPUTS_OR_STATISTICS)
+        self._agree(Kind.EXCHANGING_OUTPUTS)
         return self._added_totals(own)
 
     def agree(self, is_out_of_memory: bool) -> bool:
@@ -227,7 +309,7 @@ class OverRanks:
             RankError: another process failed otherwise.
         """
         outcome = Outcome.OUT_OF_MEMORY if is_out_of_memory else Outcome.FINE
-        messages = self._agree(Kind.LOOKING_FOR_A_MICRO_BATCH_SIZE, outcome=outcome)
+        messages = self._agree(Kind.LOOKING_FOR_A_SIZE, outcome=outcome)
         return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
     def share_findings(self, finding: Any) -> list[Any]:
@@ -242,14 +324,23 @@ class OverRanks:
 
     def _meet(self) -> None:
         if not self._has_met:
-            whole = [parameter for _, parameter in self._named if id(parameter) not in self._is_sharded]
+            self._agree(Kind.MEETING)
+            whole = [parameter for _, parameter in self._named if id(parameter) not in self._elsewhere]
             self.ranks.check_same_model(self._model, [] if self._engines[0].runs_collectives else whole)
             self._has_met = True
 
     def _agree(
         self, kind: Kind, *, outcome: Outcome = Outcome.FINE, error: BaseException | None = None, **fields: Any
     ) -> list[Message]:
-        message = Message(outcome, kind, self._update, self._model, **fields)
+        message = Message(
+            *(outcome, kind, self._update, 0 if kind == Kind.MEETING else self._model),
+            caller=self.caller,
+            sender=self.ranks.name,
+            passes=self.passes,
+            **fields,
+        )
+        if kind != Kind.CLOSING_A_WINDOW:
+            return self.ranks.agree(message, error=error)
         return self.ranks.agree(message, num_terms=len(self._names), num_uses=len(self._named), error=error)
 
     def _added_totals(self, own: Mapping[str, Weight]) -> dict[str, Any]:
@@ -262,7 +353,7 @@ class OverRanks:
         return added
 
     def _exchange_shares(
-        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], *, is_done: bool
+        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: bool
     ) -> list[Message]:
         known = [size for size in sizes if size is not None]
         messages = self._agree(
@@ -270,70 +361,18 @@ class OverRanks:
             micro_batches=len(sizes),
             samples=sum(known),
             largest=max(known, default=0),
-            is_done=is_done,
             has_new_terms=any(name not in self._names for name in share),
             has_unknown_sizes=len(known) < len(sizes),
-            terms=[self._term(share.get(name)) for name in self._names],
+            terms=[term_of(share.get(name), self.ranks.device) for name in self._names],
             uses=flat.uses(reduced_here),
+            **flags,
         )
         if not any(message.has_new_terms for message in messages):
             return messages
         # As in a run's first window. Names are added in the order of ranks, so the layout is the same on all processes.
         for names in self.ranks.exchange_objects(list(share)):
             self._names += [name for name in names if name not in self._names]
-        return self._exchange_shares(share, reduced_here, sizes, is_done=is_done)
-
-    def _term(self, share: tuple[Tensor, Number | None] | None) -> TermShare:
-        if share is None:
-            return TermShare()
-        total, weight = share
-        is_on_host = self.ranks.device.type == "cpu"
-        number = total.item() if is_on_host else 0.0
-        if weight is None:
-            return TermShare(TermKind.PLAIN_SUM, 0.0, number)
-        if is_on_host or not isinstance(weight, Tensor):
-            return TermShare(TermKind.ON_HOST, float(weight), number)
-        return TermShare(TermKind.ON_DEVICE, 0.0, number)
-
-    def _added_shares(self, messages: Sequence[Message], share: Share) -> dict[str, tuple[Tensor, Number | None]]:
-        """Each term's sum and weight over all processes."""
-        on_device = None if self.ranks.device.type == "cpu" else self._added_on_device(share)
-        # A process without samples has the dtype of its parameters, which the others' losses most likely have too.
-        lone_dtype = self._named[0][1].dtype
-        lone_dtype = torch.promote_types(lone_dtype, torch.float32) if lone_dtype.is_floating_point else torch.float32
-        dtype = next((total.dtype for total, _ in share.values()), lone_dtype)
-        found: dict[str, tuple[Tensor, Number | None]] = {}
-        for i, name in enumerate(self._names):
-            terms = [message.terms[i] for message in messages]
-            kinds = {term.kind for term in terms} - {TermKind.ABSENT}
-            if not kinds:
-                continue
-            if TermKind.PLAIN_SUM in kinds and len(kinds) > 1:
-                raise LossError(
-                    "The loss is a sum without `over` on one process, and has a weight on another. The one is not to "
-                    "be divided by anything, the other is; their gradients cannot be added up. Return the same kind "
-                    "everywhere: ga.Loss.sum(total, over=n)."
-                )
-            # Counts were ints before they travelled, and are again.
-            weight: Number = sum(int(term.weight) if term.weight.is_integer() else term.weight for term in terms)
-            total = torch.tensor(sum(term.total for term in terms), dtype=dtype)
-            if on_device is not None:
-                total = on_device[2 * i].to(dtype)
-                weight = weight if TermKind.ON_DEVICE not in kinds else weight + on_device[2 * i + 1]
-            found[name] = total, None if TermKind.PLAIN_SUM in kinds else weight
-        return found
-
-    def _added_on_device(self, share: Share) -> Tensor:
-        """Sum and weight of each term, as far as they lie on devices, added up there."""
-        device = self.ranks.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        mine = torch.zeros(2 * len(self._names), dtype=wide, device=device)
-        for i, name in enumerate(self._names):
-            for place, number in enumerate(share.get(name, ())):
-                if isinstance(number, Tensor):
-                    mine[2 * i + place] = number.to(wide)
-        self.ranks.add_up(mine)
-        return mine
+        return self._exchange_shares(share, reduced_here, sizes, **flags)
 
 
 def _counted(messages: Sequence[Message], correction: Number | None) -> WindowResult:
@@ -345,4 +384,5 @@ def _counted(messages: Sequence[Message], correction: Number | None) -> WindowRe
         correction=correction,
         is_over=all(message.is_done for message in messages),
         is_incomplete=any(message.is_done for message in messages),
+        stops=any(message.wants_to_stop for message in messages),
     )

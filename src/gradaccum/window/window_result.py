@@ -24,6 +24,7 @@ class WindowResult(NamedTuple):
         correction: what the gradient has yet to be multiplied by; None for nothing.
         is_over: whether no process had a window to close any more.
         is_incomplete: whether some process had none.
+        stops: whether some process has been told to save and to leave.
     """
 
     micro_batches: int
@@ -32,6 +33,7 @@ class WindowResult(NamedTuple):
     correction: Number | None = None
     is_over: bool = False
     is_incomplete: bool = False
+    stops: bool = False
 
     @staticmethod
     def of(sizes: Sequence[int | None], correction: Number | None) -> WindowResult:
