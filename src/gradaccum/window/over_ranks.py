@@ -343,7 +343,7 @@ class OverRanks:
         return added
 
     def _exchange_shares(
-        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: bool
+        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: Any
     ) -> list[Message]:
         known = [size for size in sizes if size is not None]
         messages = self._agree(
