@@ -70,6 +70,7 @@ class Accumulator(HasCounts):
             counts the samples of all processes, of which each passes an even share.
         timeout: seconds that a message waits for another process; None for as long as the process group does.
         process_group: which processes have data of their own, where no wrapper says so; a group or a mesh of them.
+        collectives: True where the model or the loss waits for all processes: all run equally many micro-batches.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -111,6 +112,7 @@ class Accumulator(HasCounts):
         sync: Sync = "auto",
         timeout: float | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        collectives: bool = False,
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
@@ -126,6 +128,7 @@ class Accumulator(HasCounts):
             sync=sync,
             timeout=timeout,
             process_group=process_group,
+            collectives=collectives,
         )
         self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         self._counts = self._accumulation.counts
@@ -227,7 +230,7 @@ class Accumulator(HasCounts):
         self._awaits_backward = False
         with self._passes.report_errors():
             if self._passes.is_filler:
-                self._passes.backward_of_filler()
+                self._passes.backward_of_filler(loss)
             else:
                 accumulation.add(loss, samples=self._samples, weights=self._counted)
             done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches

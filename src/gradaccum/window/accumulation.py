@@ -210,7 +210,7 @@ class Accumulation:
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
-                self.ranks.backward_of_nothing()
+                self.ranks.backward_of_nothing(loss)
         except BaseException:
             before = self.discard()
             if before:

@@ -35,6 +35,7 @@ class Options:
     sync: Sync = "auto"
     timeout: float | None = None
     process_group: Any = None
+    collectives: bool = False
     before_step: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
