@@ -151,8 +151,7 @@ class Accumulator(HasCounts):
         # What a pass had read ahead of a bare iterator, and that iterator.
         self._unused: deque[Any] = deque()
         self._unused_of: Any = None
-        # Held while a window is open outside of a pass.
-        self._outside = ExitStack()
+        self._outside = ExitStack()  # held while a window is open outside of a pass
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """The micro-batches of one pass, as the loader yields them; knows one ahead which is the last.
@@ -195,16 +194,14 @@ class Accumulator(HasCounts):
             self._any_rows.expect_of(shared.items)
         length = shared.length
         if self._tail == "drop" and length and not self._counts_samples and self._size.is_fixed:
-            target = self._size.at(1)
-            if length < target:
+            if length < (target := self._size.at(1)):
                 raise self._size.too_short(length, target=target)
         return shared
 
     def windows(self, micro_batches: Iterable[Item]) -> Iterator[UpdateWindow[Item]]:
         """One pass, window by window, equally many on every process: for a loop with collectives of its own at updates.
 
-        ``for window in accumulator.windows(loader): for x, y in window: accumulator.backward(...)``; after the inner
-        loop ``window.update`` is there on every process, also on one whose loader is exhausted. See `over`.
+        A window yields its micro-batches; then it has ``window.update``, also where the loader is exhausted. See `over`.
         """
         return update_windows(self.over(micro_batches), self._passes, self._accumulation, self._refuse_no_backward)
 
