@@ -69,6 +69,7 @@ class Accumulator(HasCounts):
             are not added up in place then.
         timeout: seconds that a message waits for another process; None for as long as the process group does.
         process_group: which processes have data of their own, where no wrapper says so; a group or a mesh of them.
+        collectives: True where the model or the loss waits for all processes: all run equally many micro-batches.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -112,6 +113,7 @@ class Accumulator(HasCounts):
         backward: BackwardFunction | None = None,
         timeout: float | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        collectives: bool = False,
     ) -> None:
         size = WindowSize(micro_batches, batch_size)
         check_tail(tail, has_weights=weights is not None)
@@ -127,6 +129,7 @@ class Accumulator(HasCounts):
             backward=backward,
             timeout=timeout,
             process_group=process_group,
+            collectives=collectives,
         )
         self._accumulation = Accumulation(model, optimizer, options, warns_of_unknown=True)
         refuse_closures(self._accumulation.optimizers)
@@ -154,8 +157,7 @@ class Accumulator(HasCounts):
     def windows(self, micro_batches: Iterable[Item]) -> Iterator[UpdateWindow[Item]]:
         """One pass, window by window, equally many on every process: for a loop with collectives of its own at updates.
 
-        ``for window in accumulator.windows(loader): for x, y in window: accumulator.backward(...)``; after the inner
-        loop ``window.update`` is there on every process, also on one whose loader is exhausted. See `over`.
+        A window yields its micro-batches; then it has ``window.update``, also where the loader is exhausted. See `over`.
         """
         return self._loop.windows(micro_batches)
 

@@ -82,8 +82,8 @@ class TrainStep(HasCounts):
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see
             `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync, timeout, process_group: see `Accumulator`. Each process passes its own share of the batch, which may
-            differ in size and have zero rows.
+        sync, timeout, process_group, collectives: see `Accumulator`. Each process passes its own share of the batch,
+            which may differ in size and have zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -132,6 +132,7 @@ class TrainStep(HasCounts):
         backward: BackwardFunction | None = None,
         timeout: float | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        collectives: bool = False,
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
@@ -175,6 +176,7 @@ class TrainStep(HasCounts):
             backward=backward,
             timeout=timeout,
             process_group=process_group,
+            collectives=collectives,
         )
         couples = batch_norm == "micro"
         self._accumulation = Accumulation(

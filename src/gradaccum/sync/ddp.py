@@ -104,24 +104,34 @@ def forward(self: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
     return self._run_ddp_forward(*inputs, **kwargs)
 
 
-@contextmanager
-def found_around(module: nn.Module) -> Iterator[None]:
-    """Context manager in which a forward of a plain module from inside of a `DistributedDataParallel` is an error.
+class PlainModule(Engine):
+    """The engine of a module that nothing wraps; in its first window that is looked at."""
 
-    Raises:
-        UnsupportedError: the module was handed over, and the loop calls what it is wrapped in.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self._model: nn.Module | None = model  # until it has been looked at
 
-    def look(*_: Any) -> None:
-        if DistributedDataParallel._active_ddp_module is not None:
-            raise UnsupportedError(
-                "The plain module was handed over, and it is called through DistributedDataParallel. Both would add "
-                "up its gradients over processes: with unequal shares they would be wrong, and with unequal numbers "
-                "of micro-batches processes would wait for each other. Pass the DistributedDataParallel as the model."
-            )
+    @contextmanager
+    def taken_over(self) -> Iterator[None]:
+        """Context manager in which a forward from inside of a `DistributedDataParallel` is an error.
 
-    handle = module.register_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
+        Raises:
+            UnsupportedError: in a forward: the module was handed over, and the loop calls what it is wrapped in.
+        """
+        model, self._model = self._model, None
+        if model is None or model._compiled_call_impl is not None:  # whose code would be compiled anew for a hook
+            yield
+            return
+        handle = model.register_forward_pre_hook(_refuse_inside_of_ddp)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _refuse_inside_of_ddp(*_: Any) -> None:
+    if DistributedDataParallel._active_ddp_module is not None:
+        raise UnsupportedError(
+            "The plain module was handed over, and it is called through DistributedDataParallel. Both would add up its "
+            "gradients over processes: with unequal shares they would be wrong, and with unequal numbers of "
+            "micro-batches processes would wait for each other. Pass the DistributedDataParallel as the model."
+        )

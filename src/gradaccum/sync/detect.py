@@ -156,7 +156,9 @@ def _engine(
             "the gradient could not be made the batch's. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
     if not wrappers:
-        return Engine(model), given
+        from gradaccum.sync.ddp import PlainModule
+
+        return PlainModule(model), given
     # Engines are imported only for models that need them: torch's distributed tensors take 0.3 s to import.
     if names[0] == "DistributedDataParallel":
         from torch.nn.parallel import DistributedDataParallel

@@ -30,9 +30,6 @@ class Engine:
     averages_over: float = 1.0  # what gradients are divided by where the engine reduces them
     runs_collectives: bool = False  # every forward and backward waits for all processes
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = model  # until it has been looked at
-
     @property
     def left_alone(self) -> list[nn.Parameter]:
         """Parameters that are each process's own."""
@@ -45,12 +42,7 @@ class Engine:
 
     def taken_over(self) -> AbstractContextManager[None]:
         """Context manager in which the engine reduces gradients only when it is told to."""
-        model, self._model = self._model, None
-        if model is None or model._compiled_call_impl is not None:  # whose code a hook would make anew
-            return nullcontext()
-        from gradaccum.sync.ddp import found_around  # an engine itself
-
-        return found_around(model)  # in the first window: afterwards it is known
+        return nullcontext()
 
     def prepare(self, *, is_last: bool) -> None:
         """Called before a forward that waits for all processes; ``is_last`` where its window ends with it."""

@@ -8,6 +8,7 @@ processes alone that are in it, so a step which one process made and never used 
 from __future__ import annotations
 
 import datetime
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,12 +37,13 @@ def own_group(of: ProcessGroup, timeout: float | None) -> ProcessGroup:
     if timeout not in owned:
         # Messages go from host to host where that can be, so that no device is waited for.
         has_hosts = dist.is_gloo_available() and dist.get_backend(of) not in ("fake", "mpi")
-        owned[timeout] = dist.new_group(
+        made: Any = dist.new_group(
             dist.get_process_group_ranks(of),
             timeout=_timeout_of(of) if timeout is None else datetime.timedelta(seconds=timeout),
             backend="gloo" if has_hosts else None,
             use_local_synchronization=dist.get_backend(of) != "mpi",
         )
+        owned[timeout] = made
     return owned[timeout]
 
 

@@ -124,7 +124,7 @@ class _Window:
             self._first_pass(at_most)
         if self._num_fillers:
             with torch.no_grad():
-                self._run_fillers(lambda done: None, then=lambda: None)
+                self._run_fillers(lambda done: None, then=lambda _: None)
         self._add_loss()
         self._second_pass(ran)
 
@@ -203,7 +203,7 @@ class _Window:
         if self._in_step is not None:
             self._in_step.prepare(is_last=done == self._in_step.pieces)
 
-    def _run_fillers(self, prepare: Callable[[int], None], *, then: Callable[[], None]) -> None:
+    def _run_fillers(self, prepare: Callable[[int], None], *, then: Callable[[Any], None]) -> None:
         for number in range(self._num_fillers):
             prepare(len(self._pieces) + number + 1)
             self._runner.fillers.run(self._runner.output_of, self._batch, self._accumulation, then=then)
@@ -221,4 +221,4 @@ class _Window:
         if reached or self._in_step is None:
             self._accumulation.push([output for output, _ in reached], [gradient for _, gradient in reached])
         else:
-            self._in_step.backward_of_nothing()
+            self._in_step.backward_of_nothing(outputs)

@@ -46,11 +46,11 @@ class Fillers:
             self._kept = tree.map_leaves(piece, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
     def run(
-        self, run_one: Callable[[Any], Any], batch: Any, accumulation: Accumulation, *, then: Callable[[], None]
+        self, run_one: Callable[[Any], Any], batch: Any, accumulation: Accumulation, *, then: Callable[[Any], None]
     ) -> None:
         """Runs the kept row, or the batch of zero rows where there is none, ``then`` what others wait for.
 
-        Buffers are put back after that.
+        That gets what the first returned. Buffers are put back afterwards.
 
         Raises:
             BatchError: there never was a row, and the model cannot run on none.
@@ -58,7 +58,7 @@ class Fillers:
         filler = tree.to_device(batch if self._kept is None else self._kept, accumulation.device())
         buffers = Buffers.of(accumulation.models)
         try:
-            run_one(filler)
+            made = run_one(filler)
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
             if self._kept is not None:
                 raise
@@ -67,7 +67,7 @@ class Fillers:
                 f"forward wait for all of them; but the model cannot run on zero rows ({type(error).__name__}: "
                 f"{error}). Give every process at least one sample of the first batch."
             ) from error
-        then()
+        then(made)
         buffers.restore()
 
 
@@ -167,10 +167,10 @@ class SharedPasses:
         self.closes = self._ranks.all_complete(self._is_complete)
         self._ranks.prepare(is_last=self.closes)
 
-    def backward_of_filler(self) -> None:
+    def backward_of_filler(self, loss: Any) -> None:
         """Runs in place of a filler's own backward."""
         if self._ranks is not None:
-            self._ranks.backward_of_nothing()
+            self._ranks.backward_of_nothing(loss)
 
     def wants_filler(self, is_exhausted: bool, has_any: bool) -> bool:
         """Whether the micro-batch before, if there is any, is handed out again; asked before the next one is taken."""

@@ -203,7 +203,7 @@ class OpenWindow:
             if several:
                 self._run_backward(several)
             elif self.ranks is not None:
-                self.ranks.backward_of_nothing()
+                self.ranks.backward_of_nothing(loss)
         except BaseException:
             before = self.discard()
             if before:

@@ -40,6 +40,7 @@ class Options:
     sync: Sync = "auto"
     timeout: float | None = None
     process_group: Any = None
+    collectives: bool = False
     before_step: Callable[[], Any] | None = None
     backward: BackwardFunction | None = None
 

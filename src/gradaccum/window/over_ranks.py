@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradaccum import tree
 from gradaccum.errors import RankError, UnsupportedError
-from gradaccum.losses.loss import Weight
+from gradaccum.losses.loss import Loss, Weight
 from gradaccum.losses.normaliser import Normaliser, Number
 from gradaccum.norms import combined, norms
 from gradaccum.sync import faults, flat
@@ -46,7 +47,10 @@ def over_ranks(
 ) -> OverRanks | None:
     """What trains together with this process; None where nothing does."""
     found = detect(models, options.sync, options.timeout, options.process_group)
-    return None if found is None else OverRanks(*found, named, caller)
+    if found is None:
+        return None
+    exchanges = any(isinstance(module, nn.SyncBatchNorm) for model in models for module in model.modules())
+    return OverRanks(*found, named, caller, has_users_collectives=options.collectives or exchanges)
 
 
 def total_norm_of_shards(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
@@ -72,6 +76,8 @@ class OverRanks:
         engines: Sequence[Engine],
         named: Sequence[tuple[str, nn.Parameter]],
         caller: Caller = Caller.ACCUMULATOR,
+        *,
+        has_users_collectives: bool = False,
     ) -> None:
         self.ranks = ranks
         self.caller = caller
@@ -79,7 +85,8 @@ class OverRanks:
         self._engines = engines
         self.is_first = ranks.rank == 0  # the process that speaks for all
         self.is_wrapped = any(engine.is_wrapper for engine in engines)
-        self.runs_collectives = any(engine.runs_collectives for engine in engines)
+        self._has_users_collectives = has_users_collectives
+        self.runs_collectives = has_users_collectives or any(engine.runs_collectives for engine in engines)
         # In the seed of every backward, to undo an engine's averaging; None where none does.
         self.boost = next((engine.averages_over for engine in engines if engine.runs_collectives), None)
         self.look_at(named)
@@ -228,12 +235,15 @@ class OverRanks:
         for engine in self._engines:
             engine.prepare(is_last=is_last)
 
-    def backward_of_nothing(self) -> None:
+    def backward_of_nothing(self, made: Any) -> None:
         """Runs the collectives of a backward, with gradients of zero, after a forward that is to change nothing.
 
-        One backward for all models, so that it comes to them in the order in which those of the others do.
+        One backward for all models, so that it comes to them in the order in which those of the others do. Collectives
+        of the user's own lie behind what the forward ``made``: the loss, or outputs.
         """
         roots = [output for engine in self._engines for output in engine.take_outputs()]
+        if self._has_users_collectives:
+            roots += _roots_of(made)
         if roots:
             torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
@@ -353,7 +363,7 @@ class OverRanks:
         return added
 
     def _exchange_shares(
-        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: bool
+        self, share: Share, reduced_here: Sequence[nn.Parameter], sizes: Sequence[int | None], **flags: Any
     ) -> list[Message]:
         known = [size for size in sizes if size is not None]
         messages = self._agree(
@@ -373,6 +383,12 @@ class OverRanks:
         for names in self.ranks.exchange_objects(list(share)):
             self._names += [name for name in names if name not in self._names]
         return self._exchange_shares(share, reduced_here, sizes, **flags)
+
+
+def _roots_of(made: Any) -> list[Tensor]:
+    several = list(made.values()) if isinstance(made, dict) else [made]
+    found = [one.root if isinstance(one, Loss) else one for one in several]
+    return [tensor for tensor in tree.tensors(found) if tensor.requires_grad]
 
 
 def _counted(messages: Sequence[Message], correction: Number | None) -> WindowResult:

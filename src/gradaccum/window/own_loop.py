@@ -118,7 +118,7 @@ class OwnLoop:
         self._awaits_backward = False
         with self._passes.report_errors():
             if self._passes.is_filler:
-                self._passes.backward_of_filler()
+                self._passes.backward_of_filler(loss)
             else:
                 accumulation.add(loss, samples=self._samples, weights=self._counted)
             done = accumulation.open_samples if self._counts_samples else accumulation.open_micro_batches

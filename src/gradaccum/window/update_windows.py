@@ -9,7 +9,7 @@ that this process has for it, which may be none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from gradaccum.errors import MisuseError
 from gradaccum.types import Update
@@ -82,4 +82,4 @@ def update_windows(
         passes.ends_by_itself = True
 
 
-_END: object = object()
+_END: Any = object()
