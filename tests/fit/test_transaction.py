@@ -329,6 +329,73 @@ def test_buffers_see_every_piece_once(make: Callable[[], nn.Module], where: str)
     assert_same_gradients(parameters_of(run.net), parameters_of(run.other))
 
 
+class Lazy(nn.Module):
+    """Registers its counter when it first runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "samples"):
+            self.register_buffer("samples", torch.tensor(0))
+        self.samples = self.samples + len(x)
+        return torch.tanh(x)
+
+
+@EITHER
+def test_a_buffer_that_a_failed_piece_has_registered_counts_nothing_twice(where: str) -> None:
+    run = Run(limit=4, where=where, between=Lazy(), settled_at=ROWS)
+    with known_times(Clock()):
+        run.step(make_batch())
+    assert run.memory.failures == 2
+    assert run.net.between.samples == ROWS
+
+
+class Expanded(nn.Module):
+    """A buffer that torch refuses to write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64).expand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_expanded_buffers_do_not_stand_in_the_way_of_another_attempt() -> None:
+    run = Run(limit=4, between=Expanded(), settled_at=ROWS)
+    with known_times(Clock()):
+        run.as_whole([make_batch()])
+    assert run.memory.failures == 2
+
+
+def normalising(loss: Callable[[nn.Module, Any], Tensor], *, in_place: bool) -> Callable[[nn.Module, Any], Tensor]:
+    def normalised(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return loss(model, (x.div_(255).sub_(0.5) if in_place else x / 255 - 0.5, y))
+
+    return normalised
+
+
+@EITHER
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_batch_that_a_forward_has_changed_is_not_run_twice(where: str, in_place: bool) -> None:
+    run = Run(limit=4, where=where)
+    run.trains(run.net, normalising(mse, in_place=in_place))
+    settled(run.step)
+    before = parameters_of(run.net)
+    with known_times(Clock()):
+        if not in_place:  # what the error says to write
+            run.as_whole([make_batch()])
+            return
+        with pytest.raises(ga.MisuseError, match=r"changes 1 of its 2 tensors in place \(shape \(16, 3\)\)"):
+            run.step(make_batch())
+        assert_same_gradients(parameters_of(run.net), before, tolerance=0)
+        assert run.step.updates == 0
+        assert all(parameter.grad is None for parameter in run.net.parameters())
+        run.memory.limit = ROWS  # where nothing fails, it is the user's own affair, as in a loop by hand
+        made, _ = whole_in_hand(run.step, run.net, run.optimizer, [make_batch()])
+        plainly = normalising(mse, in_place=False)
+        assert_same(made, whole_batches(run.other, sgd(run.other), [make_batch()], plainly))
+
+
 def test_batch_norm_and_dropout_together_count_no_forward_twice() -> None:
     """The forwards that are run for the random state alone leave no trace in the statistics."""
     run = Run(limit=4, where="backward", between=nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5)))
@@ -504,6 +571,7 @@ def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
 
 # ------------------------------------------------------------------------------------------------- what is not repaired
 @EITHER
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
 def test_one_sample_that_does_not_fit(where: str) -> None:
     run = Run(where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
     net, step = run.net, ga.TrainStep(run.net, torch.optim.Adam(run.net.parameters()), mse)

@@ -23,14 +23,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradaccum import tree
-from gradaccum.errors import DoesNotFitError
+from gradaccum.errors import DoesNotFitError, MisuseError
 from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
 from gradaccum.memory.live_bytes import num_bytes, tensors_in
@@ -38,7 +39,7 @@ from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go
 from gradaccum.split.by_samples import rows_to_split, split_by_samples
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.snapshot import Buffers, RandomSeed
+from gradaccum.window.snapshot import ChangingBuffers, RandomSeed
 
 logger = logging.getLogger("gradaccum")
 
@@ -61,6 +62,7 @@ class Fitting:
     advice: str = ""
     agree: Callable[[bool], bool] = bool
     _has_told: bool = False
+    _buffers: ChangingBuffers = field(default_factory=ChangingBuffers)
 
     @property
     def _cuts_by_samples(self) -> bool:
@@ -90,11 +92,13 @@ class Fitting:
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         largest, elements = self._largest_and_elements(batch)
-        buffers = Buffers.of(self.accumulation.models)
+        buffers = self._buffers.copied(self.accumulation.models)
+        versions = [(tensor, tensor._version) for tensor in tree.tensors(batch) if not tensor.is_inference()]
         while True:
             random_seed.begin()
             pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
+            self._buffers.seen(buffers)
             if not self.agree(failure is not None):
                 if sizes:
                     self._search.updated(sizes, elements)
@@ -102,6 +106,7 @@ class Fitting:
             if failure is None:  # another process did: it takes smaller pieces, this one the same again
                 self.accumulation.discard()
                 buffers.restore()
+                _refuse_changed(versions)
                 continue
             message = str(failure)
             let_go_of(failure)
@@ -113,6 +118,7 @@ class Fitting:
             buffers.restore()
             if not self._search.failed(size, elements) or failed_rows == 1:
                 raise DoesNotFitError(self._diagnosis(batch, message))
+            _refuse_changed(versions)
             logger.warning(
                 "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
                 "gradient (%s)",
@@ -208,6 +214,23 @@ class Fitting:
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"
+        )
+
+
+def _refuse_changed(versions: Sequence[tuple[Tensor, int]]) -> None:
+    """Refuses to run a batch again that is not any more what it was; micro-batches are views of it where they can be.
+
+    Raises:
+        MisuseError: a forward has written to one of its tensors.
+    """
+    changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
+    if changed:
+        raise MisuseError(
+            f"Memory ran out, and the batch cannot be run again in smaller micro-batches: the forward changes "
+            f"{len(changed)} of its {len(versions)} tensors in place (shape {changed[0]}), and has done so for the "
+            "micro-batches that ran already. What it does to its input, normalising it say, would be done twice. No "
+            "update was made. Write x = x / 255 instead of x.div_(255), or x = x.clone() first; or pass a "
+            "micro_batch_size that fits, with which nothing is run again."
         )
 
 
