@@ -46,7 +46,8 @@ class TrainStep(HasCounts):
         micro_batch_size: the largest number of samples one forward sees, at least 1; or "auto": the fastest that fits,
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
-            random numbers from a stream of its own, so that what follows does not depend on how it was cut.
+            random numbers from a stream of its own, so that what follows does not depend on how it was cut; which samples
+            a dropout mask falls on does: pass an int for runs that are to repeat.
         split: how a batch is cut; `split_by_samples` by default.
         forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
             Dice over the batch): ``forward(model, micro_batch)`` returns the outputs, any nesting of tensors whose
@@ -326,6 +327,9 @@ class TrainStep(HasCounts):
             samples=sum(sizes),
             pieces=len(sizes),
         )
+
+        if ran is not None:
+            ran(0)
 
         def has_run(done: int) -> None:
             if ran is not None:

@@ -44,7 +44,7 @@ from gradaccum.window.snapshot import ChangingBuffers, RandomSeed
 logger = logging.getLogger("gradaccum")
 
 RunPieces = Callable[[Sequence[Rows], Callable[[int], None]], None]
-"""Runs pieces of a batch, telling after each how many have run."""
+"""Runs pieces of a batch, telling when the window is open and after each piece how many have run."""
 
 
 @dataclass(eq=False)
@@ -87,8 +87,8 @@ class Fitting:
             self.accumulation.discard()
             random_seed.undo()
             raise
-        random_seed.end()
-        self._tell(sizes)
+        drew = random_seed.end()
+        self._tell(sizes, drew=drew)
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         largest, elements = self._largest_and_elements(batch)
@@ -174,7 +174,9 @@ class Fitting:
 
         def ran(done: int) -> None:
             nonlocal done_before, since
-            if search.wants_times:
+            if not done:  # the window is open now
+                since = time.perf_counter()
+            elif search.wants_times:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # only while searching
                 now = time.perf_counter()
@@ -190,16 +192,20 @@ class Fitting:
             return done_before, error
         return done_before, None
 
-    def _tell(self, sizes: Sequence[int]) -> None:
+    def _tell(self, sizes: Sequence[int], *, drew: bool) -> None:
         search, seconds = self._search, self._search.times.seconds()
         if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not seconds:
             return
         self._has_told = True
         rates = ", ".join(f"{size}: {1 / seconds[size]:.3g}" for size in sorted(seconds) if seconds[size])
         text = (
-            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d"
+            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d%s"
         )
-        logger.info(text, search.best_size(), rates, search.best_size())
+        repeats = (
+            ". Random numbers are drawn in the forward (dropout): which samples they fall on depends on the size, and "
+            "the size on how busy the machine is. Pin it for runs that are to repeat"
+        )
+        logger.info(text, search.best_size(), rates, search.best_size(), repeats if drew else "")
 
     def _diagnosis(self, batch: Any, message: str) -> str:
         parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]

@@ -78,9 +78,11 @@ class RandomSeed:
         self._before.seed(self._seed)
         self._seeded = RandomState.now()
 
-    def end(self) -> None:
-        """Leaves the generators one number further; untouched, where no piece drew anything."""
-        self._before.advance(drew=not self._seeded.equals(RandomState.now()))
+    def end(self) -> bool:
+        """Leaves the generators one number further; untouched, where no piece drew anything. Whether one did."""
+        drew = not self._seeded.equals(RandomState.now())
+        self._before.advance(drew=drew)
+        return drew
 
     def undo(self) -> None:
         """Leaves the generators as they were, for an update that was not made."""
