@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradaccum import tree
-from gradaccum.errors import WindowError
+from gradaccum.errors import MisuseError, WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
@@ -21,6 +21,7 @@ from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.guards import user_line
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
@@ -46,8 +47,8 @@ class TrainStep(HasCounts):
         micro_batch_size: the largest number of samples one forward sees, at least 1; or "auto": the fastest that fits,
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
-            random numbers from a stream of its own, so that what follows does not depend on how it was cut; which samples
-            a dropout mask falls on does: pass an int for runs that are to repeat.
+            random numbers from a stream of its own, so that what follows does not depend on how it was cut; on which
+            samples a dropout mask falls does: pass an int for runs that are to repeat.
         split: how a batch is cut; `split_by_samples` by default.
         forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
             Dice over the batch): ``forward(model, micro_batch)`` returns the outputs, any nesting of tensors whose
@@ -190,9 +191,10 @@ class TrainStep(HasCounts):
         Raises:
             BatchError: rows disagree, or there are none.
             LossError: the loss is not a scalar, has no graph, or cannot be normalised.
-            MisuseError: a gradient is left over from something else.
+            MisuseError: a gradient is left over from something else, or the step runs another batch.
         """
         refuse_closures(self._accumulation.optimizers)
+        self._refuse_nested()
         with self._accumulation.with_others():
             self._run(batch)
             update = self._accumulation.close()
@@ -231,6 +233,7 @@ class TrainStep(HasCounts):
             >>> bool(lbfgs.step(closure) > closure())
             True
         """
+        self._refuse_nested()
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others():
@@ -290,6 +293,16 @@ class TrainStep(HasCounts):
         """Ends the progress bar where it stands."""
         if self._bar is not None:
             self._bar.close()
+
+    def _refuse_nested(self) -> None:
+        if self._accumulation.is_open:
+            raise MisuseError(
+                f"The step was called at {user_line()} while it runs another batch, after "
+                f"{self._accumulation.open_micro_batches} of its micro-batches: inside of its own loss_fn, or from "
+                "another thread. Both would add to one .grad, and neither update would be its batch's. For a gradient "
+                "inside of a loss use torch.autograd.grad; for another batch call the step after this one, or make a "
+                "step of another model for it."
+            )
 
     def _run(self, batch: Any) -> None:
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
