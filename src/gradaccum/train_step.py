@@ -196,8 +196,13 @@ class TrainStep(HasCounts):
         refuse_closures(self._accumulation.optimizers)
         self._refuse_nested()
         with self._accumulation.with_others():
-            self._run(batch)
-            update = self._accumulation.close()
+            try:
+                self._run(batch)
+                update = self._accumulation.close()
+            except BaseException:
+                if self._accumulation.is_open:  # Ctrl-C between the two
+                    self._accumulation.discard()
+                raise
         if self._bar is not None:
             self._bar.updated(update)
         return update

@@ -83,12 +83,12 @@ class Fitting:
         try:
             with _state_reserved(self.accumulation.optimizers, self.accumulation.device()):
                 sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
+            drew = random_seed.end()
+            self._tell(sizes, drew=drew)
         except BaseException:
             self.accumulation.discard()
             random_seed.undo()
             raise
-        drew = random_seed.end()
-        self._tell(sizes, drew=drew)
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         largest, elements = self._largest_and_elements(batch)
