@@ -202,3 +202,24 @@ def test_a_state_is_counted_on_from_with_another_size() -> None:
     assert resumed.state_dict() == {"updates": 2, "micro_batches": 5, "samples": 26}
     with pytest.raises(ga.StateError, match=r"no count of updates"):
         resumed.load_state_dict({})
+
+
+@pytest.mark.parametrize("call", ["update", "backward"])
+def test_a_step_in_its_own_loss_is_told(call: str) -> None:
+    model = nn.Linear(3, 1)
+    batch = torch.randn(8, 3)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        if step.micro_batches == 0 and is_nested:
+            (step if call == "update" else step.backward)(batch)
+        return model(x).square().mean()
+
+    is_nested = True
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=4)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ga.MisuseError, match=r"called at .*test_train_step.py:\d+ while it runs another batch"):
+        step(batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(map(torch.equal, before, model.parameters()))
+    is_nested = False
+    assert step(batch).index == 1

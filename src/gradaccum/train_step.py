@@ -26,6 +26,7 @@ from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.guards import user_line
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
@@ -51,7 +52,8 @@ class TrainStep(HasCounts):
         micro_batch_size: the largest number of samples one forward sees, at least 1; or "auto": the fastest that fits,
             found while training, smaller where memory runs out and larger again later. Out-of-memory costs time then,
             and changes nothing: the batch is run again in smaller pieces, from the same buffers. Each update draws its
-            random numbers from a stream of its own, so that what follows does not depend on how it was cut.
+            random numbers from a stream of its own, so that what follows does not depend on how it was cut; on which
+            samples a dropout mask falls does: pass an int for runs that are to repeat.
         split: how a batch is cut, and what a sample is: `split_by_samples` by default, `split_by_cost`, `split_packed`,
             `split_as_given`, or a `Split` of your own.
         forward: with ``batch_loss``, in place of ``loss_fn``, for a loss that couples samples (contrastive, triplet,
@@ -228,15 +230,22 @@ class TrainStep(HasCounts):
         Raises:
             BatchError: rows disagree, or there are none.
             LossError: the loss is not a scalar, has no graph, or cannot be normalised.
-            MisuseError: a gradient is left over from something else; or a batch in several arguments.
+            MisuseError: a gradient is left over from something else; a batch in several arguments; or the step runs
+                another batch.
         """
         if more:
             raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
+        self._refuse_nested()
         self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
-            self._run(batch)
-            update = self._accumulation.close()
+            try:
+                self._run(batch)
+                update = self._accumulation.close()
+            except BaseException:
+                if self._accumulation.is_open:  # Ctrl-C between the two
+                    self._accumulation.discard()
+                raise
         if self._bar is not None:
             self._bar.updated(update)
         return update
@@ -275,6 +284,7 @@ class TrainStep(HasCounts):
         """
         if more:
             raise MisuseError(_in_one(batch, *more))
+        self._refuse_nested()
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others(caller=Caller.BACKWARD):
@@ -335,6 +345,16 @@ class TrainStep(HasCounts):
         if self._bar is not None:
             self._bar.close()
 
+    def _refuse_nested(self) -> None:
+        if self._accumulation.is_open:
+            raise MisuseError(
+                f"The step was called at {user_line()} while it runs another batch, after "
+                f"{self._accumulation.open_micro_batches} of its micro-batches: inside of its own loss_fn, or from "
+                "another thread. Both would add to one .grad, and neither update would be its batch's. For a gradient "
+                "inside of a loss use torch.autograd.grad; for another batch call the step after this one, or make a "
+                "step of another model for it."
+            )
+
     def _run(self, batch: Any) -> None:
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
@@ -373,6 +393,9 @@ class TrainStep(HasCounts):
             samples=sum(sizes),
             pieces=len(sizes),
         )
+
+        if ran is not None:
+            ran(0)
 
         def has_run(done: int) -> None:
             if ran is not None:

@@ -215,7 +215,7 @@ def test_a_trial_that_fails_changes_nothing(where: str) -> None:
     run = Run(limit=4, where=where, settled_at=ROWS)
     with known_times(Clock()):
         run.as_whole([make_batch(seed=i) for i in range(12)])
-    assert run.memory.failures == 3  # 16 and 8 in the first update; 8 again, on trial
+    assert run.memory.failures == 4  # 16, 8 and 6 in the first update; 6 again, on trial
 
 
 def test_two_passes_with_a_short_last_batch() -> None:
@@ -293,7 +293,7 @@ def test_the_pieces_that_are_run_again_draw_from_the_first_state() -> None:
     torch.manual_seed(3)
     with known_times(Clock()):
         loss = run.step.backward(make_batch())
-    assert run.memory.failures == 2
+    assert run.memory.failures == 3
     torch.manual_seed(3)
     at_once = unchecked(run.other, sgd(run.other), mse)
     settled(at_once, rows=4)
@@ -325,11 +325,78 @@ def test_buffers_see_every_piece_once(make: Callable[[], nn.Module], where: str)
     with known_times(Clock()):
         update = run.step(make_batch())
     unchecked(run.other, sgd(run.other), mse, micro_batch_size=4)(make_batch())
-    assert run.memory.failures == 2
+    assert run.memory.failures == 3
     assert update.micro_batches == 4
     for (name, buffer), expected in zip(run.net.named_buffers(), run.other.buffers(), strict=True):
         torch.testing.assert_close(buffer, expected, rtol=EXACT, atol=EXACT, msg=name)
     assert_same_gradients(parameters_of(run.net), parameters_of(run.other))
+
+
+class Lazy(nn.Module):
+    """Registers its counter when it first runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "samples"):
+            self.register_buffer("samples", torch.tensor(0))
+        self.samples = self.samples + len(x)
+        return torch.tanh(x)
+
+
+@EITHER
+def test_a_buffer_that_a_failed_piece_has_registered_counts_nothing_twice(where: str) -> None:
+    run = Run(limit=4, where=where, between=Lazy(), settled_at=ROWS)
+    with known_times(Clock()):
+        run.step(make_batch())
+    assert run.memory.failures == 3
+    assert run.net.between.samples == ROWS
+
+
+class Expanded(nn.Module):
+    """A buffer that torch refuses to write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64).expand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_expanded_buffers_do_not_stand_in_the_way_of_another_attempt() -> None:
+    run = Run(limit=4, between=Expanded(), settled_at=ROWS)
+    with known_times(Clock()):
+        run.as_whole([make_batch()])
+    assert run.memory.failures == 3
+
+
+def normalising(loss: Callable[[nn.Module, Any], Tensor], *, in_place: bool) -> Callable[[nn.Module, Any], Tensor]:
+    def normalised(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return loss(model, (x.div_(255).sub_(0.5) if in_place else x / 255 - 0.5, y))
+
+    return normalised
+
+
+@EITHER
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_batch_that_a_forward_has_changed_is_not_run_twice(where: str, in_place: bool) -> None:
+    run = Run(limit=4, where=where)
+    run.trains(run.net, normalising(mse, in_place=in_place))
+    settled(run.step)
+    before = parameters_of(run.net)
+    with known_times(Clock()):
+        if not in_place:  # what the error says to write
+            run.as_whole([make_batch()])
+            return
+        with pytest.raises(ga.MisuseError, match=r"changes 1 of its 2 tensors in place \(shape \(16, 3\)\)"):
+            run.step(make_batch())
+        assert_same_gradients(parameters_of(run.net), before, tolerance=0)
+        assert run.step.updates == 0
+        assert all(parameter.grad is None for parameter in run.net.parameters())
+        run.memory.limit = ROWS  # where nothing fails, it is the user's own affair, as in a loop by hand
+        made, _ = whole_in_hand(run.step, run.net, run.optimizer, [make_batch()])
+        plainly = normalising(mse, in_place=False)
+        assert_same(made, whole_batches(run.other, sgd(run.other), [make_batch()], plainly))
 
 
 def test_batch_norm_and_dropout_together_count_no_forward_twice() -> None:
@@ -337,7 +404,7 @@ def test_batch_norm_and_dropout_together_count_no_forward_twice() -> None:
     run = Run(limit=4, where="backward", between=nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5)))
     with known_times(Clock()), pytest.warns(ga.GradAccumWarning):
         run.step(make_batch())
-    assert run.memory.failures == 2
+    assert run.memory.failures == 3
     assert run.net.between[0].num_batches_tracked.item() == 4
 
 
@@ -507,6 +574,7 @@ def test_the_other_processes_are_asked_also_where_this_one_failed() -> None:
 
 # ------------------------------------------------------------------------------------------------- what is not repaired
 @EITHER
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
 def test_one_sample_that_does_not_fit(where: str) -> None:
     run = Run(where=where, between=nn.Sequential(nn.Dropout(0.5), Remembering()))
     net, step = run.net, unchecked(run.net, torch.optim.Adam(run.net.parameters()), mse)
@@ -620,7 +688,7 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
             del piece
             return value
 
-    kept = [torch_error() for _ in range(2)]
+    kept = [torch_error() for _ in range(3)]
     errors = iter(kept)
     memory = Memory(limit=4, error=lambda: next(errors) if is_kept else torch_error())
     net = Watching(memory, where=where)
@@ -628,10 +696,11 @@ def test_no_tensor_of_the_failed_piece_is_alive_in_the_next_attempt(
     settled(step)
     with known_times(Clock()):
         step(make_batch())
-    assert memory.failures == 2
+    assert memory.failures == 3
     assert alive[0] == []
     assert alive[1] == [False, False]
     assert alive[2] == [False] * 4
+    assert alive[3] == [False] * 6
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -677,6 +746,29 @@ def test_the_size_that_was_found_is_told_once(caplog: pytest.LogCaptureFixture) 
     told = [record.getMessage() for record in caplog.records if "to pin it" in record.getMessage()]
     assert len(told) == 1
     assert "micro_batch_size=16" in told[0]
+
+
+@pytest.mark.parametrize("kind", [*RANDOM, "nothing"])
+def test_the_line_says_how_to_repeat_a_run_where_numbers_are_drawn(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(between=RANDOM[kind]() if kind in RANDOM else None)
+    with caplog.at_level(logging.INFO, logger="gradaccum"):
+        for index in range(4):
+            run.step(make_batch(seed=index))
+    (line,) = [record.getMessage() for record in caplog.records if "to pin it" in record.getMessage()]
+    assert ("Pin it for runs that are to repeat" in line) == (kind in RANDOM)
+
+
+def test_a_pinned_size_repeats_a_run_with_dropout() -> None:
+    def last(size: Any) -> Tensor:
+        torch.manual_seed(4)
+        run = Run(between=nn.Dropout(0.5))
+        run.trains(run.net, mse, micro_batch_size=size)
+        for index in range(6):
+            run.step(make_batch(seed=index))
+        return torch.cat([parameter.detach().flatten() for parameter in run.net.parameters()])
+
+    assert torch.equal(last(5), last(5))
+    assert not torch.equal(last(5), last(8)), "or there would be nothing to pin"
 
 
 @pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")

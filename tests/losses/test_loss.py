@@ -233,3 +233,16 @@ def test_torch_finds_the_tensor_of_a_loss_that_a_model_returns() -> None:
     assert leaves == [loss.root]
     again = tree_unflatten([2 * leaf for leaf in leaves], structure)["loss"]
     assert (again.item(), again.weight, again.is_mean) == (2, 3, True)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_a_count_that_its_dtype_cannot_hold_is_an_error(dtype: torch.dtype, exact: int) -> None:
+    for count in (0, 1, exact - 1, exact):
+        assert ga.Loss.sum(LOSSES.sum(), over=torch.ones(count, dtype=dtype).sum()).weight == count
+    with pytest.raises(ga.LossError, match=rf"holds whole numbers only up to {exact}:.*mask.sum\(dtype"):
+        ga.Loss.mean(LOSSES.mean(), over=torch.ones(exact + 1, dtype=torch.long).sum().to(dtype) * 2)
+    mask = torch.ones(exact + 1, dtype=dtype)
+    assert ga.Loss.sum(LOSSES.sum(), over=mask.sum(dtype=torch.long)).weight == exact + 1, (
+        "what the error says to write"
+    )
+    assert ga.Loss.sum(LOSSES.sum(), over=mask.float().sum()).weight == exact + 1

@@ -91,7 +91,7 @@ class Times:
 
     def seconds(self) -> dict[int, float]:
         """What a row takes, by size."""
-        return {size: _median(times[1:] or times) for size, times in self.of_size.items()}
+        return {size: median(times[1:] or times) for size, times in self.of_size.items()}
 
     def fastest(self, *, within: float = 1.0) -> list[int]:
         """The sizes that take at most ``within`` times as long as the fastest, that one first."""
@@ -100,7 +100,8 @@ class Times:
         return sorted((size for size in seconds if seconds[size] <= within * least), key=seconds.__getitem__)
 
 
-def _median(times: Sequence[float]) -> float:
+def median(times: Sequence[float]) -> float:
+    """The middle one, or the mean of the two there."""
     # The one of `statistics` brings in `decimal` and `fractions`: 5 ms more for `import gradaccum`.
     ascending = sorted(times)
     middle = len(ascending) // 2

@@ -23,14 +23,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradaccum import tree
-from gradaccum.errors import DoesNotFitError
+from gradaccum.errors import DoesNotFitError, MisuseError
 from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
 from gradaccum.memory.live_bytes import num_bytes, tensors_in
@@ -39,12 +40,12 @@ from gradaccum.split.asked import rows_in, smallest_pieces, unit_of
 from gradaccum.split.by_samples import cuts_anywhere
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.snapshot import Buffers, RandomSeed
+from gradaccum.window.snapshot import ChangingBuffers, RandomSeed
 
 logger = logging.getLogger("gradaccum")
 
 RunPieces = Callable[[Sequence[Rows], Callable[[int], None]], None]
-"""Runs pieces of a batch, telling after each how many have run."""
+"""Runs pieces of a batch, telling when the window is open and after each piece how many have run."""
 
 
 @dataclass(eq=False)
@@ -62,6 +63,7 @@ class Fitting:
     advice: str = ""
     agree: Callable[[bool], bool] = bool
     _has_told: bool = False
+    _buffers: ChangingBuffers = field(default_factory=ChangingBuffers)
 
     @property
     def _cuts_by_samples(self) -> bool:
@@ -82,20 +84,22 @@ class Fitting:
         try:
             with _state_reserved(self.accumulation.optimizers, self.accumulation.device()):
                 sizes = self._run_until_it_fits(batch, run_pieces, random_seed)
+            drew = random_seed.end()
+            self._tell(sizes, drew=drew)
         except BaseException:
             self.accumulation.discard()
             random_seed.undo()
             raise
-        random_seed.end()
-        self._tell(sizes)
 
     def _run_until_it_fits(self, batch: Any, run_pieces: RunPieces, random_seed: RandomSeed) -> Sequence[int]:
         largest, elements = self._largest_and_elements(batch)
-        buffers = Buffers.of(self.accumulation.models)
+        buffers = self._buffers.copied(self.accumulation.models)
+        versions = [(tensor, tensor._version) for tensor in tree.tensors(batch) if not tensor.is_inference()]
         while True:
             random_seed.begin()
             pieces, sizes = self._cut(batch, largest, elements)
             failed_at, failure = self._attempt(pieces, run_pieces, elements)
+            self._buffers.seen(buffers)
             if not self.agree(failure is not None):
                 if sizes:
                     self._search.updated(sizes, elements)
@@ -103,6 +107,7 @@ class Fitting:
             if failure is None:  # another process did: it takes smaller pieces, this one the same again
                 self.accumulation.discard()
                 buffers.restore()
+                _refuse_changed(versions)
                 continue
             message = str(failure)
             let_go_of(failure)
@@ -114,6 +119,7 @@ class Fitting:
             buffers.restore()
             if not self._search.failed(size, elements) or not self._can_be_cut(batch, pieces[failed_at]):
                 raise DoesNotFitError(self._diagnosis(batch, message, failed_rows))
+            _refuse_changed(versions)
             logger.warning(
                 "out of memory with a micro-batch of %s: the batch is run again in smaller ones, with the same "
                 "gradient (%s)",
@@ -178,7 +184,9 @@ class Fitting:
 
         def ran(done: int) -> None:
             nonlocal done_before, since
-            if search.wants_times:
+            if not done:  # the window is open now
+                since = time.perf_counter()
+            elif search.wants_times:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # only while searching
                 now = time.perf_counter()
@@ -194,16 +202,20 @@ class Fitting:
             return done_before, error
         return done_before, None
 
-    def _tell(self, sizes: Sequence[int]) -> None:
+    def _tell(self, sizes: Sequence[int], *, drew: bool) -> None:
         search, seconds = self._search, self._search.times.seconds()
         if self._has_told or not sizes or search.wants_times or not self._cuts_by_samples or not seconds:
             return
         self._has_told = True
         rates = ", ".join(f"{size}: {1 / seconds[size]:.3g}" for size in sorted(seconds) if seconds[size])
         text = (
-            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d"
+            "micro-batch size %d is the fastest of those tried (samples a second: %s); to pin it: micro_batch_size=%d%s"
         )
-        logger.info(text, search.best_size(), rates, search.best_size())
+        repeats = (
+            ". Random numbers are drawn in the forward (dropout): which samples they fall on depends on the size, and "
+            "the size on how busy the machine is. Pin it for runs that are to repeat"
+        )
+        logger.info(text, search.best_size(), rates, search.best_size(), repeats if drew else "")
 
     def _diagnosis(self, batch: Any, message: str, failed_rows: int) -> str:
         parameters = [parameter for model in self.accumulation.models for parameter in model.parameters()]
@@ -226,6 +238,23 @@ class Fitting:
 
 def _numbers(rows: Rows) -> tuple[int, ...]:
     return tuple(range(rows.start, rows.stop)) if isinstance(rows, slice) else tuple(sorted(rows.tolist()))
+
+
+def _refuse_changed(versions: Sequence[tuple[Tensor, int]]) -> None:
+    """Refuses to run a batch again that is not any more what it was; micro-batches are views of it where they can be.
+
+    Raises:
+        MisuseError: a forward has written to one of its tensors.
+    """
+    changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
+    if changed:
+        raise MisuseError(
+            f"Memory ran out, and the batch cannot be run again in smaller micro-batches: the forward changes "
+            f"{len(changed)} of its {len(versions)} tensors in place (shape {changed[0]}), and has done so for the "
+            "micro-batches that ran already. What it does to its input, normalising it say, would be done twice. No "
+            "update was made. Write x = x / 255 instead of x.div_(255), or x = x.clone() first; or pass a "
+            "micro_batch_size that fits, with which nothing is run again."
+        )
 
 
 @contextmanager

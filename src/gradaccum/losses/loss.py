@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import register_pytree_node
 
 from gradaccum.errors import LossError, MisuseError
+from gradaccum.types import HALF_DTYPES
 
 Weight = float | int | Tensor
 
@@ -203,7 +204,8 @@ def checked_weight(over: Any, *, name: str) -> Weight:
     """A user's count, which a mean is taken over; a tensor is detached.
 
     Raises:
-        LossError: it is not one finite number that is at least 0. Counts on a device are not looked at.
+        LossError: it is not one finite number that is at least 0, or its dtype is too small for it. Counts on a device
+            are not looked at here.
     """
     if isinstance(over, Tensor):
         if over.dim() != 0:
@@ -227,4 +229,23 @@ def checked_weight(over: Any, *, name: str) -> Weight:
             f"{name} got {number} as the count; a mean is taken over a finite number of items, at least 0. A negative "
             "or infinite weight would reverse the gradient or erase it."
         )
+    refuse_inexact(over, number, name=name)
     return weight
+
+
+def refuse_inexact(over: Any, number: float, *, name: str) -> None:
+    """Refuses a count of a dtype that does not hold all whole numbers up to it.
+
+    Raises:
+        LossError: it is of 16 bits, and above 256 (bf16) or 2,048 (fp16).
+    """
+    if not isinstance(over, Tensor) or over.dtype not in HALF_DTYPES:
+        return
+    exact = 2 / torch.finfo(over.dtype).eps
+    if number > exact:
+        raise LossError(
+            f"{name} got the count {number:g} in {over.dtype}, which holds whole numbers only up to {exact:g}: 1,001 "
+            f"tokens are {torch.tensor(1001.0, dtype=over.dtype).item():g} there, and 3,001 are "
+            f"{torch.tensor(3001.0, dtype=over.dtype).item():g}. The micro-batch's share of the gradient would be off "
+            "by as much. Count in whole numbers: over=mask.sum(dtype=torch.long), or mask.float().sum()."
+        )

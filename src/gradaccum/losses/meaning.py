@@ -34,7 +34,7 @@ from gradaccum.losses.counted_terms import (
     read_loss,
 )
 from gradaccum.losses.graph_means import Count, Factor, Term, read_again, terms_of
-from gradaccum.losses.loss import Loss, Weight
+from gradaccum.losses.loss import Loss, Weight, refuse_inexact
 from gradaccum.losses.normaliser import SINGLE, host_number
 from gradaccum.losses.wrong_means import (
     BY_COUNT,
@@ -132,7 +132,10 @@ class SampleMeans:
             self._check_again(name, root, how, weight, samples)
             return
         over: Any = samples if weight is None else weight
-        now = Read(how, None if over is None else float(over), samples, read_loss(root, samples))
+        count = None if over is None else float(over)  # waits for a device, in the first window alone
+        if count is not None:
+            refuse_inexact(over, count, name=f"The loss {name!r}" if name else "The loss")
+        now = Read(how, count, samples, read_loss(root, samples))
         seen = self._seen.setdefault(name, [])
         seen.append(now)
         refuse_wrong_form(name, now)

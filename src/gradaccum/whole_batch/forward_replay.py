@@ -20,9 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradaccum.errors import ReplayError
-from gradaccum.window.snapshot import Buffers, RandomState
-
-_ALWAYS_COPIED = 1 << 16  # elements
+from gradaccum.window.snapshot import ALWAYS_COPIED, Buffers, ChangingBuffers, RandomState
 
 
 def note_random_state() -> Callable[[], None]:
@@ -43,10 +41,10 @@ def note_random_state() -> Callable[[], None]:
 class Replay:
     """Notes what micro-batches start from, and puts it back for their second run."""
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._models = models
-        self._first = Buffers.of(models)
-        self._versions = {id(buffer): buffer._version for _, _, buffer, _ in self._first.places if buffer is not None}
+    def __init__(self, models: Sequence[nn.Module], changing: ChangingBuffers) -> None:
+        self._models, self._changing = models, changing
+        self._first = changing.copied(models)
+        self._unwritten = {id(place.buffer): place for place in self._first.places}
         self._restore_random = note_random_state()
         self._starts: dict[int, tuple[Callable[[], None], Buffers]] = {}
 
@@ -68,22 +66,24 @@ class Replay:
             here.restore()
             restore_present_random()
 
+    def done(self) -> None:
+        """Takes in which buffers the forwards have written to."""
+        self._changing.seen(self._first)
+
     def undo(self) -> None:
         """Puts random state and buffers back to where the first micro-batch started."""
+        self.done()
         self._first.restore()
         self._restore_random()
         self._starts.clear()
 
     def _changed(self) -> Buffers:
-        """Copies of the buffers that may be others than at the start.
+        """Copies of the buffers that may be others than at the start: small ones, and large ones that were written."""
+        return Buffers.of(self._models, only=self._may_have_changed)
 
-        In-place operations count versions, but BatchNorm's kernels write to its statistics without, so small buffers
-        are always copied. Large ones (masks, tables of positions) hardly ever change.
-        """
-        return Buffers.of(
-            self._models,
-            only=lambda buffer: buffer.numel() <= _ALWAYS_COPIED or self._versions.get(id(buffer)) != buffer._version,
-        )
+    def _may_have_changed(self, buffer: Tensor) -> bool:
+        place = self._unwritten.get(id(buffer))
+        return buffer.numel() <= ALWAYS_COPIED or place is None or place.was_written
 
 
 class Drift:
@@ -131,6 +131,7 @@ class Drift:
                     "their size. The gradient would belong to other outputs than the loss has seen, so no update was "
                     "made. Random state (torch's, numpy's and Python's) and buffers had been put back, so forward "
                     "depends on something else that changed: a counter or a cache in an attribute (make it a buffer), "
+                    "an input that it changes in place (write x = x / 255, not x.div_(255)), "
                     "a torch.Generator of its own (draw from the default one), or kernels that are not deterministic "
                     "(torch.use_deterministic_algorithms(True)). With kept_graphs=None nothing runs twice as long as "
                     "it fits."

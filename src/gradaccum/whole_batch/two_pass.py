@@ -37,6 +37,7 @@ from gradaccum.whole_batch.whole_over_ranks import gathered_batch, gathered_outp
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.fillers import Fillers
 from gradaccum.window.runner import Ran
+from gradaccum.window.snapshot import ChangingBuffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class TwoPass:
     models: Sequence[nn.Module]
     kept: KeptGraphs
     fillers: Fillers = field(default_factory=Fillers)
+    buffers: ChangingBuffers = field(default_factory=ChangingBuffers)
 
     def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
@@ -64,7 +66,7 @@ class TwoPass:
             accumulation.count(rows)
             ran(1)
             return
-        replay = Replay(self.models)
+        replay = Replay(self.models, self.buffers)
         at_most = len(pieces)
         if ranks is not None and ranks.runs_collectives:  # as many forwards everywhere, so none may be left out
             self.fillers.keep(batch, self.split)
@@ -79,6 +81,7 @@ class TwoPass:
                 failure = error
             else:
                 self.kept.succeeded()
+                replay.done()
                 return
             window.graphs.clear()
             if ranks is not None:  # what other processes have got from this one cannot be taken back

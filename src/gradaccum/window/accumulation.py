@@ -24,6 +24,7 @@ from gradaccum.losses.terms import no_gradient
 from gradaccum.types import Update
 from gradaccum.window.loss_scale import check_stays_scaled
 from gradaccum.window.open_window import OpenWindow
+from gradaccum.window.stepped import Stepped
 from gradaccum.window.window_result import WindowResult, loss_of, update_of
 
 logger = logging.getLogger("gradaccum")
@@ -84,24 +85,33 @@ class Accumulation(OpenWindow):
         grad_norm: Tensor | None = None
         skipped: bool | Tensor = True
         index = self.counts.updates + 1
-        if normaliser.is_empty:
-            logger.warning("update %d was skipped: the weight of its batch is 0, there is nothing to learn from", index)
-        elif not parameters:
-            raise no_gradient(self._parameters.optimized)
-        else:
-            grad_norm, skipped = self._updater.apply(parameters, result.correction)
-            if skipped is True:
-                logger.warning("update %d was skipped: its gradient is not finite", index)
-        update = update_of(
-            normaliser,
-            result,
-            index=index,
-            grad_norm=grad_norm,
-            skipped=skipped,
-            seconds=time.perf_counter() - self._started,
-            peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
-        )
-        self.counts.add(result.micro_batches, self.open_samples if result.samples is None else result.samples)
+        counted = result.micro_batches, self.open_samples if result.samples is None else result.samples
+        stepped = Stepped(self.optimizers)
+        try:
+            if normaliser.is_empty:
+                text = "update %d was skipped: the weight of its batch is 0, there is nothing to learn from"
+                logger.warning(text, index)
+            elif not parameters:
+                raise no_gradient(self._parameters.optimized)
+            else:
+                with stepped:
+                    grad_norm, skipped = self._updater.apply(parameters, result.correction)
+                if skipped is True:
+                    logger.warning("update %d was skipped: its gradient is not finite", index)
+            update = update_of(
+                normaliser,
+                result,
+                index=index,
+                grad_norm=grad_norm,
+                skipped=skipped,
+                seconds=time.perf_counter() - self._started,
+                peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
+            )
+            self.counts.add(*counted)
+        except BaseException:  # Ctrl-C, or a scheduler that fails, after the step: the update was made
+            if stepped.all and self.counts.updates < index:
+                self.counts.add(*counted)
+            raise
         self._gradients.clear(keeps_memory=len(self._sizes) > 1)
         self._last_total = update.weight if isinstance(update.weight, (int, float)) else 0.0
         self.reading.window_closed()

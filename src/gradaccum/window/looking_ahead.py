@@ -59,10 +59,11 @@ class LookingAhead(Generic[Item]):
     the place of the item that failed, after the ones before it have been handed out.
     """
 
+    _iterator: Iterator[Item] | None = None  # also of one whose construction was interrupted
+
     def __init__(self, items: Iterable[Item], follower: Follower, *, ahead: deque[Item] | None = None) -> None:
         self._items = items
         self._followers = [follower]
-        self._iterator: Iterator[Item] | None = None
         self._ahead: deque[Item] = deque() if ahead is None else ahead
         self._is_exhausted = False
         self._error: BaseException | None = None

@@ -41,9 +41,10 @@ class RunCounts:
 
     def add(self, micro_batches: int, samples: int) -> None:
         """Counts one update."""
-        self.updates += 1
-        self.micro_batches += micro_batches
-        self.samples += samples
+        # In one assignment, so that Ctrl-C finds either all counted or nothing.
+        self.updates, self.micro_batches, self.samples = (
+            self.updates + 1, self.micro_batches + micro_batches, self.samples + samples
+        )  # fmt: skip
 
     def state_dict(self, *, open_micro_batches: int, open_samples: int) -> dict[str, int]:
         """The counts.

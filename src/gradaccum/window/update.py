@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ from torch.optim import Optimizer
 from gradaccum.norms import are_finite, combined, grouped, norms
 from gradaccum.window.guards import has_step_hooks
 from gradaccum.window.loss_scale import LossScale, has_gradient
+from gradaccum.window.stepped import call_each
 
+_STEP = methodcaller("step")
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, so ours must, to be its equal
 
 
@@ -160,8 +163,7 @@ class Updater:
             finite = self._narrowed(parameters)
         if finite:
             self._call_before_step()
-            for optimizer in self._optimizers:
-                optimizer.step()
+            call_each(_STEP, self._optimizers)
         return Applied(grad_norm, skipped=not finite)
 
     def _call_before_step(self) -> None:
@@ -202,8 +204,7 @@ class Updater:
                 skipped = not self._narrowed(parameters)
             if not skipped:
                 self._call_before_step()
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
+                call_each(scaler.step, optimizers)
         loss_scale.update()
         return Applied(grad_norm, skipped)
 
