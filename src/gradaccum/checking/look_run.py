@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -194,11 +195,13 @@ class Look:
                     nonlocal is_first
                     if recording is not None:
                         recording.begin()
+                    rewind = partial(self._rewind, torch_too=replay is None, outside=is_first or not draw.continues)
+                    is_first = False
                     with ExitStack() as forward:
-                        if replay is not None:
-                            forward.enter_context(replay.forward(noting.piece(micro_batch)))
-                        self._rewind(torch_too=replay is None, outside=is_first or not draw.continues)
-                        is_first = False
+                        if replay is None:
+                            rewind()
+                        else:
+                            forward.enter_context(replay.forward(noting.piece(micro_batch), rewind=rewind))
                         try:
                             return function(model, micro_batch)
                         finally:
