@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from exact_or_told_cases import KINDS, ROWS, SIZE, TABLE, Row
+from losses.torch_cases import CASES
 from oracle import EXACT
 
 DOCS = Path(__file__).parents[2] / "docs" / "exact.md"
@@ -174,6 +175,47 @@ def test_a_compiled_loss_ends_as_the_plain_one(name: str) -> None:
     assert_told(Row(**{**vars_of(row), "loss": lambda: compiled}), KINDS[row.kind].step)
 
 
+class Scaled(nn.Module):
+    """A model that leaves inputs of criteria what they are."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+CRITERIA = (
+    *("L1", "MSE", "SmoothL1", "Huber", "PoissonNLL", "GaussianNLL", "BCE", "BCEWithLogits", "KLDiv batchmean"),
+    *("HingeEmbedding", "MarginRanking", "CosineEmbedding", "SoftMargin", "MultiMargin", "MultiLabelMargin"),
+    *("MultiLabelSoftMargin", "TripletMargin", "TripletMarginWithDistance", "CTC", "AdaptiveLogSoftmaxWithLoss"),
+    *("NLL", "CrossEntropy"),
+)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_compiled_criterion_of_torch_is_not_blamed_where_it_is_a_mean_over_samples(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(3)
+    criterion, inputs = case.module(), case.inputs(ROWS)
+    is_time_first = case.rows_at[0] == 1
+    batch = {str(i): one.detach() for i, one in enumerate(inputs)}
+    if is_time_first:
+        batch["0"] = batch["0"].transpose(0, 1)
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        first, *rest = batch.values()
+        made = criterion(model(first).transpose(0, 1) if is_time_first else model(first), *rest)
+        return getattr(made, "loss", made)
+
+    compiled = torch.compile(loss_fn, backend="aot_eager", dynamic=True)
+    last = batch["0"].shape[-1]
+    row = Row(kind="criterion", model=lambda: Scaled(last), loss=lambda: compiled, batch=lambda: dict(batch))
+    # With ignored labels or class weights it is no mean over samples.
+    assert_told(row, "error" if name in ("NLL", "CrossEntropy") else "exact")
+
+
 def vars_of(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in Row.__dataclass_fields__}
 
@@ -184,7 +226,7 @@ def documented() -> str:
     lines = []
     for key, kind in KINDS.items():
         names = [name for name, row in TABLE.items() if row.kind == key]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        shown = "; ".join(names[:3]) + (f"; {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"| {kind.what} | {shown} | {words.get(kind.step, kind.step)} | {words.get(kind.loop, kind.loop)} |")
     return "\n".join(lines)
 
