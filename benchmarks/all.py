@@ -64,6 +64,7 @@ RUNS = (
     Run(name="two_pass", full="--rounds 7", quick="--rounds 1"),
     Run(name="sizes", full="--rounds 11", quick="--rounds 1"),
     Run(name="lockstep", quick="--rounds 2"),
+    Run(name="first_check", quick="--rounds 1"),
     Run(name="precision"),
     Run(name="lengths"),
     Run(name="peak"),

@@ -109,6 +109,7 @@ def two_means(model: nn.Module, batch: Batch) -> Tensor:
 
 
 SUM = lambda m, b: F.cross_entropy(pooled(m, b), b["target"], reduction="sum")  # noqa: E731
+DROPOUT = nn.Dropout(0.5)
 COUNT = r"ga\.Loss\.mean\(loss, over=\(batch\['labels'\] != -100\)\.sum\(\)\)"
 WRONG: dict[str, tuple[Callable[[Any, Batch], Any], str]] = {
     "a sum": (SUM, r"return ga\.Loss\.sum\(loss\)"),
@@ -119,6 +120,8 @@ WRONG: dict[str, tuple[Callable[[Any, Batch], Any], str]] = {
     "the same in where": (lambda m, b: torch.where(tokens(m, b) < 1e9, tokens(m, b), 0.0), COUNT),
     "the same, opaque": (lambda m, b: Opaque.apply(tokens(m, b)), COUNT),
     "the same, compiled": (torch.compile(tokens, backend="eager"), COUNT),
+    "the same, with dropout": (lambda m, b: tokens(m, {**b, "x": DROPOUT(b["x"])}), COUNT),
+    "a sum, with dropout": (lambda m, b: SUM(m, {**b, "x": DROPOUT(b["x"])}), r"return ga\.Loss\.sum\(loss\)"),
     "a wrong count": (lambda m, b: ga.Loss.mean(tokens(m, b), over=b["labels"].numel()), COUNT),
     "RMSE": (lambda m, b: pooled(m, b).square().mean().sqrt(), "function of a sum over all samples"),
     "a variance": (lambda m, b: pooled(m, b).var(0).sum(), "couples samples"),
@@ -324,6 +327,12 @@ def test_a_loss_that_is_another_one_every_time_is_not_checked() -> None:
 
 def test_a_loss_that_counts_its_calls_is_no_fault() -> None:
     assert run(counting()) == ("exact (checked on 5 + 3 samples)", [])
+
+
+def test_dropout_of_pairs_that_are_told_is_no_fault() -> None:
+    split = ga.split_by_samples(groups=lambda batch: torch.arange(len(batch["x"])) % (ROWS // 2))
+    model = MLP(nn.Dropout(0.5))
+    assert run(pairs, model, split=split) == ("exact (checked on 6 + 2 samples)", [])
 
 
 # ---------------------------------------------------------------------------------------------- what is not checked

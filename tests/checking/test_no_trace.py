@@ -164,6 +164,42 @@ def test_the_first_update_is_bit_by_bit_the_one_without_a_look(size: Any, backwa
     assert_equal(states[1], states[0])
 
 
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")
+@pytest.mark.parametrize("size", [4, "auto"])
+def test_scaler_autocast_and_optimizer_are_bit_by_bit_those_without_a_look(size: Any) -> None:
+    states = []
+    for check in ("off", "first"):
+        scene = Scene()
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        optimizer = torch.optim.AdamW(scene.model.parameters(), lr=0.1)
+
+        def loss_fn(model: nn.Module, batch: Any, scene: Scene = scene) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return scene.loss_fn(model, batch).float()
+
+        step = ga.TrainStep(
+            scene.model,
+            optimizer,
+            loss_fn,
+            micro_batch_size=size,
+            scaler=scaler,
+            scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+            check=check,  # type: ignore[arg-type]
+        )
+        if size == "auto":
+            step._fitting._search.fastest = 4 * FEATURES  # type: ignore[union-attr]
+            step._fitting._search._is_by_time = False  # type: ignore[union-attr]
+        for _ in range(3):
+            step(make_batch())
+        state = scene.state()
+        state["optimizer"] = [list(of_one.values()) for of_one in optimizer.state.values()]
+        state["rate"] = optimizer.param_groups[0]["lr"]
+        state["scaler"] = scaler.state_dict()
+        states.append(state)
+    assert_equal(states[1], states[0])
+    assert states[0]["scaler"]["scale"] == 16.0  # it did grow, and by the updates alone
+
+
 def test_a_network_that_is_found_when_it_is_called() -> None:
     class Hidden:
         """Out of reach of what functions hold."""

@@ -112,3 +112,13 @@ def test_a_hook_that_clamps_is_told_once(hook: Any) -> None:
     with pytest.warns(ga.GradAccumWarning, match=r"on 'weight' runs on each micro-batch's share.*before_step="):
         step(torch.ones(11, 3))
     step(torch.ones(11, 3))
+
+
+def test_where_nothing_is_added_up_a_clamp_is_right() -> None:
+    model = nn.Linear(3, 2)
+    model.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = ga.TrainStep(model, optimizer, lambda m, x: m(x).square().mean(), micro_batch_size=11)
+    step(torch.ones(11, 3))
+    with pytest.warns(ga.GradAccumWarning, match="on 'weight' runs on each micro-batch's share"):
+        step(torch.ones(23, 3))

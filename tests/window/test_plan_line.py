@@ -1,6 +1,8 @@
 """The plan line says what will run."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -38,3 +40,16 @@ def test_layers_that_see_the_micro_batch_are_counted(layers: int, words: str, ca
     assert caplog.messages == [
         f"batch 4 = 2 micro-batches x 2 | not exact: {words} the micro-batch, the rest exact (checked on 5 + 3 samples)"
     ]
+
+
+def test_one_place_says_exact_and_states_the_evidence() -> None:
+    saying = re.compile(r"""f?["']exact \(|evidence\s*=\s*f?["']exact|\| exact""")
+    source = Path(ga.__file__).parent
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if saying.search(line)]
+        lines = [line for line in lines if line.strip()[:3] != "``b"]  # the example of a docstring
+        if lines:
+            found[path.relative_to(source).as_posix()] = lines
+    assert list(found) == ["window/plan_line.py"], found
+    assert found["window/plan_line.py"] == ["    return f\"exact (checked on {' + '.join(map(str, sizes))} samples)\""]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from gradaccum import tree
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.no_trace import Watched, no_trace
-from gradaccum.checking.pieces import Piece, copied, whole
+from gradaccum.checking.pieces import Piece, copied, planned_pieces, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
 from gradaccum.split.asked import rows_in, samples_in
@@ -149,7 +150,7 @@ class Look:
             nudge: by what part of itself each parameter is moved first.
         """
         step, pieces = self.step, self.pieces(sizes)
-        with self.running(pieces, draw=draw, recording=recording) as (around, split):
+        with self.running(draw=draw, recording=recording) as (around, split):
             if nudge:
                 _nudge(step.models, nudge)
             options = replace(step.options, loss_fn=around(step.options.loss_fn), forward=around(step.options.forward))
@@ -175,11 +176,11 @@ class Look:
 
     @contextmanager
     def running(
-        self, pieces: Sequence[Rows], *, draw: Draw | None = None, recording: Recording | None = None
+        self, *, draw: Draw | None = None, recording: Recording | None = None
     ) -> Iterator[tuple[Callable[[Any], Any], Split]]:
         """Context manager for one run: what is put round the user's function, and what cuts the batch."""
         step, draw = self.step, draw or Draw()
-        noting = _NotingSplit(step.split, self.rows, is_cut=len(pieces) > 1)
+        noting = _NotingSplit(step.split, self.rows)
         with ExitStack() as held:
             self._watched = watched = held.enter_context(no_trace(step.models, step.functions))
             if step.coupled_batch_norms() and all(one.running_mean is not None for one in batch_norms(step.models)):
@@ -202,11 +203,13 @@ class Look:
                     nonlocal is_first
                     if recording is not None:
                         recording.begin()
+                    rewind = partial(self._rewind, torch_too=replay is None, outside=is_first or not draw.continues)
+                    is_first = False
                     with ExitStack() as forward:
-                        if replay is not None:
-                            forward.enter_context(replay.forward(noting.piece(micro_batch)))
-                        self._rewind(torch_too=replay is None, outside=is_first or not draw.continues)
-                        is_first = False
+                        if replay is None:
+                            rewind()
+                        else:
+                            forward.enter_context(replay.forward(noting.piece(micro_batch), rewind=rewind))
                         try:
                             return function(model, micro_batch)
                         finally:
@@ -245,9 +248,7 @@ class _NotingSplit:
 
     split: Split
     all_rows: int
-    is_cut: bool
     _pieces: list[tuple[Tensor, Piece]] = field(default_factory=list)
-    _rows: int = 0
 
     def rows(self, batch: Any) -> int:
         return rows_in(self.split, batch)
@@ -264,17 +265,17 @@ class _NotingSplit:
     def cut(self, batch: Any, rows: Rows) -> Any:
         micro_batch = self.split.cut(batch, rows)
         first = next(tree.tensors(micro_batch), None)
-        if first is not None:
-            start = self._rows
-            self._rows += num_rows(rows)
-            self._pieces.append((first, Piece(len(self._pieces) + 1, start, self._rows)))
+        if first is not None and num_rows(rows) < self.all_rows:
+            self._pieces.append((first, planned_pieces([rows], first=len(self._pieces) + 1)[0]))
         return micro_batch
 
     def piece(self, micro_batch: Any) -> Piece:
         """The piece that a micro-batch is."""
         first = next(tree.tensors(micro_batch), None)
         found = next((piece for tensor, piece in reversed(self._pieces) if tensor is first), None)
-        return found if self.is_cut and found is not None else whole(self.all_rows)
+        if found is None and len(self._pieces) == 1:  # a copy of the only one
+            found = self._pieces[0][1]
+        return found or whole(self.all_rows)
 
 
 def _joined(atoms: Sequence[Rows]) -> Rows:

@@ -82,7 +82,7 @@ def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
     parameters = [one for _, one in named_parameters(step.models) if one.requires_grad]
 
     def run(rows: Tensor, *, in_full: bool = True) -> Run:
-        with look.running([rows], draw=Draw() if draw.replay is None else draw) as (around, split):
+        with look.running(draw=Draw() if draw.replay is None else draw) as (around, split):
             batch = to_device(split.cut(copied(look.batch), rows), parameters[0].device)
             weights = step.options.weights
             call = around(step.options.loss_fn)

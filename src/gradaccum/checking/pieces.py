@@ -45,8 +45,8 @@ def pieces(sizes: Sequence[int]) -> list[Piece]:
     return [Piece(i, *ends) for i, ends in enumerate(pairwise(accumulate(sizes, initial=0)), start=1)]
 
 
-def planned_pieces(plan: Sequence[Rows]) -> list[Piece]:
-    """Returns the pieces of a split's plan.
+def planned_pieces(plan: Sequence[Rows], *, first: int = 1) -> list[Piece]:
+    """Returns the pieces of a split's plan, numbered from ``first``.
 
     Example:
         >>> [piece.rows for piece in planned_pieces([slice(0, 2), torch.tensor([4, 2, 3])])]
@@ -56,7 +56,7 @@ def planned_pieces(plan: Sequence[Rows]) -> list[Piece]:
         Piece(i, rows.start, rows.stop)
         if isinstance(rows, slice)
         else Piece(i, int(rows[0]), int(rows[0]) + 1, order=rows.cpu())
-        for i, rows in enumerate(plan, start=1)
+        for i, rows in enumerate(plan, start=first)
     ]
 
 

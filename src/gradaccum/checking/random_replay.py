@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,15 +51,17 @@ class RandomReplay(TorchDispatchMode):
         self._open = 0  # forwards that have begun and not ended: several in lockstep
 
     @contextmanager
-    def forward(self, piece: Piece) -> Iterator[None]:
-        """Context manager around the forward of a piece, or of the whole batch."""
+    def forward(self, piece: Piece, *, rewind: Callable[[], None] | None = None) -> Iterator[None]:
+        """Context manager around the forward of a piece, or of the whole batch.
+
+        ``rewind`` puts Python's and NumPy's generators where they are to be; without it they are seeded by the piece.
+        """
         self._begin(piece, 0)
         self._open += 1
-        seed = 0 if self._is_alike else piece.index
-        random.seed(seed)
-        numpy: Any = sys.modules.get("numpy")
-        if numpy is not None:
-            numpy.random.seed(seed)
+        if rewind is None:
+            self._seed_outside(0 if self._is_alike else piece.index)
+        else:
+            rewind()
         before = _outside_state()
         try:
             yield
@@ -67,6 +69,13 @@ class RandomReplay(TorchDispatchMode):
             self._open -= 1
         if before != _outside_state():
             self._draws.not_replayed[_THE_LOSS, "Python's random or NumPy"] = ONCE
+
+    @staticmethod
+    def _seed_outside(seed: int) -> None:
+        random.seed(seed)
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(seed)
 
     def begin_loss(self, batch: Piece) -> None:
         """Numbers the draws of the loss over the whole batch apart from those of the forwards."""

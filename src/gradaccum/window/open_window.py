@@ -152,7 +152,7 @@ class OpenWindow:
             MisuseError: a gradient is left over from something else.
         """
         self._find_parameters()
-        self._hooks.look(self._parameters.named)
+        self._hooks.look(self._parameters.named, is_whole=pieces == 1 and self.ranks is None)
         self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         expected = None
         if self.ranks is None:

@@ -42,8 +42,8 @@ class ParameterHooks:
         self._known: dict[int, Any] = {}  # by id, and held, so that an id stays that hook's
         self._versions: list[tuple[str, nn.Parameter, int, Any]] = []
 
-    def look(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        """Before a window's first backward.
+    def look(self, named: Sequence[tuple[str, nn.Parameter]], *, is_whole: bool = False) -> None:
+        """Before a window's first backward; ``is_whole`` says that it has no other, so that nothing is added up.
 
         Raises:
             MisuseError: a hook steps, or changes the parameter or its gradient.
@@ -58,7 +58,7 @@ class ParameterHooks:
                     self._look_at_step(name, hook)
                     self._versions.append((name, parameter, parameter._version, hook))
             for hook in list((each or {}).values()):
-                if not is_torchs(hook):
+                if not is_whole and not is_torchs(hook):
                     self._look_at_clamp(name, hook)
 
     def check(self) -> None:
