@@ -134,7 +134,6 @@ def conformance(
         typer.Argument(metavar="[ADAPTER]", help="path/to/file.py:function, package.module:function, or a known name."),
     ] = None,
     html: _Html = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the verdicts down.")] = None,
 ) -> None:
     """Any trainer against the whole batch in float64, in the cases where accumulation goes wrong.
 
@@ -149,8 +148,7 @@ def conformance(
     from gradaccum.cli.conformance import run_conformance
 
     _check_file(html, "--html", extra="cli")
-    _check_file(json, "--json")
-    raise typer.Exit(0 if run_conformance(adapter, html=html, json_path=json) else 1)
+    raise typer.Exit(0 if run_conformance(adapter, html=html) else 1)
 
 
 def _check_file(path: Path | None, option: str, *, extra: str = "", suffixes: tuple[str, ...] = ()) -> None:

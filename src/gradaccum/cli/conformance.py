@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from gradaccum.cli.page import Page, show_page
@@ -17,14 +15,11 @@ _TITLE = "Does it train as the whole batch does?"
 _TONES = {"exact": Tone.GOOD, "off": Tone.BAD, "error": Tone.BAD, "not offered": Tone.QUIET}
 
 
-def run_conformance(adapter: str | None, *, html: Path | None, json_path: Path | None = None) -> bool:
+def run_conformance(adapter: str | None, *, html: Path | None) -> bool:
     """Runs one adapter, or all that are installed, and shows the verdicts; whether the one is exact."""
     trainers = installed() if adapter is None else [trainer_of(adapter)]
     verdicts = list(judge_all(trainers))
     show_page(_page(trainers, verdicts, is_one=adapter is not None), html)
-    if json_path is not None:
-        facts = {"command": "gradaccum conformance", "versions": versions(), "verdicts": [asdict(v) for v in verdicts]}
-        json_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return adapter is None or not _bad(verdicts)
 
 

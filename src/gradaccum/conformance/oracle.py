@@ -26,8 +26,8 @@ SAME = 1e-6
 Tail = Literal["step", "drop", "carry", "leak"]
 Divisor = Literal["number", "seen", "none"]
 _TEXTS = {
-    "number": "the micro-batches' losses are added up and divided by their number of a full window",
-    "seen": "it takes the mean of the micro-batches' losses",
+    "number": "each micro-batch's loss is divided by the number of micro-batches in a full window",
+    "seen": "each micro-batch's loss is divided by the number of micro-batches in its window, which is a mean of means",
     "none": "the micro-batches' losses are added up and divided by nothing",
     "step": "",
     "drop": "the incomplete last window is thrown away",
@@ -175,7 +175,7 @@ def _reason_of_losses(scenario: Scenario, made: Trained) -> str | None:
     known = {
         "it is the last micro-batch's loss": [each[-1] for each in windows],
         "it is the mean of the micro-batches' losses": [sum(each) / len(each) for each in windows],
-        "it is the sum of the micro-batches' losses, divided by their number of a full window": [
+        "it is the sum of the micro-batches' losses, divided by their number in a full window": [
             sum(each) / MICRO_BATCHES for each in windows
         ],
     }

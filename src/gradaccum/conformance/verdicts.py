@@ -62,10 +62,7 @@ class Verdict:
         if self.outcome == "error":
             return f"{self.scenario}: {self.reason}"
         known = f" What it does: {self.reason}." if self.reason else " Which mistake it is was not found out."
-        return f"{self.scenario}: off by {self.error:.1e}, of {self._scale()}.{known} The difficulty: {self.why}."
-
-    def _scale(self) -> str:
-        return "the loss" if self.scenario == "reported loss" else "the way that the parameters go"
+        return f"{self.scenario}: off by {self.error:.1e}.{known} The difficulty: {self.why}."
 
 
 def judge(scenario: Scenario, trainer: Trainer) -> Verdict:
@@ -91,16 +88,6 @@ def judge(scenario: Scenario, trainer: Trainer) -> Verdict:
         error = oracle.error_of(scenario, made, _right(scenario.name))
         outcome = "exact" if error <= oracle.EXACT else "off"  # a NaN is off
         reason = oracle.reason(scenario, made) if outcome == "off" else None
-    is_bad = outcome in ("off", "error")
-    shown = "" if error is None else f"  # {error:.1e}"
-    lines = (
-        "from gradaccum import conformance",
-        f"case = conformance.scenario({scenario.name!r})",
-        f"print(conformance.error_of(case, case.train(train))){shown}",
-    )
-    gap = () if len(trainer.imports) > 1 else ("whole = conformance.whole_batch(case)  # one backward a batch, float64",)
-    if gap:
-        lines = (*lines[:2], *gap, lines[2].replace("(train))", "(train), whole)"))
     return Verdict(
         trainer=trainer.title,
         scenario=scenario.name,
@@ -108,8 +95,18 @@ def judge(scenario: Scenario, trainer: Trainer) -> Verdict:
         error=error,
         reason=reason,
         why=scenario.why,
-        reproduction=(*trainer.imports, *lines) if is_bad else (),
+        reproduction=_reproduction(scenario.name, trainer, error) if outcome in ("off", "error") else (),
     )
+
+
+def _reproduction(scenario: str, trainer: Trainer, error: float | None) -> tuple[str, ...]:
+    case = f"case = conformance.scenario({scenario!r})"
+    shown = "" if error is None else f"  # {error:.1e}"
+    lines = ("from gradaccum import conformance", *trainer.imports, case)
+    if len(trainer.imports) > 1:
+        return (*lines, f"print(conformance.error_of(case, case.train(train))){shown}")
+    whole = "whole = conformance.whole_batch(case)  # one backward a batch, in float64"
+    return (*lines, whole, f"print(conformance.error_of(case, case.train(train), whole)){shown}")
 
 
 def judge_all(trainers: Iterable[Trainer]) -> Iterator[Verdict]:
