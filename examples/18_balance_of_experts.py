@@ -28,7 +28,9 @@ class MixtureOfExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(8, EXPERTS)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(EXPERTS)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)
@@ -89,5 +91,7 @@ for part in zip(x.split(4), y.split(4), strict=True):
 off = torch.cat([p.grad.flatten() for p in naive.parameters()]) - exact
 if rank == 0:
     print(f"loss {float(update.loss):.4f} over {update.samples} texts on {world_size} processes")
-    print(f"the update equals the whole batch's to 1e-12; the textbook loop's gradient is off by {off.norm() / exact.norm():.0%}")
+    print(
+        f"the update equals the whole batch's to 1e-12; the textbook loop's gradient is off by {off.norm() / exact.norm():.0%}"
+    )
 dist.destroy_process_group()

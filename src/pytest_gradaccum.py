@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "path/to/file.py:function or a known name.",
     )
     parser.addini(
-        "conformance_known", "Scenarios that the adapter is known to fail; one that passes is an error.", type="linelist"
+        "conformance_known",
+        "Scenarios that the adapter is known to fail; one that passes is an error.",
+        type="linelist",
     )
 
 

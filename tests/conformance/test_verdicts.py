@@ -159,7 +159,10 @@ def test_an_error_is_a_verdict_and_a_refusal_another() -> None:
     ("adapter", "message"),
     [
         (lambda model, optimizer, loss, batches, micro_batches: None, "has no parameter epochs, so what it trains"),
-        (lambda *_, micro_batches, epochs: None, "returned NoneType, and has to return a pair.*return model.parameters"),
+        (
+            lambda *_, micro_batches, epochs: None,
+            "returned NoneType, and has to return a pair.*return model.parameters",
+        ),
         (lambda *_, micro_batches, epochs: (1, 2), "returned tuple, and has to return a pair"),
         (3, "3 is no function"),
     ],

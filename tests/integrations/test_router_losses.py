@@ -1,4 +1,8 @@
-"""The load-balancing loss of transformers' mixtures of experts over the whole batch, in float64 and on two ranks."""
+"""The load-balancing loss of transformers' mixtures of experts over the whole batch, also on two ranks.
+
+Their causal LMs make float32 of the logits, in a model of float64 too; the same sums are exact to 1e-12 in
+examples/18_balance_of_experts.py.
+"""
 
 import copy
 from typing import Any
@@ -13,7 +17,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from oracle import EXACT, SINGLE, assert_same_gradients, gradients_of
+from oracle import SINGLE, assert_same_gradients, gradients_of
 from ranks import results_of
 from trainers import LLAMA, collated, texts
 
@@ -32,8 +36,6 @@ def mixtral(**options: Any) -> nn.Module:
 
 
 MODELS = {"Qwen3-MoE": qwen, "Mixtral": mixtral}
-# Mixtral's routers make float32 of their probabilities, in a model of float64 too, and its loss is then float32.
-TOLERANCES = {"Qwen3-MoE": EXACT, "Mixtral": SINGLE}
 
 
 def made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -54,8 +56,8 @@ def test_the_gradient_is_the_whole_batchs(name: str) -> None:
     expected, loss = whole(model, batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = ga.TrainStep(model, optimizer, **ga.balance_over_batch(model), micro_batch_size=4)
-    assert step.backward(batch).item() == pytest.approx(loss, rel=TOLERANCES[name])
-    assert_same_gradients(gradients_of(model), expected, tolerance=TOLERANCES[name])
+    assert step.backward(batch).item() == pytest.approx(loss, rel=SINGLE)
+    assert_same_gradients(gradients_of(model), expected, tolerance=SINGLE)
 
 
 def test_micro_batches_by_themselves_are_off() -> None:
@@ -85,9 +87,9 @@ def on_ranks(rank: int, world_size: int) -> tuple[Any, float]:
 
 def test_two_ranks() -> None:
     expected, loss = whole(*made("Qwen3-MoE"))
-    for gradients, value in results_of(on_ranks, 2):
-        assert value == pytest.approx(loss, rel=EXACT)
-        assert_same_gradients(gradients, expected)
+    for gradients, value in results_of(on_ranks, 2, seconds=300.0):
+        assert value == pytest.approx(loss, rel=SINGLE)
+        assert_same_gradients(gradients, expected, tolerance=SINGLE)
 
 
 def test_without_a_balance() -> None:

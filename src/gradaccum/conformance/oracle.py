@@ -160,9 +160,7 @@ def _rules(scenario: Scenario) -> Iterator[Rule]:
     for counts, loses, schedule, tail, divisor in itertools.product(
         counting, losing, schedules, tails, ("number", "seen", "none")
     ):
-        yield Rule(
-            divisor=divisor, tail=tail, schedule=schedule, loses_gradient=loses, counts_updates=counts
-        )  # type: ignore[arg-type]
+        yield Rule(divisor=divisor, tail=tail, schedule=schedule, loses_gradient=loses, counts_updates=counts)  # type: ignore[arg-type]
 
 
 def _reason_of_losses(scenario: Scenario, made: Trained) -> str | None:

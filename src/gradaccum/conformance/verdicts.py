@@ -87,7 +87,7 @@ def judge(scenario: Scenario, trainer: Trainer) -> Verdict:
     else:
         error = oracle.error_of(scenario, made, _right(scenario.name))
         outcome = "exact" if error <= oracle.EXACT else "off"  # a NaN is off
-        reason = oracle.reason(scenario, made) if outcome == "off" else None
+        reason = _reason(scenario, made) if outcome == "off" else None
     return Verdict(
         trainer=trainer.title,
         scenario=scenario.name,
@@ -97,6 +97,12 @@ def judge(scenario: Scenario, trainer: Trainer) -> Verdict:
         why=scenario.why,
         reproduction=_reproduction(scenario.name, trainer, error) if outcome in ("off", "error") else (),
     )
+
+
+def _reason(scenario: Scenario, made: Trained) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a loop with a mistake may be warned of it
+        return oracle.reason(scenario, made)
 
 
 def _reproduction(scenario: str, trainer: Trainer, error: float | None) -> tuple[str, ...]:
@@ -147,9 +153,7 @@ KNOWN = {
     "train_step": _Known(title="TrainStep", file="library"),
     "exact_accelerate": _Known(title="Accelerate, exact", file="library", package="accelerate", by_default=False),
     "exact_lightning": _Known(title="Lightning, exact", file="library", package="lightning", by_default=False),
-    "exact_transformers": _Known(
-        title="Transformers, exact", file="library", package="transformers", by_default=False
-    ),
+    "exact_transformers": _Known(title="Transformers, exact", file="library", package="transformers", by_default=False),
 }
 """Adapters by the name that the command takes; those not ``by_default`` run when they are named."""
 
