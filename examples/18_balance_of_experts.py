@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/18_balance_of_experts.py
 
-The balance of Switch, Mixtral and Qwen-MoE is  E sum_e f_e P_e , with f_e the share of tokens that go to expert e and P_e
-its mean probability. It is a product of two means, and a mean over micro-batches of such products is another loss: it
-wants every micro-batch balanced, whatever is in it. But f and P are made of sums over tokens, and these add up, over
+The balance of Switch, Mixtral and Qwen-MoE is  E sum_e f_e P_e , with f_e the share of tokens that go to expert e and
+P_e its mean probability. It is a product of two means, and a mean over micro-batches of such products is another loss:
+it wants every micro-batch balanced, whatever is in it. But f and P are made of sums over tokens, and these add up, over
 micro-batches and over processes: ``combine="sum"``. For models of transformers, ``ga.balance_over_batch(model)`` is
 `routing_sums` and `balanced_loss`.
 """
@@ -28,9 +28,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(8, EXPERTS)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(EXPERTS)
-        )
+        experts = (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten(0, 1)
@@ -91,7 +90,6 @@ for part in zip(x.split(4), y.split(4), strict=True):
 off = torch.cat([p.grad.flatten() for p in naive.parameters()]) - exact
 if rank == 0:
     print(f"loss {float(update.loss):.4f} over {update.samples} texts on {world_size} processes")
-    print(
-        f"the update equals the whole batch's to 1e-12; the textbook loop's gradient is off by {off.norm() / exact.norm():.0%}"
-    )
+    print("the update equals the whole batch's to 1e-12")
+    print(f"the textbook loop's gradient is off by {off.norm() / exact.norm():.0%}")
 dist.destroy_process_group()

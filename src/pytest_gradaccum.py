@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         items.append(item)
 
 
-class NotConforming(AssertionError):  # noqa: N818
+class NotConforming(AssertionError):
     """A trainer whose result is not the whole batch's; the message says by how much, why, and how to see it."""
 
 

@@ -51,7 +51,7 @@ class AdapterError(GradAccumError, TypeError):
     """An adapter cannot be called, or returned something else than parameters and losses."""
 
 
-class NotOffered(GradAccumError, NotImplementedError):  # noqa: N818 - it is an answer and no failure
+class NotOffered(GradAccumError, NotImplementedError):
     """The trainer has nothing for this scenario; an adapter may raise any NotImplementedError to say so."""
 
 
@@ -154,8 +154,8 @@ class Scenario:
             reported = None if losses is None else tuple(float(loss) for loss in losses)
         except (TypeError, ValueError, AttributeError) as error:
             raise AdapterError(
-                f"{getattr(adapter, '__name__', adapter)} returned {type(returned).__name__}, and has to return a pair: "
-                "the trained parameters, and the loss of each update as a list of numbers or None. Write: return "
+                f"{getattr(adapter, '__name__', adapter)} returned {type(returned).__name__}, and has to return a "
+                "pair: the trained parameters, and the loss of each update as a list of numbers or None. Write: return "
                 "model.parameters(), None"
             ) from error
         return Trained(parameters=flat, losses=reported)

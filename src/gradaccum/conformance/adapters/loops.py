@@ -14,7 +14,7 @@ def textbook(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, scaler: Any = None,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
-    """https://docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation
+    """The loop of https://docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation.
 
     A loop over a loader of known length takes its last micro-batch for a window's last; a stream's len() raises.
     """
@@ -45,7 +45,7 @@ def accelerate(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, folder: str | None = None, stop_after: int | None = None,
 ) -> tuple[Iterable[Tensor], list[float] | None]:  # fmt: skip
-    """https://huggingface.co/docs/accelerate/usage_guides/gradient_accumulation
+    """The loop of https://huggingface.co/docs/accelerate/usage_guides/gradient_accumulation.
 
     The same page has another loop, of 30 lines, for means over tokens: it divides by hand what `accumulate` would not.
     Saved and resumed as its page on checkpoints has it, by `save_state` and `skip_first_batches`. No loss is reported.
@@ -103,7 +103,7 @@ def fabric(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None,
 ) -> tuple[Iterable[Tensor], None]:  # fmt: skip
-    """https://lightning.ai/docs/fabric/stable/advanced/gradient_accumulation.html
+    """The loop of https://lightning.ai/docs/fabric/stable/advanced/gradient_accumulation.html, mended.
 
     In its favour: that page's loop steps after its first micro-batch (``iteration % 8 != 0``, from 0) and divides
     nothing. Here micro-batches are counted from 1 and losses divided, as in the textbook loop.

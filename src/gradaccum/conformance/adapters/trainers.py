@@ -17,7 +17,7 @@ def lightning(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
-    """https://lightning.ai/docs/pytorch/stable/advanced/training_tricks.html#accumulate-gradients
+    """As in https://lightning.ai/docs/pytorch/stable/advanced/training_tricks.html#accumulate-gradients.
 
     Reported is what ``self.log("loss", loss)`` leaves in ``trainer.callback_metrics`` at the end of an update.
     """
