@@ -96,3 +96,13 @@ def test_without_a_balance() -> None:
     model = qwen(output_router_logits=False)
     with pytest.raises(ga.LossError, match=r"adds no load-balancing loss: output_router_logits=False.*weight_of"):
         ga.balance_over_batch(model)
+    step = ga.TrainStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda model, batch: ga.weight_of(model(**batch).loss),
+        micro_batch_size=4,
+    )  # what the message says to type
+    batch = collated(texts())
+    expected, _ = whole(model, batch)
+    step.backward(batch)
+    assert_same_gradients(gradients_of(model), expected, tolerance=SINGLE)

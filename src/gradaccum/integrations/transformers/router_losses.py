@@ -145,8 +145,8 @@ def balance_over_batch(model: Any) -> dict[str, Any]:
             f"{type(plain).__name__} adds no load-balancing loss: output_router_logits="
             f"{getattr(config, 'output_router_logits', None)}, router_aux_loss_coef="
             f"{getattr(config, 'router_aux_loss_coef', None)}. Without one, its loss is a mean over tokens, which "
-            "needs no options: ga.TrainStep(model, optimizer, lambda model, batch: ga.weight_of(model(**batch).loss)). For a "
-            "model of your own, see examples/18_balance_of_experts.py."
+            "needs no options: ga.TrainStep(model, optimizer, lambda model, batch: ga.weight_of(model(**batch).loss)). "
+            "For a model of your own, see examples/18_balance_of_experts.py."
         )
     routers = RouterLosses(plain, lambda model, inputs: model(**inputs).loss)
 
