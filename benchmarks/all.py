@@ -55,6 +55,7 @@ class Run:
 
 RUNS = (
     Run(name="scenarios", needs=("accelerate", "lightning")),
+    Run(name="conformance", needs=("accelerate", "lightning", "transformers")),
     Run(name="overhead", full="--rounds 21", quick="--rounds 5"),
     Run(name="gpt", full="--rounds 3", quick="--rounds 1 --only micro-steps --tokens 32"),
     Run(name="limit", full="--rounds 3", quick="--rounds 1 --shape tiny"),

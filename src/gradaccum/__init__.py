@@ -49,6 +49,7 @@ if _typing.TYPE_CHECKING:
     from gradaccum.auditing.culprits import Culprit
     from gradaccum.fit.plan_result import Plan
     from gradaccum.fit.planner import plan
+    from gradaccum.integrations.transformers.router_losses import balance_over_batch
 
 __version__ = "0.1.0"
 
@@ -85,6 +86,7 @@ __all__ = [
     "Window",
     "WindowError",
     "audit",
+    "balance_over_batch",
     "chunked",
     "chunked_head",
     "criterion",
@@ -103,6 +105,7 @@ _TOOLS = {
     "Plan": "fit.plan_result",
     "Report": "auditing.audit_report",
     "audit": "audit_model",
+    "balance_over_batch": "integrations.transformers.router_losses",
     "plan": "fit.planner",
 }
 

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("ways to train", frozenset({"accumulator", "train_step"})),
     ("checkpoint", frozenset({"checkpoint"})),
     ("tools", frozenset({"audit_model"})),
-    ("edges", frozenset({"integrations", "testing", "cli"})),
+    ("edges", frozenset({"integrations", "conformance", "testing", "cli"})),
 )
 LEVEL = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in rooms}
 STAGES, EDGES = 2, len(LAYERS) - 1

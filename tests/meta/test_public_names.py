@@ -19,8 +19,8 @@ PUBLIC = {
     "split_by_cost", "split_by_samples", "split_packed", "split_as_given", "Split",
     # loops that step themselves
     "Window", "weight_of",
-    # layers over the batch
-    "GhostBatch", "gather",
+    # layers and losses over the batch
+    "GhostBatch", "gather", "balance_over_batch",
     # what fits, and a training run for the command line
     "Plan", "plan", "Job",
     # is it exact

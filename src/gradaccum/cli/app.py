@@ -127,6 +127,30 @@ def bench(
     run_bench(json_path=json)
 
 
+@app.command()
+def conformance(
+    adapter: Annotated[
+        str | None,
+        typer.Argument(metavar="[ADAPTER]", help="path/to/file.py:function, package.module:function, or a known name."),
+    ] = None,
+    html: _Html = None,
+) -> None:
+    """Any trainer against the whole batch in float64, in the cases where accumulation goes wrong.
+
+    An adapter is train(model, optimizer, loss, batches, *, micro_batches, epochs), which returns parameters and
+    reported losses. Without one, all that are installed run, in a minute or two: textbook, accelerate, fabric,
+    lightning, transformers, accumulator and train_step. Known as well: exact_accelerate, exact_lightning and
+    exact_transformers. docs/conformance.md says how to write one.
+
+    Exit status: 0 if the adapter is exact wherever it trains, 1 if it is not (always 0 without ADAPTER), 2 if it could
+    not run.
+    """
+    from gradaccum.cli.conformance import run_conformance
+
+    _check_file(html, "--html", extra="cli")
+    raise typer.Exit(0 if run_conformance(adapter, html=html) else 1)
+
+
 def _check_file(path: Path | None, option: str, *, extra: str = "", suffixes: tuple[str, ...] = ()) -> None:
     """Refuses, before the work, a file that could not be written after it, by what the ``extra`` installs."""
     if path is None:

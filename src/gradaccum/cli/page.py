@@ -14,12 +14,16 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A result: its numbers, the answer in a sentence or two, and paragraphs by section."""
+    """A result: its numbers, the answer in a sentence or two, and paragraphs by section.
+
+    ``details`` are sections that the HTML page alone has.
+    """
 
     title: str  # heading of the HTML page; the terminal has the table's own
     table: Table
     lead: Cell
     sections: tuple[tuple[Cell, ...], ...] = ()
+    details: tuple[tuple[Cell, ...], ...] = ()
 
 
 def show_page(page: Page, html: Path | None) -> None:

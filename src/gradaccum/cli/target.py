@@ -22,19 +22,40 @@ class TargetError(GradAccumError, ValueError):
 
 
 def load_job(target: str) -> Job:
-    """Imports the module of ``path/to/file.py:function`` or ``package.module:function`` and calls the function.
+    """Loads the function that a target names, and calls it.
+
+    Raises:
+        TargetError: there is no such file, module or function, or it returns something else than a job.
+    """
+    function = load_function(target, is_to="takes no arguments and returns ga.Job(model, loss_fn, batch)")
+    _check_takes_nothing(function, target)
+    job = function()
+    if not isinstance(job, Job):
+        raise TargetError(
+            f"{target} returned {type(job).__name__}, and has to return a job: ga.Job(model, loss_fn, batch, "
+            "optimizer=...)."
+        )
+    return job
+
+
+def load_function(target: str, *, is_to: str) -> Callable[..., Any]:
+    """Imports the module of ``path/to/file.py:function`` or ``package.module:function`` and takes the function.
 
     A file finds what lies beside it, a module what lies in the working directory. What the user's own code raises
     passes through, with its traceback.
 
+    Args:
+        target: on the command line.
+        is_to: what the function is to do, after "the function".
+
     Raises:
-        TargetError: there is no such file, module or function, or it returns something else than a job.
+        TargetError: there is no such file, module or function.
     """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise TargetError(
             f"{target!r} does not name a function. Write path/to/file.py:function or package.module:function; the "
-            "function takes no arguments and returns ga.Job(model, loss_fn, batch)."
+            f"function {is_to}."
         )
     path = Path(place).absolute()
     is_file = place.endswith(".py")
@@ -42,13 +63,13 @@ def load_job(target: str) -> Job:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = _file(path) if is_file else _module(place)
-    job = _function(module, name, place)()
-    if not isinstance(job, Job):
-        raise TargetError(
-            f"{target} returned {type(job).__name__}, and has to return a job: ga.Job(model, loss_fn, batch, "
-            "optimizer=...)."
-        )
-    return job
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = [key for key, value in functions if value.__module__ == module.__name__]
+        there = f"It has {', '.join(own[:_MOST_SHOWN])}." if own else "It has no functions."
+        raise TargetError(f"{place} has no function {name!r}. {there}")
+    return function
 
 
 def _file(path: Path) -> ModuleType:
@@ -82,18 +103,11 @@ def _module(name: str) -> ModuleType:
         ) from error
 
 
-def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = inspect.getmembers(module, inspect.isfunction)
-        own = [key for key, value in functions if value.__module__ == module.__name__]
-        there = f"It has {', '.join(own[:_MOST_SHOWN])}." if own else "It has no functions."
-        raise TargetError(f"{place} has no function {name!r}. {there}")
+def _check_takes_nothing(function: Callable[..., Any], target: str) -> None:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise TargetError(
-            f"{place}:{name} cannot be called without arguments ({error}), which is all that a command line can do. "
+            f"{target} cannot be called without arguments ({error}), which is all that a command line can do. "
             "Give its parameters defaults."
         ) from error
-    return function

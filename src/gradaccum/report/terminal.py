@@ -24,6 +24,7 @@ class Tone(enum.Enum):
     QUIET = "dim"
     GOOD = "bold green"
     BAD = "bold red"
+    CODE = "cyan"  # a paragraph whose lines are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ def console() -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Prints the heading, the text and the table."""
+    """Prints the heading, the text and the table; one that is too wide in parts, a few columns each."""
     from rich import box
     from rich.padding import Padding
     from rich.rule import Rule
@@ -75,19 +76,33 @@ def print_table(console: Console, table: Table) -> None:
     # Rich's own substitute would put bars between the columns. A box is 8 lines: the third is the rule below the heads.
     rules = box.Box("\n".join(["    ", "    ", " -- ", *["    "] * 5]), ascii=True)
     shape = rules if console.options.ascii_only else box.SIMPLE_HEAD
-    body = RichTable(box=shape, header_style="bold", show_edge=False, pad_edge=False)
-    body.add_column("")
-    for column in table.columns:
-        body.add_column(column, justify="right", no_wrap=True)
-    for row in table.rows:
-        cells = [Text(cell.text, style=cell.tone.value) for cell in row.cells]
-        body.add_row(Text(row.label), *cells, end_section=row.ends_section)
     width = min(_WIDTH, console.width)
     console.print(Rule(Text(table.title, style="bold"), align="left", style=Tone.QUIET.value), width=width)
     print_text(console, table.text, Tone.QUIET)
     console.print()
-    console.print(Padding(body, (0, 0, 0, _INDENT), expand=False), width=width)
-    console.print()
+    for part in _parts(table, width - _INDENT):
+        body = RichTable(box=shape, header_style="bold", show_edge=False, pad_edge=False)
+        body.add_column("")
+        for column in table.columns[part]:
+            body.add_column(column, justify="right", no_wrap=True)
+        for row in table.rows:
+            cells = [Text(cell.text, style=cell.tone.value) for cell in row.cells[part]]
+            body.add_row(Text(row.label), *cells, end_section=row.ends_section)
+        console.print(Padding(body, (0, 0, 0, _INDENT), expand=False), width=width)
+        console.print()
+
+
+def _parts(table: Table, width: int) -> list[slice]:
+    """Columns that fit beside the labels, which may be broken into lines of half of the width."""
+    left = width - min(max((len(row.label) for row in table.rows), default=0), width // 2)
+    parts, start, used = list[slice](), 0, 0
+    for index, head in enumerate(table.columns):
+        needed = 2 + max(len(head), *(len(row.cells[index].text) for row in table.rows), 0)
+        if index > start and used + needed > left:
+            parts.append(slice(start, index))
+            start, used = index, 0
+        used += needed
+    return [*parts, slice(start, len(table.columns))]
 
 
 def print_text(console: Console, text: str, tone: Tone = Tone.PLAIN) -> None:
@@ -95,5 +110,5 @@ def print_text(console: Console, text: str, tone: Tone = Tone.PLAIN) -> None:
     from rich.text import Text
 
     width = min(_WIDTH, console.width) - _INDENT
-    for line in textwrap.wrap(text, width):
+    for line in text.splitlines() if tone is Tone.CODE else textwrap.wrap(text, width):
         console.print(Text(" " * _INDENT + line, style=tone.value), soft_wrap=True)

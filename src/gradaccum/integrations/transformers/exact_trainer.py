@@ -262,7 +262,7 @@ class _ExactWindows:
             self._loss.measures_nothing()
         if has_routers and self._over_batch:
             scaler = self._trainer.accelerator.scaler
-            routers = RouterLosses(plain_model, lambda inputs: self._loss.computed(model, inputs), scaler)
+            routers = RouterLosses(plain_model, lambda _, inputs: self._loss.computed(model, inputs), scaler)
             options |= {"forward": routers.forward, "batch_loss": routers.batch_loss, "combine": "sum"}
         else:
             options |= {"loss_fn": lambda model, batch: self._loss.of(model, batch.inputs)}

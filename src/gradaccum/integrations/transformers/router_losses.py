@@ -17,6 +17,7 @@ that is an error which names ``router_loss="micro"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ class RouterLosses:
 
     Args:
         model: the plain model.
-        loss_of: from one micro-batch's inputs to its loss as the Trainer computed it, router loss included.
+        loss_of: ``loss_of(model, inputs)``: a micro-batch's loss, router loss included.
         scaler: what the batch's loss is scaled with, if anything.
     """
 
-    def __init__(self, model: Any, loss_of: Callable[[Any], Any], scaler: Any = None) -> None:
+    def __init__(self, model: Any, loss_of: Callable[[Any, Any], Any], scaler: Any = None) -> None:
         self._model = model
         self._loss_of = loss_of
         self._scaler = scaler
@@ -58,7 +59,7 @@ class RouterLosses:
             # What the loss is a mean over, and what it takes the router loss times, are read off its graph. Without the
             # graph being wanted it is gone with the sums' detaching, before the next micro-batch.
             with torch.enable_grad():
-                loss = self._loss_of(batch.inputs)
+                loss = self._loss_of(model, batch.inputs)
                 sums = self._sums(loss, seen, batch.inputs)
         finally:
             handle.remove()
@@ -114,6 +115,45 @@ class RouterLosses:
                 'made. Pass router_loss="micro".'
             )
         return found
+
+
+def balance_over_batch(model: Any) -> dict[str, Any]:
+    """Options of `TrainStep` with which a mixture of experts' load-balancing loss is the whole batch's.
+
+    For models of transformers that add it to their loss (Mixtral, Qwen-MoE, OLMoE and others:
+    ``output_router_logits=True`` in their config). A batch is the mapping that the model is called with, labels
+    included. Under data parallelism the batch is that of all processes.
+
+        train_step = ga.TrainStep(model, optimizer, **ga.balance_over_batch(model), micro_batch_size=4)
+
+    The model's own ``aux_loss`` is held against the formula of Switch in every micro-batch; memory is that of the sums
+    over tokens, and each micro-batch is run forward twice where its graph does not fit.
+
+    Args:
+        model: the model itself, or wrapped (``DistributedDataParallel``).
+
+    Returns:
+        ``forward``, ``batch_loss`` and ``combine``.
+
+    Raises:
+        LossError: the model has no load-balancing loss; in training, it is another one than Switch's.
+    """
+    plain = getattr(model, "module", model)
+    if not RouterLosses.are_in(plain):
+        config = getattr(plain, "config", None)
+        raise LossError(
+            f"{type(plain).__name__} adds no load-balancing loss: output_router_logits="
+            f"{getattr(config, 'output_router_logits', None)}, router_aux_loss_coef="
+            f"{getattr(config, 'router_aux_loss_coef', None)}. Without one, its loss is a mean over tokens, which "
+            "needs no options: ga.TrainStep(model, optimizer, lambda model, batch: ga.weight_of(model(**batch).loss)). "
+            "For a model of your own, see examples/18_balance_of_experts.py."
+        )
+    routers = RouterLosses(plain, lambda model, inputs: model(**inputs).loss)
+
+    def forward(model: Any, batch: Any) -> dict[str, Tensor]:
+        return routers.forward(model, SimpleNamespace(inputs=batch))
+
+    return {"forward": forward, "batch_loss": routers.batch_loss, "combine": "sum"}
 
 
 def _router_sums(layers: Any, mask: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,8 @@
+"""Trainers, each one function: ``train(model, optimizer, loss, batches, *, micro_batches, epochs, ...)``.
+
+| file | idea |
+| --- | --- |
+| `loops.py` | loops that the user writes: the textbook's, Accelerate's, Fabric's |
+| `trainers.py` | Lightning's and Transformers' |
+| `library.py` | this library, and the same trainers made exact |
+"""
