@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from gradaccum.errors import WindowError
 from gradaccum.fit.transaction import Fitting
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.losses.loss import Loss, Weight
+from gradaccum.randomness.sample_draws import Randomness, SampleDraws
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
@@ -69,6 +70,12 @@ class TrainStep(HasCounts):
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.
+        randomness: "sample" makes every draw in a forward (dropout, noise, masks, ``torch.rand`` and its kin) a
+            function of the seed, the update, the number of the draw, the sample's place in the global batch and the
+            element: the run is then the same for every micro-batch size, split, number of processes and resume. The
+            seed is that of torch's CPU generator at the first update, and goes on in ``state_dict()``. ``loss_fn`` is
+            called twice more before the first update. What cannot be keyed is named in one warning. "torch" draws anew
+            for each micro-batch, as torch does.
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients: see `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
@@ -117,11 +124,17 @@ class TrainStep(HasCounts):
         persistent_gradients: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
+        randomness: Randomness = "torch",
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
+            )
+        if randomness not in get_args(Randomness):
+            raise WindowError(
+                f"randomness={randomness!r}: dropout and other draws are a function of each sample's place in the "
+                'batch ("sample"), the same however the batch is cut, or torch\'s next numbers ("torch").'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         run_options = RunnerOptions(
@@ -164,7 +177,26 @@ class TrainStep(HasCounts):
         if self._any_rows is not None:
             marking = self._any_rows.marking
             run_options = dataclasses.replace(run_options, loss_fn=marking(loss_fn), forward=marking(forward))
-        self._runner = choose_runner(run_options, model, models, split=self._split, ranks=self._accumulation.ranks)
+        self._draws: SampleDraws | None = None
+        runner_split = self._split
+        if randomness == "sample":
+            self._draws = runner_split = SampleDraws(
+                model,
+                models,
+                self._accumulation.optimizers,
+                split=self._split,
+                is_lockstep=run_options.is_lockstep,
+                is_compiled=self._any_rows is not None,
+            )
+            run_options = dataclasses.replace(
+                run_options,
+                loss_fn=self._draws.forward(run_options.loss_fn),
+                forward=self._draws.forward(run_options.forward),
+                batch_loss=self._draws.once(batch_loss),
+            )
+            self._accumulation.plan_line.also = ["random draws by sample"]
+        runner = choose_runner(run_options, model, models, split=runner_split, ranks=self._accumulation.ranks)
+        self._runner = runner if self._draws is None else self._draws.around(runner)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
             self._fitting = Fitting(
@@ -193,7 +225,7 @@ class TrainStep(HasCounts):
         """
         refuse_closures(self._accumulation.optimizers)
         with self._accumulation.with_others():
-            self._run(batch)
+            self._run(batch, steps=True)
             update = self._accumulation.close()
         if self._bar is not None:
             self._bar.updated(update)
@@ -233,7 +265,7 @@ class TrainStep(HasCounts):
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others():
-                self._run(batch)
+                self._run(batch, steps=False)
                 loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:
             self._accumulation.discard()
@@ -277,6 +309,8 @@ class TrainStep(HasCounts):
         state: dict[str, Any] = dict(self._accumulation.state_dict())
         if self._fitting is not None:
             state["sizes"] = self._fitting.state_dict()
+        if self._draws is not None:
+            state["draws"] = self._draws.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,13 +318,17 @@ class TrainStep(HasCounts):
         self._accumulation.load_state_dict(state)
         if self._fitting is not None and "sizes" in state:
             self._fitting.load_state_dict(state["sizes"])
+        if self._draws is not None and "draws" in state:
+            self._draws.load_state_dict(state["draws"])
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""
         if self._bar is not None:
             self._bar.close()
 
-    def _run(self, batch: Any) -> None:
+    def _run(self, batch: Any, *, steps: bool) -> None:
+        if self._draws is not None:
+            self._draws.begin(is_for_user=not steps)
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
             if self._accumulation.ranks is not None and not tree.rows(batch):

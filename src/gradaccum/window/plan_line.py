@@ -27,6 +27,7 @@ class PlanLine:
         self._models, self._ranks = models, ranks
         self._couples_batch_norms = couples_batch_norms
         self._is_logged = self._has_seen_split = False
+        self.also: Sequence[str] = ()  # what else is said of every window
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
@@ -49,7 +50,8 @@ class PlanLine:
         coupled = self.coupled_layers()
         if is_final and not self._is_logged and (self._ranks is None or self._ranks.is_first):
             over = None if self._ranks is None else self._ranks.description
-            logger.info(plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over))
+            line = plan_line(sizes, coupled_layers=len(coupled), updates_per_epoch=updates_per_epoch, ranks=over)
+            logger.info(" | ".join([line, *self.also]))
         if coupled and is_split:
             warn_of_batch_norms(coupled, micro_batches=len(sizes))
         self._is_logged = self._is_logged or is_final
