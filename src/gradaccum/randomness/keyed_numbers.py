@@ -138,7 +138,7 @@ def _made(
             table[(*where, number)] = result
     if is_in_place:
         return made
-    whole = made.view(*grid[:2], -1, width)[:, :, :height].reshape(grid[0] * each, *others)
+    whole = made.view(*grid[:2], grid[2] * count, width)[:, :, :height].reshape(grid[0] * each, *others)
     whole = whole.view(draw.shape) if draw.dim is None else whole.movedim(0, dim)
     return whole if out is None else out.copy_(whole)
 
