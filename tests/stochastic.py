@@ -76,7 +76,7 @@ class Noisy(nn.Module):
         x = F.alpha_dropout(x, 0.2) + F.rrelu(x, training=True)
         x = x + 0.1 * torch.poisson(x.detach().exp()) + 0.1 * torch.distributions.Gamma(x.detach().exp(), 1.0).sample()
         chosen = torch.multinomial(x.detach().exp().flatten(1), 2) + torch.randint_like(like, 4)[:, 0, :2]
-        return torch.feature_dropout(x, 0.2, True) * torch.rand(()) + chosen.sum(1)[:, None, None] * 0.01
+        return (torch.feature_dropout(x, 0.2, True) * torch.rand(()) + chosen.sum(1)[:, None, None] * 0.01).tanh()
 
 
 def regression(model: nn.Module, batch: Any) -> Tensor:
@@ -133,7 +133,8 @@ class Case:
 
 
 def _transformer() -> nn.Module:
-    return Network(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.3, batch_first=True))
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.3, batch_first=True)
+    return Network(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
 
 
 def _sequence_first() -> nn.Module:

@@ -93,7 +93,7 @@ UNIFORM: dict[str, Callable[[Draw], Tensor]] = {
     "normal 32": lambda draw: torch.special.ndtr(KINDS["normal 32"](draw).double()),
     "normal 64": lambda draw: torch.special.ndtr(KINDS["normal 64"](draw)),
     "exponential": lambda draw: -torch.expm1(-exponential(draw)),
-    "integers": lambda draw: integers(draw, 0, 1000) / 1000,
+    "integers": lambda draw: (integers(draw, 0, 1000) + 0.5) / 1000,
     "long integers": lambda draw: integers(draw, 0, 1 << 40) / 2**40,
 }
 

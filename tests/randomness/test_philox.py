@@ -23,7 +23,12 @@ def test_published_vectors(rounds: int, counter: list[int], key: tuple[int, int]
 
 
 def test_a_grid_is_its_counters_one_by_one() -> None:
-    axes = [torch.tensor([0, 5, 0xFFFFFFFF]), torch.tensor([7, 8]), torch.tensor([1, 2, 3, 4]), torch.tensor([9, 1 << 31])]
+    axes = [
+        torch.tensor([0, 5, 0xFFFFFFFF]),
+        torch.tensor([7, 8]),
+        torch.tensor([1, 2, 3, 4]),
+        torch.tensor([9, 1 << 31]),
+    ]
     grid = philox([axis.view([-1 if at == n else 1 for n in range(4)]) for at, axis in enumerate(axes)], (1, 2))
     for place in torch.cartesian_prod(*(torch.arange(len(axis)) for axis in axes)).tolist():
         one = philox([axis[at] for axis, at in zip(axes, place, strict=True)], (1, 2))

@@ -87,7 +87,9 @@ def test_torch_is_the_default_and_draws_what_it_always_did() -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
-@pytest.mark.parametrize("options", [{"lockstep": True}, {"batch_norm": "exact"}, {"lockstep": True, "activations": "recompute"}])
+@pytest.mark.parametrize(
+    "options", [{"lockstep": True}, {"batch_norm": "exact"}, {"lockstep": True, "activations": "recompute"}]
+)
 def test_in_lockstep(options: dict[str, Any]) -> None:
     for name in ("transformer", "checkpoint"):
         assert (trained(name, 3, **options) - trained(name)).abs().max() < EXACT
@@ -245,7 +247,9 @@ def _of_chosen(model: nn.Module, batch: Any) -> Tensor:
 def _no_state(model: Any, batch: Any) -> Tensor:
     from torch.utils.checkpoint import checkpoint
 
-    return checkpoint(lambda x: F.dropout(model(x)).square().mean(), batch[0], use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        lambda x: F.dropout(model(x)).square().mean(), batch[0], use_reentrant=False, preserve_rng_state=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -250,11 +250,12 @@ class Call:
 
     def empty(self) -> Tensor:
         """What ``torch.rand(size, ...)`` and its kin return, not filled yet."""
-        options = {name: self.given.get(name) for name in ("dtype", "layout", "device", "pin_memory")}
+        options = {name: self.kwargs.get(name) for name in ("dtype", "layout", "device", "pin_memory")}
         if "self" in self.given:
             del options["pin_memory"]
-            return torch.empty_like(self.given["self"], memory_format=self.given.get("memory_format"), **options)
-        if "random" in self.name or "int" in self.name or self.name == "randperm":
+            layout = self.kwargs.get("memory_format") or torch.preserve_format
+            return torch.empty_like(self.given["self"], memory_format=layout, **options)
+        if self.name in ("randint", "randperm"):
             options["dtype"] = options["dtype"] or torch.int64
         size = (self.given["n"],) if self.name == "randperm" else self.given["size"]
         return torch.empty(size, **options)
