@@ -94,6 +94,9 @@ class KeyedMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if not _draws(func):
             return func(*args, **kwargs)
+        if func._can_decompose() and func._schema.name.removeprefix("aten::") in _COMPOSITE:
+            with self:
+                return func.decompose(*args, **kwargs)
         given = _all_arguments(func, args, kwargs)
         if _draws_nothing(given) or not self._window.pieces:  # in lockstep the library draws seeds before it begins
             return func(*args, **kwargs)
@@ -141,7 +144,10 @@ class MathAttention(TorchFunctionMode):
 
 @functools.cache
 def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    name = func._schema.name.removeprefix("aten::") if hasattr(func, "_schema") else ""
+    is_tagged = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    # The backward of attention is tagged, and draws again what its forward drew.
+    return name in _UNTAGGED or (is_tagged and not name.endswith("_backward"))
 
 
 @functools.cache
@@ -364,6 +370,11 @@ def _multinomial(call: Call) -> Tensor:
     return (chances.unsqueeze(-2) / exponential(call.draw(shape, chances.device))).argmax(-1)
 
 
+_UNTAGGED = frozenset({"random", "random_", "binomial", "_sample_dirichlet"})  # which torch has forgotten
+# Seen in inference mode alone; elsewhere torch has taken them apart before.
+_COMPOSITE = frozenset(
+    {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+)
 _FUSED = frozenset(
     {
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),

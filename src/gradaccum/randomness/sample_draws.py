@@ -206,7 +206,9 @@ class SampleDraws:
             return
         found = None
         if rows and self._run_one is not None and (ranks is None or not ranks.runs_collectives):
+            before = RandomState.now()
             found = find_layouts(self._run_one, self._split, batch, models=self._models, device=self._device)
+            before.restore()
         seed = self.fix_seed()
         if ranks is not None:  # all take the first process's seed, and what the first one that has rows has found
             everybody = ranks.ranks.exchange_objects((seed, found))
