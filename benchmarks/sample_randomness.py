@@ -91,7 +91,7 @@ def main() -> None:
         peaks[name] = memory.peak
     for name, time in times.items():
         print(
-            f"{name:12} {time.seconds:8.3f} s  {time.ratio:5.2f} of torch's dropout, processor {time.processor_ratio:5.2f}"
+            f"{name:12} {time.seconds:8.3f} s  {time.ratio:5.2f} of torch's, processor {time.processor_ratio:5.2f}"
             f"  peak {peaks[name] / 2**20:8.1f} MiB  {peaks[name] / peaks['torch']:5.3f}"
         )
     if options.json:

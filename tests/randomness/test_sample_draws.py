@@ -49,6 +49,12 @@ def make_step(name: str, cut: Any = ROWS, **options: Any) -> tuple[nn.Module, ga
     return model, ga.TrainStep(model, optimizer, case.loss_fn, micro_batch_size=cut, **options)
 
 
+def train(step: ga.TrainStep, updates: int = 5) -> None:
+    """Trains on the batches that all runs here have."""
+    for batch in make_batches(updates):
+        step(batch)
+
+
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -218,11 +224,11 @@ def test_padding_that_is_trimmed_changes_no_draw() -> None:
     assert (run(split=cost, micro_batch_size=4) - run(micro_batch_size=ROWS)).abs().max() < EXACT
 
 
-# ----------------------------------------------------------------------------------------------------- what is not keyed
+# -------------------------------------------------------------------------------------------------- what is not keyed
 
 
 def _python(model: nn.Module, batch: Any) -> Tensor:
-    return regression(model, batch) * random.random()  # noqa: S311
+    return regression(model, batch) * random.random()
 
 
 def _numpy(model: nn.Module, batch: Any) -> Tensor:
@@ -268,8 +274,7 @@ def test_what_is_not_keyed_is_named_once(loss_fn: Any, what: str) -> None:
     model = Network()
     step = ga.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch_size=3, randomness="sample")
     with pytest.warns(ga.GradAccumWarning, match=re.escape('randomness="sample"') + ".*" + what) as warned:
-        for batch in make_batches(3):
-            step(batch)
+        train(step, 3)
     assert len(warned) == 1
 
 
@@ -283,8 +288,7 @@ def test_compiled_models_run_uncompiled_and_say_so() -> None:
         compiled, torch.optim.SGD(model.parameters(), lr=0.1), case.loss_fn, micro_batch_size=3, randomness="sample"
     )
     with pytest.warns(ga.GradAccumWarning, match="compiled code, which runs uncompiled"):
-        for batch in make_batches(5):
-            step(batch)
+        train(step)
     assert (flat(model) - expected).abs().max() < EXACT
 
 
@@ -300,7 +304,7 @@ def test_the_plan_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert "exact | random draws by sample" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------------------------- processes
 
 
 def check_ranks(rank: int, world_size: int, shares: list[int]) -> list[Tensor]:
