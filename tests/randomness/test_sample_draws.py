@@ -97,7 +97,7 @@ def test_torch_is_the_default_and_draws_what_it_always_did() -> None:
     "options", [{"lockstep": True}, {"batch_norm": "exact"}, {"lockstep": True, "activations": "recompute"}]
 )
 def test_in_lockstep(options: dict[str, Any]) -> None:
-    for name in ("transformer", "checkpoint"):
+    for name in ("transformer", "checkpoint")[: 1 if "activations" in options else 2]:  # the other has no blocks
         assert (trained(name, 3, **options) - trained(name)).abs().max() < EXACT
 
 
