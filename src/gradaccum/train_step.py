@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,18 +14,19 @@ from torch.optim import Optimizer
 from gradaccum.checking.check_once import CheckOnce
 from gradaccum.checking.look_run import StepToCheck
 from gradaccum.errors import MisuseError, WindowError
-from gradaccum.fit.transaction import Fitting
+from gradaccum.fit.transaction import Fitting, no_common_size
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Loss, Weight
+from gradaccum.randomness.sample_draws import Randomness, SampleDraws
 from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import Sync, is_sharded
 from gradaccum.sync.messages import Caller
 from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
+from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
-from gradaccum.window.guards import user_line
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
@@ -81,6 +81,12 @@ class TrainStep(HasCounts):
             which calls ``loss_fn`` a few times more and leaves no trace. A loss that does not add up is an error, a
             layer or a state that depends on the cut a warning with its name; the plan line says what was checked, or
             why nothing was. "off": nothing is checked.
+        randomness: "sample" makes every draw in a forward (dropout, noise, masks, ``torch.rand`` and its kin) a
+            function of the seed, the update, the number of the draw, the sample's place in the global batch and the
+            element: the run is then the same for every micro-batch size, split, number of processes and resume. The
+            seed is that of torch's CPU generator at the first update, and goes on in ``state_dict()``. ``loss_fn`` is
+            called twice more before the first update. What cannot be keyed is named in one warning. "torch" draws anew
+            for each micro-batch, as torch does.
         clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see
             `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
@@ -135,11 +141,17 @@ class TrainStep(HasCounts):
         timeout: float | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
         collectives: bool = False,
+        randomness: Randomness = "torch",
     ) -> None:
         if micro_batch_size != "auto" and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise WindowError(
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
+            )
+        if randomness not in get_args(Randomness):
+            raise WindowError(
+                f"randomness={randomness!r}: dropout and other draws are a function of each sample's place in the "
+                'batch ("sample"), the same however the batch is cut, or torch\'s next numbers ("torch").'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         run_options = RunnerOptions(
@@ -196,16 +208,26 @@ class TrainStep(HasCounts):
         self._check = CheckOnce(self._accumulation, to_check, check=check)
         self._any_rows = any_number_of_rows(models, loss_fn, forward)
         if self._any_rows is not None:
-            marking = self._any_rows.marking
-            run_options = dataclasses.replace(run_options, loss_fn=marking(loss_fn), forward=marking(forward))
-        self._runner = choose_runner(run_options, model, models, split=self._split, ranks=self._accumulation.ranks)
+            run_options = run_options.wrapped(self._any_rows.marking)
+        self._draws: SampleDraws | None = None
+        runner_split = self._split
+        if randomness == "sample":
+            self._draws = runner_split = SampleDraws(
+                model,
+                models,
+                self._accumulation.optimizers,
+                split=self._split,
+                is_lockstep=run_options.is_lockstep,
+                is_compiled=self._any_rows is not None,
+            )
+            run_options = run_options.wrapped(self._draws.forward, around_batch_loss=self._draws.once)
+            self._accumulation.plan_line.also = ["random draws by sample"]
+        runner = choose_runner(run_options, model, models, split=runner_split, ranks=self._accumulation.ranks)
+        self._runner = runner if self._draws is None else self._draws.around(runner)
         self._fitting: Fitting | None = None
         if micro_batch_size == "auto":
             if self._accumulation.ranks is None and any(map(is_sharded, models)):
-                raise WindowError(
-                    'micro_batch_size="auto" with tensor parallelism: each process would find a size of its own, and '
-                    "wait in its forwards for micro-batches that the others do not run. Pass an int."
-                )
+                raise no_common_size()
             self._fitting = Fitting(
                 self._split,
                 self._accumulation,
@@ -240,7 +262,7 @@ class TrainStep(HasCounts):
         self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             try:
-                self._run(batch)
+                self._run(batch, steps=True)
                 update = self._accumulation.close()
             except BaseException:
                 if self._accumulation.is_open:  # Ctrl-C between the two
@@ -288,7 +310,7 @@ class TrainStep(HasCounts):
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others(caller=Caller.BACKWARD):
-                self._run(batch)
+                self._run(batch, steps=False)
                 loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:
             self._accumulation.discard()
@@ -332,6 +354,8 @@ class TrainStep(HasCounts):
         state: dict[str, Any] = dict(self._accumulation.state_dict())
         if self._fitting is not None:
             state["sizes"] = self._fitting.state_dict()
+        if self._draws is not None:
+            state["draws"] = self._draws.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -339,6 +363,8 @@ class TrainStep(HasCounts):
         self._accumulation.load_state_dict(state)
         if self._fitting is not None and "sizes" in state:
             self._fitting.load_state_dict(state["sizes"])
+        if self._draws is not None and "draws" in state:
+            self._draws.load_state_dict(state["draws"])
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""
@@ -347,15 +373,11 @@ class TrainStep(HasCounts):
 
     def _refuse_nested(self) -> None:
         if self._accumulation.is_open:
-            raise MisuseError(
-                f"The step was called at {user_line()} while it runs another batch, after "
-                f"{self._accumulation.open_micro_batches} of its micro-batches: inside of its own loss_fn, or from "
-                "another thread. Both would add to one .grad, and neither update would be its batch's. For a gradient "
-                "inside of a loss use torch.autograd.grad; for another batch call the step after this one, or make a "
-                "step of another model for it."
-            )
+            raise guards.nested_step(self._accumulation.open_micro_batches)
 
-    def _run(self, batch: Any) -> None:
+    def _run(self, batch: Any, *, steps: bool) -> None:
+        if self._draws is not None:
+            self._draws.begin(is_for_user=not steps)
         totals = None if self._weights is None else weights_by_name(self._weights(batch))
         if self._fitting is None:
             if self._accumulation.ranks is not None and not rows_in(self._split, batch):

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("stages", frozenset({"split", "losses", "gradients", "sync", "memory"})),
     ("inside the sample", frozenset({"chunks"})),
     ("window", frozenset({"window"})),
+    ("random draws", frozenset({"randomness"})),
     ("whole batch", frozenset({"whole_batch"})),
     ("fit", frozenset({"fit"})),
     ("checking", frozenset({"checking"})),

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradaccum import tree
-from gradaccum.errors import DoesNotFitError, MisuseError
+from gradaccum.errors import DoesNotFitError, MisuseError, WindowError
 from gradaccum.fit.size_model import in_words
 from gradaccum.fit.size_search import SizeSearch
 from gradaccum.memory.live_bytes import num_bytes, tensors_in
@@ -234,6 +234,14 @@ class Fitting:
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"
         )
+
+
+def no_common_size() -> WindowError:
+    """The error for a size that processes would each find for themselves, which share every forward."""
+    return WindowError(
+        'micro_batch_size="auto" with tensor parallelism: each process would find a size of its own, and wait in its '
+        "forwards for micro-batches that the others do not run. Pass an int."
+    )
 
 
 def _numbers(rows: Rows) -> tuple[int, ...]:

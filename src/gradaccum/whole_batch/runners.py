@@ -9,6 +9,7 @@ Two kinds of BatchNorm statistics are no runner but a scope around one: fixed gr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -48,6 +49,9 @@ ADVICE = (
 """What to do where not even a single sample fits."""
 
 
+Wrapper = Callable[[Any], Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerOptions:
     """How the micro-batches of a batch are to be run; each field is an option of `TrainStep`.
@@ -78,6 +82,12 @@ class RunnerOptions:
     def is_lockstep(self) -> bool:
         """Whether the micro-batches of a batch run side by side, from layer to layer."""
         return self.lockstep or self.batch_norm == "exact"
+
+    def wrapped(self, around: Wrapper, *, around_batch_loss: Wrapper | None = None) -> RunnerOptions:
+        """The same options, with something around each of the user's functions; a wrapper returns None for None."""
+        batch_loss = self.batch_loss if around_batch_loss is None else around_batch_loss(self.batch_loss)
+        functions = {"loss_fn": around(self.loss_fn), "forward": around(self.forward), "batch_loss": batch_loss}
+        return dataclasses.replace(self, **functions)
 
     def split(self, split: Split | None, *, max_rows: int | None) -> Split:
         """The user's way to cut a batch, or the one that these options need.

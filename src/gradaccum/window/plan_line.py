@@ -29,6 +29,7 @@ class PlanLine:
 
     Attributes:
         evidence: what is known of the gradient: "exact", and by what it was checked; or what was not checked, and why.
+        also: what else is said of every window.
         waits: whether there is a line for `tell`, which waits until a loss has been read.
     """
 
@@ -39,6 +40,7 @@ class PlanLine:
         self.evidence = NOT_CHECKED
         self.waits = False
         self._line: Callable[[str], str] = str
+        self.also: Sequence[str] = ()
 
     def coupled_layers(self) -> list[str]:
         """Qualified names of the layers that see the micro-batch."""
@@ -82,7 +84,7 @@ class PlanLine:
         """Logs the line that waits, with what is known by now."""
         self.evidence = evidence or self.evidence
         self.waits = False
-        logger.info(self._line(self.evidence))
+        logger.info(" | ".join([self._line(self.evidence), *self.also]))
 
     @staticmethod
     def _line_of(sizes: Sequence[int | None], coupled_layers: int, evidence: str, **rest: Any) -> str:

@@ -1,0 +1,1 @@
+"""Random draws that belong to a sample, not to a micro-batch."""
