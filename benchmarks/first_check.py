@@ -51,7 +51,9 @@ def pictures(width: int = 16) -> Job:
 
 def make_step(job: Job, **options: Any) -> ga.TrainStep:
     model, loss, _ = job
-    return ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, micro_batch_size=MICRO_BATCH, **options)
+    return ga.TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), loss, micro_batch_size=MICRO_BATCH, **options
+    )
 
 
 def cost(job: Job, rounds: int) -> dict[str, float]:
@@ -65,7 +67,12 @@ def cost(job: Job, rounds: int) -> dict[str, float]:
     times = measure(loops, rounds)
     update = times["update"].processor_seconds
     check = times["first, checked"].processor_seconds - times["first, unchecked"].processor_seconds
-    return {"update_seconds": update, "check_seconds": check, "updates": check / update, "share": check / update / UPDATES}
+    return {
+        "update_seconds": update,
+        "check_seconds": check,
+        "updates": check / update,
+        "share": check / update / UPDATES,
+    }
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from gradaccum.window.snapshot import RandomState
 _MOST_COPIED_BYTES = 16 * 2**20  # buffers up to here are copied; larger ones are saved when an operation writes them
 _MOST_ENTRIES = 10_000  # of a container in a closure: more are data, no counters
 _MOST_VISITED = 1_000  # objects that are reached through functions
+_HELD = (nn.Module, Tensor, torch.Generator, list, dict, random.Random, functools.partial)
 _ITERATORS = (itertools.count, type(iter(range(0))), type(iter([])), type(iter(())))  # that can be copied
 _LIBRARIES = ("torch", "numpy", "gradaccum")
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
@@ -179,7 +180,7 @@ class Watched:
             for attribute, value in attributes.items():
                 if isinstance(value, _ITERATORS):
                     vars(holder)[attribute] = copy.copy(value)
-                elif isinstance(value, (nn.Module, Tensor, torch.Generator, list, dict, random.Random)):
+                elif isinstance(value, _HELD) or inspect.isroutine(value):
                     self._add_object(value, attribute)
 
     def _add_function(self, function: Any) -> None:
@@ -193,6 +194,7 @@ class Watched:
             if isinstance(held, _ITERATORS):
                 cell.cell_contents = copy.copy(held)
             self._add_object(held, name)
+        self._add_defaults(function)
         if (function.__module__ or "").partition(".")[0] not in ("torch", "gradaccum"):
             for name in function.__code__.co_names:
                 if name in function.__globals__:
@@ -201,6 +203,19 @@ class Watched:
                         self._undone.callback(function.__globals__.__setitem__, name, held)
                         function.__globals__[name] = copy.copy(held)
                     self._add_object(held, name)
+
+    def _add_defaults(self, function: Any) -> None:
+        """What a function holds as the defaults of its arguments: ``def loss_fn(model, batch, judge=judge)``."""
+        positional, by_name = function.__defaults__ or (), function.__kwdefaults__ or {}
+        if any(isinstance(held, _ITERATORS) for held in positional):
+            self._undone.callback(setattr, function, "__defaults__", positional)
+            function.__defaults__ = tuple(
+                copy.copy(held) if isinstance(held, _ITERATORS) else held for held in positional
+            )
+        code = function.__code__
+        names = code.co_varnames[code.co_argcount - len(positional) : code.co_argcount]
+        for name, held in (*zip(names, positional, strict=True), *by_name.items()):
+            self._add_object(held, name)
 
 
 @contextmanager
