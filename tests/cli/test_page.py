@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
@@ -87,6 +88,20 @@ def test_the_terminal_has_the_same_in_order(capsys: pytest.CaptureFixture[str]) 
     lines = [line.strip() for line in out.splitlines()]
     assert lines[lines.index("Take 4.") :] == ["Take 4.", "", "First.", "Second <b>.", "", "Third."]
     assert "What <fits>" not in out, "the table has a title of its own"
+
+
+def test_code_keeps_its_lines_and_details_are_the_pages_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = Cell(text="if x < 1:\n    print(x)", tone=Tone.CODE)
+    path = tmp_path / "page.html"
+    show_page(dataclasses.replace(PAGE, sections=((code,),), details=((Cell(text="A detail."),),)), path)
+    out = capsys.readouterr().out
+    assert "  if x < 1:\n      print(x)\n" in out
+    assert "A detail." not in out
+    text = path.read_text(encoding="utf-8")
+    assert "<pre>if x &lt; 1:\n    print(x)</pre>" in text
+    assert "A detail." in text
 
 
 def test_without_jinja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

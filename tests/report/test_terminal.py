@@ -64,3 +64,14 @@ def test_brackets_are_text_not_markup() -> None:
     print_text(Console(file=file, width=80), "pip install 'gradaccum[plot]' and [bold]nothing[/bold]")
     assert "gradaccum[plot]" in file.getvalue()
     assert "[bold]nothing[/bold]" in file.getvalue()
+
+
+def test_a_table_that_is_too_wide_comes_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = tuple(f"column {number:02}" for number in range(12))
+    row = Row(label="a long label of a row", cells=tuple(Cell(text=f"cell{number:02}") for number in range(12)))
+    print_table(console(), Table(title="Wide", text="", columns=heads, rows=(row,)))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("a long label of a row") > 1
+    for number in range(12):
+        assert out.count(f"column {number:02}") == out.count(f"cell{number:02}") == 1

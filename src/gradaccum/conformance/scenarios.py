@@ -201,8 +201,8 @@ def _parameters(adapter: Adapter) -> frozenset[str] | None:
 class _Stream(IterableDataset[Any]):
     """Samples without a length."""
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(self, data: TensorDataset) -> None:
         self._data = data
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._data)
+        return (self._data[index] for index in range(len(self._data)))

@@ -97,7 +97,7 @@ def _parts(table: Table, width: int) -> list[slice]:
     left = width - min(max((len(row.label) for row in table.rows), default=0), width // 2)
     parts, start, used = list[slice](), 0, 0
     for index, head in enumerate(table.columns):
-        needed = 2 + max(len(head), *(len(row.cells[index].text) for row in table.rows), 0)
+        needed = 3 + max(len(head), *(len(row.cells[index].text) for row in table.rows), 0)
         if index > start and used + needed > left:
             parts.append(slice(start, index))
             start, used = index, 0
