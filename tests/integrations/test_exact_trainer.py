@@ -262,7 +262,7 @@ class Contrasting(nn.Module):
 
 
 def test_a_loss_that_couples_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ga.LossError, match=r"of its two halves .* couples them .* forward= and batch_loss="):
+    with pytest.raises(ga.LossError, match=r"(?s)2 samples together .* couples samples.* forward=forward, batch_loss="):
         train(ExactTrainer, Contrasting(), texts(), tmp_path)
 
 

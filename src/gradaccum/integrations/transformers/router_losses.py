@@ -34,13 +34,15 @@ class RouterLosses:
     Args:
         model: the plain model.
         loss_of: from one micro-batch's inputs to its loss as the Trainer computed it, router loss included.
-        scaler: what the batch's loss is scaled with, if anything.
+        over_batch: whether the router loss is taken over the batch; else it is each micro-batch's, weighed as the rest.
     """
 
-    def __init__(self, model: Any, loss_of: Callable[[Any], Any], scaler: Any = None) -> None:
+    combine = "sum"
+
+    def __init__(self, model: Any, loss_of: Callable[[Any], Any], *, over_batch: bool = True) -> None:
         self._model = model
         self._loss_of = loss_of
-        self._scaler = scaler
+        self._over_batch = over_batch
         self._coefficient: float | None = None
 
     @staticmethod
@@ -58,23 +60,27 @@ class RouterLosses:
             # What the loss is a mean over, and what it takes the router loss times, are read off its graph. Without the
             # graph being wanted it is gone with the sums' detaching, before the next micro-batch.
             with torch.enable_grad():
-                loss = self._loss_of(batch.inputs)
-                sums = self._sums(loss, seen, batch.inputs)
+                loss = self._loss_of(batch)
+                sums = self._sums(loss, seen, batch)
         finally:
             handle.remove()
         return sums if wants_graph else {name: one.detach() for name, one in sums.items()}
 
     def batch_loss(self, sums: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The whole batch's loss."""
+        if not self._over_batch:
+            return sums["total"] / sums["count"]
         tokens = sums["tokens"]
         balance = (sums["chosen"].detach() / tokens * (sums["probability"] / tokens)).sum()
         coefficient = self._coefficient if self._coefficient is not None else self._config("router_aux_loss_coef")
-        loss = sums["total"] / sums["count"] + coefficient * self._config("num_experts") * balance
-        return loss if self._scaler is None else self._scaler.scale(loss)
+        return sums["total"] / sums["count"] + coefficient * self._config("num_experts") * balance
 
     def _sums(self, loss: Any, seen: list[Any], inputs: Any) -> dict[str, Tensor]:
         outputs = next((one for one in seen if getattr(one, "aux_loss", None) is not None), None)
         means = means_in(loss) if isinstance(loss, Tensor) else []
+        if means and not self._over_batch:
+            count = torch.as_tensor(means[0].count, device=loss.device).to(loss.dtype)
+            return {"total": torch.where(count == 0, 0.0, loss) * count, "count": count}
         if outputs is None or not getattr(outputs, "router_logits", None) or not means:
             raise LossError(
                 f"{type(self._model).__name__} has output_router_logits=True, and its outputs have no router_logits "
