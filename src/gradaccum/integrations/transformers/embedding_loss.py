@@ -1,8 +1,8 @@
 """Losses that couple the samples of a batch through their embeddings, as sentence-transformers' trainer has them.
 
 Multiple negatives, CoSENT, batch-hard triplets: a micro-batch of two has one negative where the batch has 63, so a
-weighted sum of micro-batches is another loss. But the loss is a function of the embeddings, which the loss module has by
-itself, ``compute_loss_from_embeddings(embeddings, labels)``. The micro-batches' embeddings are put together and it is
+weighted sum of micro-batches is another loss. But the loss is a function of the embeddings, which the loss module has
+by itself, ``compute_loss_from_embeddings(embeddings, labels)``. The micro-batches' embeddings are put together and it is
 called once, with the whole batch's (`TrainStep` with ``batch_loss``; gradient caching, Gao et al. 2021, arXiv
 2101.06983). Under several processes the embeddings are those of all of them.
 """
@@ -24,7 +24,7 @@ class EmbeddingLoss:
 
     Args:
         trainer: whose ``loss`` is meant.
-        loss_of: runs one micro-batch's inputs through the Trainer.
+        loss_of: runs one micro-batch's inputs through the Trainer's training step.
 
     Raises:
         UnsupportedError: the loss gathers over processes by itself.
@@ -32,7 +32,7 @@ class EmbeddingLoss:
 
     combine = "concat"
 
-    def __init__(self, trainer: Any, loss_of: Callable[[Any], Any]) -> None:
+    def __init__(self, trainer: Any, loss_of: Callable[[Any, Any], Any]) -> None:
         self._trainer = trainer
         self._loss_of = loss_of
         if getattr(trainer.loss, "gather_across_devices", False) and trainer.args.world_size > 1:
@@ -48,7 +48,7 @@ class EmbeddingLoss:
         loss = getattr(trainer, "loss", None)
         return isinstance(loss, nn.Module) and callable(getattr(loss, _METHOD, None))
 
-    def forward(self, model: Any, batch: Any) -> dict[str, Any]:
+    def forward(self, batch: Any, training_step: Callable[..., Any]) -> dict[str, Any]:
         """A micro-batch's embeddings, one tensor for each column of texts, and its labels if there are any."""
         seen: list[tuple[Any, Any]] = []
 
@@ -60,7 +60,7 @@ class EmbeddingLoss:
         loss: Any = self._trainer.loss
         object.__setattr__(loss, _METHOD, noting)
         try:
-            self._loss_of(batch)
+            self._loss_of(batch, training_step)
         finally:
             object.__delattr__(loss, _METHOD)
         if len(seen) != 1:

@@ -13,6 +13,7 @@ a window is logged once, with its last micro-batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -179,7 +180,8 @@ class _ExactWindows:
         self._weights = weights
         self._over_batch = router_loss == "batch"
         self._check: Literal["first", "off"] = check
-        self._loss = TrainerLoss(trainer, training_step, says_weights=weights is not None)
+        self._loss = TrainerLoss(trainer, says_weights=weights is not None)
+        self._training_step = training_step
         self._made_for: tuple[Any, Any] | None = None
         self._train_step: TrainStep | None = None
         self._window: list[Any] = []
@@ -259,13 +261,16 @@ class _ExactWindows:
             "scaler": self._trainer.accelerator.scaler,
             "check": self._check,
         }
+        # A method in the functions' closures: what the trainer counts and logs, a check then puts back.
+        training_step = self._training_step
         coupled = self._coupled(model)
         if coupled is not None:
-            options |= {"forward": coupled.forward, "batch_loss": coupled.batch_loss, "combine": coupled.combine}
+            options |= {"batch_loss": coupled.batch_loss, "combine": coupled.combine}
+            options["forward"] = lambda _, batch: coupled.forward(batch, training_step)
             if isinstance(coupled, RouterLosses) and not self._over_batch:
                 options["check"] = "off"  # asked for as they are, which is not the batch's
         else:
-            options["loss_fn"] = lambda _, batch: self._loss.of(model, batch)
+            options["loss_fn"] = lambda _, batch: self._loss.of(model, batch, training_step)
             if self._weights is not None:
                 options["weights"] = self._weights_of
         models = [model, *support.modules_besides(self._trainer, model)]
@@ -274,7 +279,7 @@ class _ExactWindows:
 
     def _coupled(self, model: Any) -> RouterLosses | EmbeddingLoss | None:
         """What makes the loss of the whole batch, where micro-batches' losses do not add up to it."""
-        computed = lambda inputs: self._loss.computed(model, inputs)  # noqa: E731
+        computed = functools.partial(self._loss.computed, model)
         plain_model = self._trainer.accelerator.unwrap_model(model)
         if RouterLosses.are_in(plain_model):
             return RouterLosses(plain_model, computed, over_batch=self._over_batch)

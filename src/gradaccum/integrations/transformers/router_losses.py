@@ -33,13 +33,13 @@ class RouterLosses:
 
     Args:
         model: the plain model.
-        loss_of: from one micro-batch's inputs to its loss as the Trainer computed it, router loss included.
+        loss_of: from one micro-batch's inputs and the Trainer's training step to its loss as the Trainer computed it, router loss included.
         over_batch: whether the router loss is taken over the batch; else it is each micro-batch's, weighed as the rest.
     """
 
     combine = "sum"
 
-    def __init__(self, model: Any, loss_of: Callable[[Any], Any], *, over_batch: bool = True) -> None:
+    def __init__(self, model: Any, loss_of: Callable[[Any, Any], Any], *, over_batch: bool = True) -> None:
         self._model = model
         self._loss_of = loss_of
         self._over_batch = over_batch
@@ -51,7 +51,7 @@ class RouterLosses:
         config = getattr(model, "config", None)
         return bool(getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0))
 
-    def forward(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Any, training_step: Callable[..., Any]) -> dict[str, Tensor]:
         """A micro-batch's sums."""
         seen: list[Any] = []
         handle = self._model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
@@ -60,7 +60,7 @@ class RouterLosses:
             # What the loss is a mean over, and what it takes the router loss times, are read off its graph. Without the
             # graph being wanted it is gone with the sums' detaching, before the next micro-batch.
             with torch.enable_grad():
-                loss = self._loss_of(batch)
+                loss = self._loss_of(batch, training_step)
                 sums = self._sums(loss, seen, batch)
         finally:
             handle.remove()

@@ -13,7 +13,7 @@ ways of their own (some divide by it, some take a token a row too many, some ign
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,13 +33,11 @@ class TrainerLoss:
 
     Args:
         trainer: the instance.
-        training_step: what its class makes of one micro-batch, without the mixin.
         says_weights: whether the user counts the weights, so that nothing is to be found out.
     """
 
-    def __init__(self, trainer: Any, training_step: Any, *, says_weights: bool) -> None:
+    def __init__(self, trainer: Any, *, says_weights: bool) -> None:
         self._trainer = trainer
-        self._training_step = training_step
         self._says_weights = says_weights
         self._here = threading.local()
         self._numbers = MeanByNumbers(rows_of, self._halves)
@@ -76,13 +74,13 @@ class TrainerLoss:
                 setattr(owner, name, value)
             trainer.current_gradient_accumulation_steps, args.average_tokens_across_devices = steps, average
 
-    def of(self, model: Any, inputs: Any) -> Any:
+    def of(self, model: Any, inputs: Any, training_step: Callable[..., Any]) -> Any:
         """A micro-batch's loss with its graph: a `Loss` or a dict of them; plain where the user counts the weights.
 
         Raises:
             LossError: the Trainer computed none or several, or it cannot be found out what it is a mean over.
         """
-        loss = self.computed(model, inputs)
+        loss = self.computed(model, inputs, training_step)
         if isinstance(loss, Tensor) and not self._says_weights:
             loss = Loss.mean(loss, over=self._weight(loss, model, inputs))
         return loss
@@ -97,10 +95,13 @@ class TrainerLoss:
         except LossError:  # measured in a window, or a guess that the audit will find fault with
             return Loss.mean(loss, over=self._numbers.count_or_none(inputs) or rows_of(inputs))
 
-    def computed(self, model: Any, inputs: Any) -> Any:
-        """What ``compute_loss`` returned for a micro-batch, neither divided nor scaled."""
+    def computed(self, model: Any, inputs: Any, training_step: Callable[..., Any]) -> Any:
+        """What ``compute_loss`` returned for a micro-batch, neither divided nor scaled.
+
+        ``training_step`` is what the trainer's own class makes of a micro-batch, without the mixin.
+        """
         self._here.losses = []
-        self._training_step(model, dict(inputs) if isinstance(inputs, Mapping) else inputs, None)
+        training_step(model, dict(inputs) if isinstance(inputs, Mapping) else inputs, None)
         losses = self._here.losses
         if len(losses) != 1:
             raise LossError(
