@@ -13,8 +13,8 @@ so all that can go wrong is how often a loss is divided. The gradient's size is 
     not run             cannot be made small from its configuration alone, or needs other inputs; the reason is on file
 
 With --exact `ExactTrainer` is run beside it, and its distance from the whole batch's gradient printed. With --time no
-census is taken, but the time of a micro-batch in the exact Trainer is compared with the stock one's, on a tiny model and
-on GPT-2's shape.
+census is taken, but the time of a micro-batch in the exact Trainer is compared with the stock one's, on a tiny model
+and on GPT-2's shape.
 """
 
 from __future__ import annotations
@@ -173,10 +173,10 @@ def quietly() -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
+        unseen = io.StringIO()
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -279,11 +279,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.time:
         SECONDS = 600
-        results: dict[str, Any] = {
-            "times": {
-                shape: times(shape, arguments.rounds, windows=25 if shape == "tiny" else 1) for shape in arguments.shapes
-            }
-        }
+        windows = {"tiny": 25, "GPT-2": 1}
+        found = {shape: times(shape, arguments.rounds, windows[shape]) for shape in arguments.shapes}
+        results: dict[str, Any] = {"times": found}
     else:
         results = {"heads": census(arguments.kinds, arguments.heads, with_exact=arguments.exact)}
         summary(results["heads"])

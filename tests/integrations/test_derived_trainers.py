@@ -29,6 +29,11 @@ def exact_of(cls: type) -> type:
     return type(f"Exact{cls.__name__}", (ExactMixin, cls), {})
 
 
+def cut_in(size: int, cls: type) -> Any:
+    """The exact class, with micro-batches of at most so many rows."""
+    return lambda **given: exact_of(cls)(micro_batch_size=size, **given)
+
+
 class Sees(transformers.TrainerCallback):
     def __init__(self) -> None:
         self.gradients: list[Gradients] = []
@@ -64,6 +69,19 @@ def run(cls: Any, config: Any, folder: Path, size: tuple[int, int], *, options: 
 def furthest(made: list[Gradients], expected: list[Gradients]) -> float:
     assert len(made) == len(expected)
     return max(error(one, other) for one, other in zip(made, expected, strict=True))
+
+
+def beside_stock(name: str, cls: Any, config: Any, folder: Path, expected: list[Gradients], **given: Any) -> Any:
+    """Logs of the exact trainer at 2 x 4, whose gradients are those expected; and how far the stock one's are from it.
+
+    ``pytest -rP`` shows both.
+    """
+    stock, _ = run(cls, config, folder, (2, 4), **given)
+    made, logs = run(exact_of(cls), config, folder, (2, 4), **given)
+    off = furthest(made, expected), furthest(stock, expected)
+    print(f"{name}: stock {off[1]:.1e}, exact {off[0]:.1e}")
+    assert off[0] < EXACT
+    return logs, off[1]
 
 
 def words() -> Any:
@@ -112,25 +130,27 @@ def test_supervised_finetuning(packing: bool, tmp_path: Path) -> None:
         options["packing_strategy"] = "wrapped"  # without flash attention
     given = {"model": llama(), "train_dataset": data, "processing_class": words(), "options": options}
     expected, logs = run(trl.SFTTrainer, trl.SFTConfig, tmp_path, (8, 1), **given)
-    exact = exact_of(trl.SFTTrainer)
-    made, made_logs = run(exact, trl.SFTConfig, tmp_path, (2, 4), **given)
-    assert furthest(made, expected) < EXACT
+    name = "SFT, packed" if packing else "SFT"
+    made_logs, _ = beside_stock(name, trl.SFTTrainer, trl.SFTConfig, tmp_path, expected, **given)
     assert [log["loss"] for log in made_logs] == pytest.approx([log["loss"] for log in logs], rel=1e-5)
     assert [log["num_tokens"] for log in made_logs] == [log["num_tokens"] for log in logs]  # a check counts nothing
-    made, _ = run(lambda **kwargs: exact(micro_batch_size=3, **kwargs), trl.SFTConfig, tmp_path, (8, 1), **given)
+    made, _ = run(cut_in(3, trl.SFTTrainer), trl.SFTConfig, tmp_path, (8, 1), **given)
     assert furthest(made, expected) < EXACT
 
 
 def test_preferences_whose_pairs_stay_together(tmp_path: Path) -> None:
     columns = {"prompt": sentences(19), "chosen": sentences(19, 1), "rejected": sentences(19, 2)}
     trl, data = trl_and_data(columns)
-    given = {"model": llama(), "ref_model": llama(hidden_act="relu"), "train_dataset": data, "processing_class": words()}
+    given = {
+        "model": llama(),
+        "ref_model": llama(hidden_act="relu"),
+        "train_dataset": data,
+        "processing_class": words(),
+    }
     expected, logs = run(trl.DPOTrainer, trl.DPOConfig, tmp_path, (8, 1), **given)
-    exact = exact_of(trl.DPOTrainer)
-    made, made_logs = run(exact, trl.DPOConfig, tmp_path, (2, 4), **given)
-    assert furthest(made, expected) < EXACT
+    made_logs, _ = beside_stock("DPO", trl.DPOTrainer, trl.DPOConfig, tmp_path, expected, **given)
     assert [log["loss"] for log in made_logs] == pytest.approx([log["loss"] for log in logs], rel=1e-5)
-    made, _ = run(lambda **kwargs: exact(micro_batch_size=6, **kwargs), trl.DPOConfig, tmp_path, (8, 1), **given)
+    made, _ = run(cut_in(6, trl.DPOTrainer), trl.DPOConfig, tmp_path, (8, 1), **given)
     assert furthest(made, expected) < EXACT
 
 
@@ -146,10 +166,9 @@ def test_rewards(centered: float | None, tmp_path: Path) -> None:
         "options": {"center_rewards_coefficient": centered},
     }
     expected, _ = run(trl.RewardTrainer, trl.RewardConfig, tmp_path, (8, 1), **given)
-    exact = exact_of(trl.RewardTrainer)
-    made, _ = run(exact, trl.RewardConfig, tmp_path, (2, 4), **given)
-    assert furthest(made, expected) < EXACT
-    made, _ = run(lambda **kwargs: exact(micro_batch_size=4, **kwargs), trl.RewardConfig, tmp_path, (8, 1), **given)
+    name = f"Reward, centered {centered}"
+    beside_stock(name, trl.RewardTrainer, trl.RewardConfig, tmp_path, expected, **given)
+    made, _ = run(cut_in(4, trl.RewardTrainer), trl.RewardConfig, tmp_path, (8, 1), **given)
     assert furthest(made, expected) < EXACT
 
 
@@ -193,12 +212,9 @@ def test_sentence_embeddings(name: str, tmp_path: Path) -> None:
     }
     arguments = sbert.SentenceTransformerTrainingArguments
     expected, logs = run(sbert.SentenceTransformerTrainer, arguments, tmp_path, (8, 1), **given)
-    exact = exact_of(sbert.SentenceTransformerTrainer)
-    made, made_logs = run(exact, arguments, tmp_path, (2, 4), **given)
-    assert furthest(made, expected) < EXACT
+    made_logs, off = beside_stock(name, sbert.SentenceTransformerTrainer, arguments, tmp_path, expected, **given)
     assert [log["loss"] for log in made_logs] == pytest.approx([log["loss"] for log in logs], rel=1e-5)
-    stock, _ = run(sbert.SentenceTransformerTrainer, arguments, tmp_path, (2, 4), **given)
-    assert (furthest(stock[:2], expected[:2]) > WRONG) == LOSSES[name]
+    assert (off > WRONG) == LOSSES[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -217,4 +233,6 @@ def test_low_rank_adapters(head: str, tmp_path: Path) -> None:
     made = train(ExactTrainer, model, rows, tmp_path)
     assert furthest(made.gradients, expected) < EXACT
     stock = train(transformers.Trainer, model, rows, tmp_path)
-    assert furthest(stock.gradients, expected) > 1.0
+    off = furthest(made.gradients, expected), furthest(stock.gradients, expected)
+    print(f"LoRA, {head}: stock {off[1]:.1e}, exact {off[0]:.1e}")
+    assert off[1] > 1.0
