@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -200,15 +201,17 @@ def test_sentence_embeddings(name: str, tmp_path: Path) -> None:
     config = transformers.BertConfig(**trainers.BERT)
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     words().save_pretrained(tmp_path / "bert")
-    module = sbert.models.Transformer(str(tmp_path / "bert"))
-    model = sbert.SentenceTransformer(modules=[module, sbert.models.Pooling(8)], device="cpu")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    layers = [modules.Transformer(str(tmp_path / "bert")), modules.Pooling(8)]
+    model = sbert.SentenceTransformer(modules=layers, device="cpu")
     columns: dict[str, Any] = {"one": sentences(19, 1), "other": sentences(19, 2)}
     if name != "MultipleNegativesRankingLoss":
         columns["label"] = [i % 7 / 7 for i in range(19)]
     given = {
         "model": model,
         "train_dataset": datasets.Dataset.from_dict(columns),
-        "loss": lambda model: getattr(sbert.losses, name)(model),
+        "loss": lambda model: getattr(losses, name)(model),
     }
     arguments = sbert.SentenceTransformerTrainingArguments
     expected, logs = run(sbert.SentenceTransformerTrainer, arguments, tmp_path, (8, 1), **given)
