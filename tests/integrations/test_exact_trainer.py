@@ -214,6 +214,7 @@ def test_clipping_and_a_resumed_run(tmp_path: Path) -> None:
     assert [log["grad_norm"] for log in made.logs] == pytest.approx([log["grad_norm"] for log in stock.logs], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("head", ["causal LM, Llama", "masked LM"])
 def test_gradient_checkpointing(head: str, tmp_path: Path) -> None:
     make, labels, _ = HEADS[head]

@@ -91,8 +91,7 @@ class MeanByNumbers:
                 "no mean over samples: it couples them (a contrastive loss, a ranking), or is a mean over something "
                 "that only you know. Micro-batches of it do not add up to the whole batch's gradient. If you know "
                 "what it is a mean over, return ga.Loss.mean(loss, over=n) from compute_loss, or pass weights=; for a "
-                'loss that couples samples use ga.TrainStep with forward= and batch_loss=. check="off" leaves the '
-                "measuring out."
+                "loss that couples samples use ga.TrainStep with forward= and batch_loss=."
             )
 
     def count(self, inputs: Any) -> float:

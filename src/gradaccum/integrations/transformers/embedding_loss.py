@@ -2,8 +2,8 @@
 
 Multiple negatives, CoSENT, batch-hard triplets: a micro-batch of two has one negative where the batch has 63, so a
 weighted sum of micro-batches is another loss. But the loss is a function of the embeddings, which the loss module has
-by itself, ``compute_loss_from_embeddings(embeddings, labels)``. The micro-batches' embeddings are put together and it is
-called once, with the whole batch's (`TrainStep` with ``batch_loss``; gradient caching, Gao et al. 2021, arXiv
+by itself, ``compute_loss_from_embeddings(embeddings, labels)``. The micro-batches' embeddings are put together and it
+is called once, with the whole batch's (`TrainStep` with ``batch_loss``; gradient caching, Gao et al. 2021, arXiv
 2101.06983). Under several processes the embeddings are those of all of them.
 """
 

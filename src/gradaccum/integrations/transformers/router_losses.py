@@ -33,7 +33,8 @@ class RouterLosses:
 
     Args:
         model: the plain model.
-        loss_of: from one micro-batch's inputs and the Trainer's training step to its loss as the Trainer computed it, router loss included.
+        loss_of: from one micro-batch's inputs and the Trainer's training step to its loss as the Trainer computed it,
+            router loss included.
         over_batch: whether the router loss is taken over the batch; else it is each micro-batch's, weighed as the rest.
     """
 
