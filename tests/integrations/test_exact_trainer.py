@@ -234,15 +234,6 @@ def test_autocast(tmp_path: Path) -> None:
     assert max(errors(stock, expected)) > 2.0
 
 
-def test_compiled_models(tmp_path: Path) -> None:
-    """Nothing of a compiled model's mean is in its graph: it is measured."""
-    model, rows = bert("MaskedLM"), texts()
-    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    made = train(ExactTrainer, model, rows, tmp_path, **options)
-    made.gradients = [{n.removeprefix("_orig_mod."): g for n, g in one.items()} for one in made.gradients]
-    assert max(errors(made, whole(model, rows))) < EXACT
-
-
 def test_a_loss_scale(tmp_path: Path) -> None:
     model, rows = bert("MaskedLM"), texts()
     expected = whole(model, rows)
