@@ -19,10 +19,10 @@ endif
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean stale
+.PHONY: help demo test test-trainers check format bench clean stale
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." is handed on: make demo ARGS="--plot demo.png", make test ARGS="-k losses"'
 
 demo: $(STAMP) ## the main job: whole batch, textbook loop and library side by side
@@ -32,6 +32,17 @@ demo: $(STAMP) ## the main job: whole batch, textbook loop and library side by s
 test: $(STAMP) ## all tests
 	@echo "$(VENV) is ready: pytest $(ARGS)"
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+# Beside .venv, which it sees: what VERSIONS says comes first, and nothing of .venv changes.
+OTHER := $(VENV)/trainers
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+test-trainers: $(STAMP) ## tests/integrations against other versions: VERSIONS="transformers==5.0.0"
+	@rm -rf $(OTHER)
+	@$(BIN)/python -m venv $(OTHER)
+	@$(BIN)/python $(PURELIB) > "$$($(OTHER)/bin/python $(PURELIB))/main.pth"
+	@$(OTHER)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS)
+	@$(OTHER)/bin/python -m pytest tests/integrations $(ARGS)
 
 check: $(STAMP) ## lint, format and types
 	@$(BIN)/ruff check .

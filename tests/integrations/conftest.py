@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when it is imported; else a thread waits
+
 
 @pytest.fixture(autouse=True)
 def _frameworks_put_back() -> Iterator[None]:

@@ -214,6 +214,26 @@ def test_clipping_and_a_resumed_run(tmp_path: Path) -> None:
     assert [log["grad_norm"] for log in made.logs] == pytest.approx([log["grad_norm"] for log in stock.logs], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("head", ["causal LM, Llama", "masked LM"])
+def test_gradient_checkpointing(head: str, tmp_path: Path) -> None:
+    make, labels, _ = HEADS[head]
+    model, rows = make(), texts(labels)
+    made = train(ExactTrainer, model, rows, tmp_path, gradient_checkpointing=True)
+    assert max(errors(made, whole(model, rows))) < EXACT
+
+
+def test_autocast(tmp_path: Path) -> None:
+    """As far from float64 as the stock Trainer's whole batches are: what bf16 rounds."""
+    model, rows = bert("MaskedLM"), texts()
+    expected = whole(model, rows)
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    rounding = max(errors(train(Trainer, model, rows, tmp_path, bf16=True, **sizes), expected))
+    stock, made = beside_stock(model, rows, tmp_path, bf16=True)
+    assert max(errors(made, expected)) < 2 * rounding < WRONG
+    assert max(errors(stock, expected)) > 2.0
+
+
 def test_a_loss_scale(tmp_path: Path) -> None:
     model, rows = bert("MaskedLM"), texts()
     expected = whole(model, rows)
@@ -262,7 +282,7 @@ class Contrasting(nn.Module):
 
 
 def test_a_loss_that_couples_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ga.LossError, match=r"of its two halves .* couples them .* forward= and batch_loss="):
+    with pytest.raises(ga.LossError, match=r"(?s)2 samples together .* couples samples.* forward=forward, batch_loss="):
         train(ExactTrainer, Contrasting(), texts(), tmp_path)
 
 
@@ -304,6 +324,18 @@ def test_constructions_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ga.WindowError, match="router_loss='all'"):
         train(ExactTrainer, model, rows, tmp_path, options={"router_loss": "all"})
 
+    for name, reason in (
+        ("DEEPSPEED", "keeps the gradients in memory of its own"),
+        ("MEGATRON_LM", "keeps the gradients in memory of its own"),
+        ("XLA", "keeps the gradients in memory of its own"),
+    ):
+        with pytest.raises(ga.UnsupportedError, match=f"(?s){name} {reason}.* gradient_accumulation_steps=1"):
+            train(Trainer, model, rows, tmp_path, wrap=lambda t, name=name: exact(as_if(t, distributed_type=name)))
+    with pytest.raises(ga.UnsupportedError, match="FSDP1 divides flat parameters"):
+        train(Trainer, model, rows, tmp_path, wrap=lambda t: exact(as_if(t, is_fsdp_enabled=True)))
+    with pytest.raises(ga.UnsupportedError, match="DataParallel spreads each micro-batch over 2 devices"):
+        train(Trainer, model, rows, tmp_path, wrap=lambda t: exact(as_if(t, _n_gpu=2)))
+
     class GRPOTrainer(Trainer):
         pass
 
@@ -321,6 +353,16 @@ def test_constructions_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Trainer, "training_step", lambda self, model, batch: None)
     with pytest.raises(ga.UnsupportedError, match=r"Trainer.training_step\(self, model, batch\) is not the one"):
         train(ExactTrainer, model, rows, tmp_path)
+
+
+def as_if(trainer: Any, **found: Any) -> Any:
+    """The trainer as another machine would have made it: what is refused is read off these attributes."""
+    for name, value in found.items():
+        owner = (
+            trainer if name == "is_fsdp_enabled" else trainer.args if name == "_n_gpu" else trainer.accelerator.state
+        )
+        setattr(owner, name, value)
+    return trainer
 
 
 def exact_with(trainer: Any, **arguments: Any) -> Any:

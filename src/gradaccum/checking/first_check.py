@@ -35,7 +35,7 @@ from gradaccum.checking.side_difference import (
     state_difference,
 )
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.split.asked import smallest_pieces
+from gradaccum.split.asked import part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.plan_line import NOT_CHECKED, exact_on
@@ -122,7 +122,7 @@ def _look_at(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) 
         if not (found.is_fault and 1 in look.samples(sizes) and not runs_single):
             return found
         # A single sample, which training does not run, may be a case of its own: BatchNorm, or squeeze().
-    if found is not None and len(look.atoms) < 4 and sum(map(num_rows, planned)) >= 4:
+    if found is not None and len(look.atoms) < 4 <= rows_in(step.split, part_to_check(step.split, batch)):
         return _look_at_pairs(step, batch, planned)
     return found or Finding(evidence=f"{NOT_CHECKED}: {raised}")
 
@@ -142,6 +142,7 @@ def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -
             raise CannotLook("split= cuts whole batches only")
         atoms = _single_rows(planned[0])[:rows]
         return Look(step, tree.to_device(copied(batch), device), atoms)
+    batch = part_to_check(step.split, batch)
     atoms = smallest_pieces(step.split, batch)
     each = max(map(num_rows, atoms))
     count = rows // each

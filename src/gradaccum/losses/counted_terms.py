@@ -63,6 +63,8 @@ def _as_one_sum(terms: Sequence[Term], samples: int | None) -> list[Term]:
         return []
     if len(main) != samples:
         return []
+    if all(term.first == samples < (term.rows or 0) for term in main):
+        return []  # each of them is over all samples: label smoothing's two sums, of a micro-batch of two samples
     own = [product(term.count if term.kind == "mean" else None, _own_factors(term, main)) for term in main]
     sizes = [term.rows for term in main]
     are_of_samples = len(set(own)) == 1 and all(size is not None and size % samples == 0 for size in sizes)

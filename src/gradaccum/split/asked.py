@@ -38,3 +38,9 @@ def unit_of(split: Split) -> str:
 def smallest_pieces(split: Split, batch: Any) -> list[Rows]:
     """The pieces of a batch that cannot be cut any further: samples, or groups that stay together."""
     return list(split.plan(batch, 1))
+
+
+def part_to_check(split: Split, batch: Any) -> Any:
+    """What of a batch a check picks its rows from: all of it, unless the split cannot join them."""
+    pick = getattr(split, "part_to_check", None)
+    return batch if pick is None else pick(batch)

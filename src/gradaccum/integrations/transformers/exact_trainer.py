@@ -13,7 +13,7 @@ a window is logged once, with its last micro-batch.
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from gradaccum.errors import MisuseError, WindowError
 from gradaccum.integrations.transformers import trainer_support as support
+from gradaccum.integrations.transformers.embedding_loss import EmbeddingLoss
 from gradaccum.integrations.transformers.router_losses import RouterLosses
 from gradaccum.integrations.transformers.trainer_loss import TrainerLoss
-from gradaccum.integrations.transformers.trainer_windows import AsCollated, TrainerBatch, no_rows, rows_of, some_rows
+from gradaccum.integrations.transformers.trainer_windows import AsCollated, no_rows, parts_of, rows_of, some_rows
 from gradaccum.losses.normaliser import SINGLE
 from gradaccum.train_step import TrainStep
 from gradaccum.types import Split
@@ -57,8 +58,8 @@ class ExactMixin:
             needed where the loss is a dict whose terms are means over different things.
         router_loss: what a mixture of experts' load-balancing loss is taken over: the whole "batch", or each "micro"
             batch, weighted.
-        check: "first": in the first window it is measured on a micro-batch and its halves that the loss is a mean over
-            what its graph says; "off" for losses whose graph says nothing alone.
+        check: "first": see `TrainStep`; rows of the first window's largest micro-batch are looked at. "off": nothing is
+            checked. A mean whose graph says nothing is measured either way.
 
     Raises:
         UnsupportedError: the gradients of this Trainer, or of this version of transformers, cannot be made exact.
@@ -169,7 +170,7 @@ class _ExactWindows:
         if router_loss not in ("batch", "micro") or check not in ("first", "off"):
             raise WindowError(
                 f'router_loss={router_loss!r}, check={check!r}: router losses are taken over the whole "batch" or each '
-                '"micro" batch, and the loss is measured in the "first" window or not ("off").'
+                '"micro" batch, and a few rows of the "first" window are held against the whole or not ("off").'
             )
         self._trainer = trainer
         self._size: int | Literal["auto"] | None = micro_batch_size
@@ -178,7 +179,9 @@ class _ExactWindows:
         self._split = AsCollated(further=split, keeps_pairs=support.keeps_pairs(type(trainer)))
         self._weights = weights
         self._over_batch = router_loss == "batch"
-        self._loss = TrainerLoss(trainer, training_step, says_weights=weights is not None, checks=check == "first")
+        self._check: Literal["first", "off"] = check
+        self._loss = TrainerLoss(trainer, says_weights=weights is not None)
+        self._training_step = training_step
         self._made_for: tuple[Any, Any] | None = None
         self._train_step: TrainStep | None = None
         self._window: list[Any] = []
@@ -226,19 +229,17 @@ class _ExactWindows:
             )
         if self._seen < self._length:
             return torch.zeros((), device=device)
-        window, self._window = TrainerBatch.of(self._window), []
+        window, self._window = self._window, []
         self._updates_before = self._trainer.state.global_step
         with self._loss.standing_in():
-            loss = self._step_of(model).backward(window)
-        value = loss.value.detach()
-        scaler = self._trainer.accelerator.scaler
-        if scaler is not None:
-            value = value / scaler.get_scale()
-        return value.to(device=device, dtype=torch.float32)
+            # The Trainer unscales by itself, before it clips.
+            is_scaled = self._trainer.accelerator.scaler is not None
+            loss = self._step_of(model).backward(window, unscale=not is_scaled)
+        return loss.value.to(device=device, dtype=torch.float32)
 
     def audit(self, micro_batch_size: int) -> Report:
         """See `ExactMixin.audit`."""
-        from gradaccum.auditing.make_audit import audit
+        from gradaccum.audit_model import audit  # training does not wait for it
 
         trainer = self._trainer
         batch = next(iter(trainer.get_train_dataloader()))
@@ -253,28 +254,43 @@ class _ExactWindows:
         if self._train_step is not None and before is not None and before[0] is model and before[1] is optimizer:
             return self._train_step
         size = self._size if self._size is not None else "auto" if self._finds else _UNCUT
-        options: dict[str, Any] = {"micro_batch_size": size, "split": self._split, "batch_norm": self._batch_norm}
-        if "check" in inspect.signature(TrainStep).parameters:
-            options["check"] = "off"  # measured here: only the collated micro-batch can be cut in halves
-        plain_model = self._trainer.accelerator.unwrap_model(model)
-        has_routers = RouterLosses.are_in(plain_model)
-        if has_routers:
-            self._loss.measures_nothing()
-        if has_routers and self._over_batch:
-            scaler = self._trainer.accelerator.scaler
-            routers = RouterLosses(plain_model, lambda _, inputs: self._loss.computed(model, inputs), scaler)
-            options |= {"forward": routers.forward, "batch_loss": routers.batch_loss, "combine": "sum"}
+        options: dict[str, Any] = {
+            "micro_batch_size": size,
+            "split": self._split,
+            "batch_norm": self._batch_norm,
+            "scaler": self._trainer.accelerator.scaler,
+            "check": self._check,
+        }
+        # A method in the functions' closures: what the trainer counts and logs, a check then puts back.
+        training_step = self._training_step
+        coupled = self._coupled(model)
+        if coupled is not None:
+            options |= {"batch_loss": coupled.batch_loss, "combine": coupled.combine}
+            options["forward"] = lambda _, batch: coupled.forward(batch, training_step)
+            if isinstance(coupled, RouterLosses) and not self._over_batch:
+                options["check"] = "off"  # asked for as they are, which is not the batch's
         else:
-            options |= {"loss_fn": lambda model, batch: self._loss.of(model, batch.inputs)}
+            options["loss_fn"] = lambda _, batch: self._loss.of(model, batch, training_step)
             if self._weights is not None:
                 options["weights"] = self._weights_of
-        self._train_step, self._made_for = TrainStep(model, optimizer, **options), (model, optimizer)
+        models = [model, *support.modules_besides(self._trainer, model)]
+        self._train_step, self._made_for = TrainStep(models, optimizer, **options), (model, optimizer)
         return self._train_step
 
-    def _weights_of(self, batch: TrainerBatch) -> Any:
+    def _coupled(self, model: Any) -> RouterLosses | EmbeddingLoss | None:
+        """What makes the loss of the whole batch, where micro-batches' losses do not add up to it."""
+        computed = functools.partial(self._loss.computed, model)
+        plain_model = self._trainer.accelerator.unwrap_model(model)
+        if RouterLosses.are_in(plain_model):
+            return RouterLosses(plain_model, computed, over_batch=self._over_batch)
+        if EmbeddingLoss.is_in(self._trainer):
+            return EmbeddingLoss(self._trainer, computed)
+        return None
+
+    def _weights_of(self, batch: Any) -> Any:
         assert self._weights is not None
         totals: dict[str, Any] = {}
-        for one in batch.parts:
+        for one in parts_of(batch):
             totals = add_weights(totals, weights_by_name(self._weights(one)))
         return totals[SINGLE] if totals.keys() == {SINGLE} else totals
 

@@ -17,7 +17,6 @@ that is an error which names ``router_loss="micro"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,14 +33,16 @@ class RouterLosses:
 
     Args:
         model: the plain model.
-        loss_of: ``loss_of(model, inputs)``: a micro-batch's loss, router loss included.
-        scaler: what the batch's loss is scaled with, if anything.
+        loss_of: ``loss_of(inputs, how)``: a micro-batch's loss, router loss included; ``how`` is what `forward` is given.
+        over_batch: whether the router loss is taken over the batch; else it is each micro-batch's, weighed as the rest.
     """
 
-    def __init__(self, model: Any, loss_of: Callable[[Any, Any], Any], scaler: Any = None) -> None:
+    combine = "sum"
+
+    def __init__(self, model: Any, loss_of: Callable[[Any, Any], Any], *, over_batch: bool = True) -> None:
         self._model = model
         self._loss_of = loss_of
-        self._scaler = scaler
+        self._over_batch = over_batch
         self._coefficient: float | None = None
 
     @staticmethod
@@ -50,8 +51,8 @@ class RouterLosses:
         config = getattr(model, "config", None)
         return bool(getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0))
 
-    def forward(self, model: Any, batch: Any) -> dict[str, Tensor]:
-        """A micro-batch's sums."""
+    def forward(self, batch: Any, how: Any) -> dict[str, Tensor]:
+        """A micro-batch's sums; ``how`` is for ``loss_of``: a model, or the Trainer's training step."""
         seen: list[Any] = []
         handle = self._model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
         wants_graph = torch.is_grad_enabled()
@@ -59,23 +60,27 @@ class RouterLosses:
             # What the loss is a mean over, and what it takes the router loss times, are read off its graph. Without the
             # graph being wanted it is gone with the sums' detaching, before the next micro-batch.
             with torch.enable_grad():
-                loss = self._loss_of(model, batch.inputs)
-                sums = self._sums(loss, seen, batch.inputs)
+                loss = self._loss_of(batch, how)
+                sums = self._sums(loss, seen, batch)
         finally:
             handle.remove()
         return sums if wants_graph else {name: one.detach() for name, one in sums.items()}
 
     def batch_loss(self, sums: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The whole batch's loss."""
+        if not self._over_batch:
+            return sums["total"] / sums["count"]
         tokens = sums["tokens"]
         balance = (sums["chosen"].detach() / tokens * (sums["probability"] / tokens)).sum()
         coefficient = self._coefficient if self._coefficient is not None else self._config("router_aux_loss_coef")
-        loss = sums["total"] / sums["count"] + coefficient * self._config("num_experts") * balance
-        return loss if self._scaler is None else self._scaler.scale(loss)
+        return sums["total"] / sums["count"] + coefficient * self._config("num_experts") * balance
 
     def _sums(self, loss: Any, seen: list[Any], inputs: Any) -> dict[str, Tensor]:
         outputs = next((one for one in seen if getattr(one, "aux_loss", None) is not None), None)
         means = means_in(loss) if isinstance(loss, Tensor) else []
+        if means and not self._over_batch:
+            count = torch.as_tensor(means[0].count, device=loss.device).to(loss.dtype)
+            return {"total": torch.where(count == 0, 0.0, loss) * count, "count": count}
         if outputs is None or not getattr(outputs, "router_logits", None) or not means:
             raise LossError(
                 f"{type(self._model).__name__} has output_router_logits=True, and its outputs have no router_logits "
@@ -148,12 +153,12 @@ def balance_over_batch(model: Any) -> dict[str, Any]:
             "needs no options: ga.TrainStep(model, optimizer, lambda model, batch: ga.weight_of(model(**batch).loss)). "
             "For a model of your own, see examples/18_balance_of_experts.py."
         )
-    routers = RouterLosses(plain, lambda model, inputs: model(**inputs).loss)
-
-    def forward(model: Any, batch: Any) -> dict[str, Tensor]:
-        return routers.forward(model, SimpleNamespace(inputs=batch))
-
-    return {"forward": forward, "batch_loss": routers.batch_loss, "combine": "sum"}
+    routers = RouterLosses(plain, lambda batch, model: model(**batch).loss)
+    return {
+        "forward": lambda model, batch: routers.forward(batch, model),
+        "batch_loss": routers.batch_loss,
+        "combine": "sum",
+    }
 
 
 def _router_sums(layers: Any, mask: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

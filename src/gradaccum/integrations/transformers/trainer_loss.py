@@ -13,7 +13,7 @@ ways of their own (some divide by it, some take a token a row too many, some ign
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,9 @@ from torch import Tensor
 from gradaccum.errors import BatchError, LossError
 from gradaccum.integrations.mean_by_numbers import MeanByNumbers
 from gradaccum.integrations.transformers.trainer_support import keeps_pairs
-from gradaccum.integrations.transformers.trainer_windows import AsCollated, TrainerBatch, rows_of
+from gradaccum.integrations.transformers.trainer_windows import AsCollated, rows_of
 from gradaccum.losses.loss import Loss, Weight
-from gradaccum.losses.meaning import means_in
-
-_ROUNDING = 1e-5  # of sums of fp32 class weights; a real mismatch is a whole item's weight
+from gradaccum.losses.weight_of import weight_of
 
 
 class TrainerLoss:
@@ -35,19 +33,14 @@ class TrainerLoss:
 
     Args:
         trainer: the instance.
-        training_step: what its class makes of one micro-batch, without the mixin.
         says_weights: whether the user counts the weights, so that nothing is to be found out.
-        checks: whether losses that can be read are measured too, once.
     """
 
-    def __init__(self, trainer: Any, training_step: Any, *, says_weights: bool, checks: bool) -> None:
+    def __init__(self, trainer: Any, *, says_weights: bool) -> None:
         self._trainer = trainer
-        self._training_step = training_step
         self._says_weights = says_weights
         self._here = threading.local()
-        self._ratios: list[float] | None = None
-        self._numbers = MeanByNumbers(rows_of, self._halves) if checks else None
-        self._is_standing_in = False
+        self._numbers = MeanByNumbers(rows_of, self._halves)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -73,41 +66,42 @@ class TrainerLoss:
         }
         trainer.compute_loss, accelerator.backward = noting, lambda loss, **kwargs: None
         trainer.current_gradient_accumulation_steps, args.average_tokens_across_devices = 1, False
-        self._is_standing_in = True
         try:
             yield
         finally:
-            self._is_standing_in = False
             del trainer.compute_loss, accelerator.backward
             for (owner, name), value in before.items():
                 setattr(owner, name, value)
             trainer.current_gradient_accumulation_steps, args.average_tokens_across_devices = steps, average
 
-    def of(self, model: Any, inputs: Any) -> Any:
+    def of(self, model: Any, inputs: Any, training_step: Callable[..., Any]) -> Any:
         """A micro-batch's loss with its graph: a `Loss` or a dict of them; plain where the user counts the weights.
 
         Raises:
             LossError: the Trainer computed none or several, or it cannot be found out what it is a mean over.
         """
-        loss = self.computed(model, inputs)
+        loss = self.computed(model, inputs, training_step)
         if isinstance(loss, Tensor) and not self._says_weights:
             loss = Loss.mean(loss, over=self._weight(loss, model, inputs))
-        scaler = self._trainer.accelerator.scaler
-        return loss if scaler is None else scaled(loss, scaler)
-
-    def measures_nothing(self) -> None:
-        """Leaves the measuring out, for losses with a part that is no mean (a router loss)."""
-        self._numbers = None
+        return loss
 
     def plain(self, model: Any, inputs: Any) -> Loss:
         """The loss of a micro-batch outside of a window, for an audit."""
         loss = self._trainer.compute_loss(model, dict(inputs), num_items_in_batch=self._count(inputs))
-        return loss if not isinstance(loss, Tensor) else Loss.mean(loss, over=self._read(loss) or rows_of(inputs))
+        if not isinstance(loss, Tensor):
+            return loss
+        try:
+            return weight_of(loss)
+        except LossError:  # measured in a window, or a guess that the audit will find fault with
+            return Loss.mean(loss, over=self._numbers.count_or_none(inputs) or rows_of(inputs))
 
-    def computed(self, model: Any, inputs: Any) -> Any:
-        """What ``compute_loss`` returned for a micro-batch, neither divided nor scaled."""
+    def computed(self, model: Any, inputs: Any, training_step: Callable[..., Any]) -> Any:
+        """What ``compute_loss`` returned for a micro-batch, neither divided nor scaled.
+
+        ``training_step`` is what the trainer's own class makes of a micro-batch, without the mixin.
+        """
         self._here.losses = []
-        self._training_step(model, dict(inputs) if isinstance(inputs, Mapping) else inputs, None)
+        training_step(model, dict(inputs) if isinstance(inputs, Mapping) else inputs, None)
         losses = self._here.losses
         if len(losses) != 1:
             raise LossError(
@@ -129,74 +123,42 @@ class TrainerLoss:
             trainer.args.average_tokens_across_devices = average
 
     def _weight(self, loss: Tensor, model: Any, inputs: Any) -> Weight:
-        weight = self._read(loss)
-        numbers = self._numbers
-        if weight is None and numbers is None:
-            numbers = self._numbers = MeanByNumbers(rows_of, self._halves)
-        if numbers is None or not numbers.is_wanted(weight is None, inputs):
-            return weight if weight is not None else numbers.count(inputs)  # type: ignore[union-attr]
-        numbers.measure(inputs, lambda rows: self._measured(model, rows))
-        return numbers.count(inputs) if weight is None else weight
-
-    def _read(self, loss: Tensor) -> Weight | None:
-        """What a plain mean is over, by its graph; None where that says nothing.
-
-        Raises:
-            LossError: it is several means over different things.
-        """
-        counts = [mean.count for mean in means_in(loss)]
-        if len(counts) < 2:
-            return counts[0] if counts else None
-        numbers = [float(count) for count in counts]
-        if not all(numbers):
-            return 0 if not any(numbers) else self._refuse(numbers)
-        ratios = [number / numbers[0] for number in numbers]
-        if self._ratios is None or len(self._ratios) != len(ratios):
-            self._ratios = ratios
-        elif any(abs(a - b) > _ROUNDING * max(a, b) for a, b in zip(ratios, self._ratios, strict=True)):
-            return self._refuse(numbers)
-        return counts[0]
-
-    def _refuse(self, numbers: list[float]) -> Weight:
-        shown = ", ".join(f"{number:g}" for number in numbers)
-        known = (
-            "" if self._ratios is None else f", and in ratios of {', '.join(f'{r:.4g}' for r in self._ratios)} before"
-        )
-        raise LossError(
-            f"The loss is a sum of means over different things: {shown} in this micro-batch{known}. No single weight "
-            "is right for all of them, so the gradient of some term would be off. Return the terms by name from "
-            'compute_loss, {"first": ga.Loss.mean(first, over=n), ...}, and pass weights=lambda micro_batch: {"first": '
-            "n, ...}."
-        )
+        """What a plain mean is over: by its graph, and where that says nothing, measured."""
+        try:
+            return weight_of(loss).weight
+        except LossError as unread:
+            try:
+                if self._numbers.is_wanted(inputs):
+                    self._numbers.measure(inputs, lambda rows: self._measured(model, rows))
+                return self._numbers.count(inputs)
+            except LossError as error:
+                raise LossError(f"{error} What its graph says: {unread}") from unread
 
     def _halves(self, inputs: Any) -> list[Any] | None:
         """A micro-batch in two; None where it cannot be cut, or where every forward waits for other processes."""
         if any(hasattr(parameter, "device_mesh") for parameter in self._trainer.model.parameters()):
             return None
-        split, whole = AsCollated(keeps_pairs=keeps_pairs(type(self._trainer))), TrainerBatch.of([inputs])
+        split = AsCollated(keeps_pairs=keeps_pairs(type(self._trainer)))
         try:
-            parts = [split.cut(whole, rows).inputs for rows in split.plan(whole, -(-len(whole.rows) // 2))]
+            parts = [split.cut(inputs, rows) for rows in split.plan(inputs, -(-rows_of(inputs) // 2))]
         except BatchError:
             return None
         return parts if len(parts) == 2 else None
 
-    def _measured(self, model: Any, inputs: Any) -> tuple[float, float | None]:
-        """Value and read-off count of the loss of some rows, in evaluation mode; leaves no trace."""
+    def _measured(self, model: Any, inputs: Any) -> float:
+        """The loss of some rows, in evaluation mode; leaves no trace."""
         trainer, was = self._trainer, [(module, module.training) for module in model.modules()]
         devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
         model.eval()
         try:
-            with torch.random.fork_rng(devices), torch.enable_grad(), trainer.compute_loss_context_manager():
+            with torch.random.fork_rng(devices), torch.no_grad(), trainer.compute_loss_context_manager():
                 self._here.losses = []
                 trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
         finally:
             for module, mode in was:
                 module.training = mode
         (loss,) = self._here.losses
-        if not isinstance(loss, Tensor):
-            loss = _plain(loss)
-        means = means_in(loss)
-        return float(loss.detach()), float(means[0].count) if means else None
+        return float(_plain(loss))
 
 
 def _plain(loss: Any) -> Any:
@@ -206,12 +168,3 @@ def _plain(loss: Any) -> Any:
     if isinstance(loss, Mapping):
         return torch.stack([_plain(term).float() for term in loss.values()]).sum()
     return loss.detach() if isinstance(loss, Tensor) else loss
-
-
-def scaled(loss: Any, scaler: Any) -> Any:
-    """The loss times the loss scale, as the Trainer's own backward would have scaled it."""
-    if isinstance(loss, Mapping):
-        return {name: scaled(term, scaler) for name, term in loss.items()}
-    if isinstance(loss, Loss):
-        return Loss(scaler.scale(loss.root), loss.weight, loss.is_mean)
-    return scaler.scale(loss)

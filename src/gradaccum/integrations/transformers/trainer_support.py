@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from gradaccum.errors import UnsupportedError
 from gradaccum.report import extra_needed
 
@@ -116,6 +118,14 @@ def check_trainer(trainer: Any) -> None:
 def keeps_pairs(trainer: type) -> bool:
     """Whether its micro-batches are preferred answers and then the rejected ones, which belong together."""
     return bool({base.__name__ for base in trainer.__mro__} & _PAIRS)
+
+
+def modules_besides(trainer: Any, model: Any) -> list[nn.Module]:
+    """Modules that are trained besides the model: sentence-transformers' losses may have parameters of their own."""
+    known = set(map(id, model.parameters()))
+    losses = getattr(trainer, "loss", None)
+    found = losses.values() if isinstance(losses, Mapping) else [losses]
+    return [one for one in found if isinstance(one, nn.Module) and any(id(p) not in known for p in one.parameters())]
 
 
 def _is_known(trainer: type) -> bool:

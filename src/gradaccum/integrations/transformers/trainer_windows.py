@@ -1,4 +1,4 @@
-"""The micro-batches of one update as the loader collated them: a batch for `TrainStep`, which cuts it where it was cut.
+"""The micro-batches of one update as the loader collated them, a list: how `TrainStep` cuts it.
 
 A Trainer's micro-batches are padded each for itself, so they are not joined and cut again; one that is too large is cut
 further. How many rows one has is what its labels or its input ids say: images of a vision-language model come as
@@ -20,31 +20,6 @@ from gradaccum.errors import BatchError
 from gradaccum.types import Rows, Split, num_rows
 
 _SAY_ROWS = ("labels", "input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
-
-
-@dataclasses.dataclass
-class TrainerBatch:
-    """Micro-batches one after another; for gradaccum, a tensor with as many rows as they have, and nothing to move."""
-
-    rows: Tensor
-
-    @staticmethod
-    def of(micro_batches: Sequence[Any]) -> TrainerBatch:
-        """Those that have rows."""
-        found = TrainerBatch(torch.zeros(sum(map(rows_of, micro_batches))))
-        # No field, which gradaccum's `tree` would look through, move and count the rows of.
-        found.__dict__["_parts"] = [one for one in micro_batches if rows_of(one)]
-        return found
-
-    @property
-    def parts(self) -> list[Any]:
-        """The micro-batches."""
-        return self.__dict__["_parts"]
-
-    @property
-    def inputs(self) -> Any:
-        """Of a single micro-batch."""
-        return self.parts[0]
 
 
 def rows_of(inputs: Any) -> int:
@@ -85,7 +60,7 @@ def no_rows(inputs: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AsCollated:
-    """A `Split` of a `TrainerBatch`: each micro-batch a piece, or cut further.
+    """A `Split` of a list of micro-batches: each a piece, or cut further, which `split_as_given` never does.
 
     Args:
         further: how one that is larger than asked for is cut; in equal pieces of consecutive rows if None.
@@ -94,17 +69,18 @@ class AsCollated:
 
     further: Split | None = None
     keeps_pairs: bool = False
+    unit = "samples of the loader's micro-batches"
 
-    def rows(self, batch: TrainerBatch) -> int:
+    def rows(self, batch: Any) -> int:
         """Rows in all."""
-        return len(batch.rows)
+        return sum(map(rows_of, parts_of(batch)))
 
-    def largest(self, batch: TrainerBatch) -> int:
+    def largest(self, batch: Any) -> int:
         """The largest size that cuts nothing."""
         further = self.further
-        return max((rows_of(one) if further is None else further.largest(one) for one in batch.parts), default=0)
+        return max((rows_of(one) if further is None else further.largest(one) for one in parts_of(batch)), default=0)
 
-    def plan(self, batch: TrainerBatch, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
+    def plan(self, batch: Any, size: int, *, max_rows: int | None = None) -> Sequence[Rows]:
         """See `Split`."""
         found: list[Rows] = []
         for start, one in _placed(batch):
@@ -115,14 +91,18 @@ class AsCollated:
             found += [_moved(rows, start) for rows in self._pieces(rows_of(one), max(most, 1))]
         return found
 
-    def cut(self, batch: TrainerBatch, rows: Rows) -> TrainerBatch:
-        """See `Split`."""
+    def cut(self, batch: Any, rows: Rows) -> Any:
+        """See `Split`; rows of one micro-batch."""
         first = rows.start if isinstance(rows, slice) else int(rows[0])
         start, one = next((start, one) for start, one in reversed(list(_placed(batch))) if start <= first)
-        if num_rows(rows) < rows_of(one):
-            own = _moved(rows, -start)
-            one = some_rows(one, own) if self.further is None else self.further.cut(one, own)
-        return TrainerBatch.of([one])
+        if num_rows(rows) == rows_of(one):
+            return one
+        own = _moved(rows, -start)
+        return some_rows(one, own) if self.further is None else self.further.cut(one, own)
+
+    def part_to_check(self, batch: Any) -> Any:
+        """The largest micro-batch: rows of several are not joined, so a check looks at rows of one."""
+        return [max(parts_of(batch), key=rows_of)]
 
     def _pieces(self, number: int, size: int) -> Iterator[Rows]:
         units = number // 2 if self.keeps_pairs else number
@@ -138,9 +118,15 @@ class AsCollated:
                 yield slice(0, number) if count == 1 else slice(start, stop)
 
 
-def _placed(batch: TrainerBatch) -> Iterator[tuple[int, Any]]:
+def parts_of(batch: Any) -> list[Any]:
+    """The micro-batches that have rows, of a window or of a single one."""
+    return [one for one in (batch if isinstance(batch, list) else [batch]) if rows_of(one)]
+
+
+def _placed(batch: Any) -> Iterator[tuple[int, Any]]:
     """Each micro-batch with the number of rows before it."""
-    return zip(accumulate(map(rows_of, batch.parts), initial=0), batch.parts, strict=False)
+    parts = parts_of(batch)
+    return zip(accumulate(map(rows_of, parts), initial=0), parts, strict=False)
 
 
 def _moved(rows: Rows, by: int) -> Rows:
