@@ -2,9 +2,10 @@
 
     python benchmarks/scenarios.py [--json FILE]
 
-Each scenario trains a small model in float32 by the textbook loop, Accelerate, Lightning's Trainer and gradaccum, each
-written as its documentation recommends, and gives the relative error of the trained parameters against whole-batch
-training in float64, |p - P| / |P|. Whole-batch training in float32 stands beside them: what rounding alone costs.
+Each scenario trains a small model in float32 by the textbook loop, Accelerate, Lightning's Trainer,
+Transformers' Trainer and gradaccum, each written as its documentation recommends, and gives the relative error of
+the trained parameters against whole-batch training in float64, |p - P| / |P|. Whole-batch training in float32 stands
+beside them: what rounding alone costs.
 """
 
 from __future__ import annotations
@@ -179,6 +180,51 @@ def lightning(s: Scenario) -> nn.Module:
     return model
 
 
+def trainer(s: Scenario) -> nn.Module:
+    """https://huggingface.co/docs/transformers/trainer: a model that computes its own loss, and takes no ``**kwargs``.
+
+    A causal language model of the library is another matter: it is handed the number of tokens of the window.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model, optimizer, scheduler = s.start()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            output = self.model(x)
+            return {"loss": s.criterion(output, labels), "logits": output}
+
+    rows = [{"x": x, "labels": y} for x, y in zip(s.x, s.y, strict=True)]
+    updates = -(-len(rows) // BATCH) * s.epochs
+    arguments = transformers.TrainingArguments(
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUM_ITER,
+        num_train_epochs=s.epochs,
+        max_steps=updates if s.is_stream else -1,
+        max_grad_norm=s.clip_norm or 0.0,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    made = transformers.Trainer(
+        model=Model(), args=arguments, train_dataset=Stream(rows) if s.is_stream else rows,
+        data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in ("x", "labels")},
+        optimizers=(optimizer, scheduler),
+    )  # fmt: skip
+    made.remove_callback(transformers.PrinterCallback)
+    made.train()
+    return model
+
+
 def gradaccum(s: Scenario) -> nn.Module:
     model, optimizer, scheduler = s.start()
     if s.is_over_the_batch:
@@ -213,6 +259,7 @@ LOOPS: dict[str, Callable[[Scenario], nn.Module]] = {
     "textbook loop": textbook_loop,
     "Accelerate": accelerate,
     "Lightning": lightning,
+    "Trainer": trainer,
     "gradaccum": gradaccum,
 }
 

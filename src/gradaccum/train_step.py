@@ -77,11 +77,12 @@ class TrainStep(HasCounts):
             which calls ``loss_fn`` a few times more and leaves no trace. A loss that does not add up is an error, a
             layer or a state that depends on the cut a warning with its name; the plan line says what was checked, or
             why nothing was. "off": nothing is checked.
-        clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see
-            `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync: see `Accumulator`. Each process passes its own share of the batch, which may differ in size and have zero
             rows.
+
+    All other options (``clip_norm``, ``scheduler``, ``scaler``, ``before_step``, ``fused``, ``accumulate_dtype``,
+    ``persistent_gradients``, ``backward``) are those of `Accumulator`.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.

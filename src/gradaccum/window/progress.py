@@ -12,6 +12,18 @@ _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{
 _BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
 
 
+def tqdm_of_notebooks_too() -> Any:
+    """The class that draws, or an error where there is none."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise MissingExtraError(
+            "progress=True draws with tqdm, which is not installed. Type: pip install tqdm (the extra 'progress' of "
+            "this package), or leave progress out."
+        ) from error
+    return tqdm
+
+
 class ProgressBar:
     """A tqdm bar in updates that also moves inside a window.
 
@@ -24,13 +36,7 @@ class ProgressBar:
     """
 
     def __init__(self, *, total: int | None, description: str = "") -> None:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise MissingExtraError(
-                'progress=True draws with tqdm, which is not installed. pip install "gradaccum[cli]", or leave '
-                "progress out."
-            ) from error
+        tqdm = tqdm_of_notebooks_too()
         logging.getLogger(__name__).debug("progress bar over %s updates", total)
         self._bar: Any = tqdm(
             total=total, desc=description or None, bar_format=_BAR if total is not None else _BAR_WITHOUT_END
@@ -70,6 +76,8 @@ class PassBar:
 
     def __init__(self, *, is_wanted: bool) -> None:
         self._is_wanted = is_wanted
+        if is_wanted:
+            tqdm_of_notebooks_too()  # said now, and not when the first pass begins
         self._bar: ProgressBar | None = None
 
     @property
