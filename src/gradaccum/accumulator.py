@@ -23,6 +23,7 @@ from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.fillers import SharedPasses
 from gradaccum.window.looking_ahead import Follower, LookingAhead
+from gradaccum.window.option_names import COUNTS, check_function, explains_arguments
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import refuse_closures
 from gradaccum.window.progress import PassBar
@@ -54,17 +55,16 @@ class Accumulator(HasCounts):
             dict by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
-        scaler: ``torch.amp.GradScaler`` for fp16; several accumulators may share one. Pass the loss itself to
-            `backward`, not ``scaler.scale(loss)``.
-        before_step: called without arguments once for each update that is made, right before the optimizer, when
-            ``.grad`` holds the batch's own gradient, normalised, unscaled and clipped: the place for clipping by value,
-            for logging gradients and for changing them. Step pre-hooks of the optimizer see the same.
-        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
-            then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
+        scaler: ``torch.amp.GradScaler`` for fp16, shared or not. `backward` takes the loss, not ``scaler.scale(loss)``.
+        before_step: called without arguments once an update, right before the optimizer, when ``.grad`` holds the
+            batch's own gradient, normalised, unscaled and clipped: for clipping by value, logging and changes. Step
+            pre-hooks of the optimizer see the same.
+        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 and no temporary: "auto" where
+            it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
-        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
-            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
+        persistent_gradients: gradients keep their memory from window to window: for backwards that are replayed CUDA
+            graphs (``torch.compile(mode="reduce-overhead")``), where torch is silently wrong without it.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -76,7 +76,7 @@ class Accumulator(HasCounts):
             are not added up in place then.
 
     Raises:
-        ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        ParameterError: optimizer and model do not belong together, nothing is trainable, or an option is no option.
         WindowError: sizes below 1, both sizes or none, or an unknown tail.
 
     Example:
@@ -95,6 +95,7 @@ class Accumulator(HasCounts):
         3 3
     """
 
+    @explains_arguments("Write batch_size={0}, a number of samples, or micro_batches={0}, of the loader's items.")
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -118,6 +119,7 @@ class Accumulator(HasCounts):
     ) -> None:
         self._size = WindowSize(micro_batches, batch_size)
         self._counts_samples = self._size.counts_samples
+        check_function("weights", weights, COUNTS)
         self._count = sample_counter(samples)
         check_tail(tail, has_weights=weights is not None)
         options = Options(
@@ -137,13 +139,11 @@ class Accumulator(HasCounts):
         self._fills = self._passes.fills
         refuse_closures(self._accumulation.optimizers)
         self._any_rows = any_number_of_rows(self._accumulation.models)
-        self._tail = tail
-        self._weights = weights
+        self._tail, self._weights = tail, weights
         self._bar = PassBar(is_wanted=progress)
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
-        self._target = 1
         self._target_of_all: int | None = None
-        self._updates_before_pass = 0
+        self._target, self._updates_before_pass = 1, 0
         # The micro-batch that over() has handed out last: rows, whether it is the last, what its means are over.
         self._samples: int | None = None
         self._counted: dict[str, Weight] | None = None

@@ -13,6 +13,8 @@
     │                                    [window/window_size.py, window/options.py, whole_batch/runners.py]
     ├── ParameterError (ValueError)      optimizer and model do not fit, or there is nothing to train
     │                                    [window/parameters.py, window/options.py]
+    │   └── OptionError (TypeError)      an option that there is not, or of another type than it has
+    │                                    [window/option_names.py, window/options.py]
     ├── MisuseError (RuntimeError)       something was called by hand that would break the window
     │                                    [window/guards.py, gradients/gradient_sum.py, window/looking_ahead.py]
     ├── ReplayError (RuntimeError)       a forward that was run twice gave something else the second time
@@ -87,6 +89,14 @@ class ParameterError(GradAccumError, ValueError):
 
     Remedy: Pass ``model, optimizer`` in this order, with the optimizer made of this model's parameters, after it
     was built and moved. An option has one of the values that the message lists.
+    """
+
+
+class OptionError(ParameterError, TypeError):
+    """An option that there is not, an argument too many, or a value of another type than the option has.
+
+    Remedy: The message names the option that was probably meant, or the type. ``model, optimizer`` (and ``loss_fn``) go
+    by place, everything else by name.
     """
 
 

@@ -24,6 +24,7 @@ from gradaccum.types import Activations, Rows, Split, Update, num_rows
 from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.option_names import COUNTS, check_flag, check_function, explains_arguments
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
@@ -86,6 +87,7 @@ class TrainStep(HasCounts):
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        OptionError: an option that there is not, or of another type; ``split`` without `plan` and `cut`.
         WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1, or smaller than a ghost batch; an
             option is none of its values.
         LossError: it is not said what the loss is, or said twice.
@@ -102,6 +104,7 @@ class TrainStep(HasCounts):
         (1, 13, 4, 4)
     """
 
+    @explains_arguments("For micro-batches of so many samples write micro_batch_size={}.")
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -136,6 +139,7 @@ class TrainStep(HasCounts):
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
+        check_function("weights", weights, COUNTS)
         run_options = RunnerOptions(
             loss_fn=loss_fn,
             forward=forward,
@@ -196,6 +200,8 @@ class TrainStep(HasCounts):
                 advice=ADVICE if run_options.is_lockstep else "",
                 agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
             )
+        if type(progress) is not int:
+            check_flag("progress", progress)
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradaccum.errors import MissingExtraError
 from gradaccum.types import Update
+from gradaccum.window.option_names import check_flag
 
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{remaining}{postfix}]"
 _BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
@@ -75,6 +76,7 @@ class PassBar:
     """The bar of one pass after another, if one is wanted."""
 
     def __init__(self, *, is_wanted: bool) -> None:
+        check_flag("progress", is_wanted)
         self._is_wanted = is_wanted
         if is_wanted:
             tqdm_of_notebooks_too()  # said now, and not when the first pass begins
