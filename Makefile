@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The libraries that benchmarks compare with; without them they are left out.
 PEERS := $(VENV)/.peers
+# What the documentation is built with.
+SITE := $(VENV)/.site
 ifneq ($(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null),$(CURDIR))
 STALE := stale
 endif
@@ -19,7 +21,7 @@ endif
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-trainers check format bench clean stale
+.PHONY: help demo test test-trainers check format docs docs-serve bench clean stale
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,12 +55,20 @@ format: $(STAMP) ## put imports and layout in order
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
+docs: $(SITE) ## the documentation as a site, in site/; every warning is an error
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(SITE) ## the same in a browser, built again whenever a page changes
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
+
 bench: $(PEERS) ## all benchmarks, one to two hours alone on the machine; with ARGS=--quick 5 minutes
 	@$(BIN)/gradaccum bench
 	@$(BIN)/python benchmarks/all.py $(ARGS)
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The old stamp goes first and the new one comes last: without one, the next run starts from an empty .venv.
@@ -74,6 +84,11 @@ $(STAMP): pyproject.toml constraints.txt $(STALE)
 	@echo "Installing torch and the development tools into $(VENV) (once; takes a minute or a few)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo '$(CURDIR)' > $@
+
+$(SITE): $(STAMP)
+	@echo "Installing what builds the documentation into $(VENV) (once)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	@touch $@
 
 $(PEERS): $(STAMP)
 	@echo "Installing the libraries to compare with into $(VENV) (once)"

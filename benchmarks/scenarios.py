@@ -2,7 +2,8 @@
 
     python benchmarks/scenarios.py [--json FILE]
 
-Each scenario trains a small model in float32 by the textbook loop, Accelerate, Lightning's Trainer and gradaccum, each
+Each scenario trains a small model in float32 by the textbook loop, Accelerate, the Trainers of Lightning and of
+Transformers, and gradaccum, each
 written as its documentation recommends, and gives the relative error of the trained parameters against whole-batch
 training in float64, |p - P| / |P|. Whole-batch training in float32 stands beside them: what rounding alone costs.
 """
@@ -48,6 +49,7 @@ LOOPS: dict[str, Callable[[Scenario], Tensor]] = {
     "textbook loop": trained_by(loops.textbook),
     "Accelerate": trained_by(loops.accelerate),
     "Lightning": trained_by(trainers.lightning),
+    "Trainer": trained_by(trainers.transformers),
     "gradaccum": gradaccum,
 }
 

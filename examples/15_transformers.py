@@ -14,7 +14,7 @@ try:
     import transformers
     from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 except ImportError:
-    print("needs transformers and accelerate: pip install 'gradaccum[transformers]'")
+    print("needs transformers and accelerate: pip install '.[transformers]'")
     raise SystemExit from None
 
 from gradaccum.integrations.transformers import ExactTrainer

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 try:
     from accelerate import Accelerator
 except ImportError:
-    print("needs accelerate: pip install 'gradaccum[accelerate]'")
+    print("needs accelerate: pip install '.[accelerate]'")
     raise SystemExit from None
 
 from gradaccum.integrations import exact

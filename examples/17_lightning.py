@@ -17,7 +17,7 @@ try:
     warnings.simplefilter("ignore")  # Lightning's, about loaders without worker processes
     import lightning as L
 except ImportError:
-    print("needs lightning: pip install 'gradaccum[lightning]'")
+    print("needs lightning: pip install '.[lightning]'")
     raise SystemExit from None
 
 from gradaccum.integrations.lightning import ExactAccumulation

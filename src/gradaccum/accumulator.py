@@ -16,6 +16,7 @@ from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.sync.detect import Sync
 from gradaccum.types import Update
 from gradaccum.window.accumulation import Accumulation
+from gradaccum.window.option_names import COUNTS, check_function, explains_arguments
 from gradaccum.window.options import Options
 from gradaccum.window.own_loop import OwnLoop, Tail
 from gradaccum.window.parameters import refuse_closures
@@ -47,17 +48,16 @@ class Accumulator(HasCounts):
             dict by name for several terms. Then ``over()`` reads a window ahead to know the totals, and holds it.
         clip_norm: largest 2-norm of the whole gradient, over all models; None to not clip.
         scheduler: a learning-rate scheduler or a sequence of them, advanced once for each update made.
-        scaler: ``torch.amp.GradScaler`` for fp16; several accumulators may share one. Pass the loss itself to
-            `backward`, not ``scaler.scale(loss)``.
-        before_step: called without arguments once for each update that is made, right before the optimizer, when
-            ``.grad`` holds the batch's own gradient, normalised, unscaled and clipped: the place for clipping by value,
-            for logging gradients and for changing them. Step pre-hooks of the optimizer see the same.
-        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 instead of a temporary that is
-            then added: "auto" where it pays, True wherever it is right, False nowhere. The sum is the same.
+        scaler: ``torch.amp.GradScaler`` for fp16, shared or not. `backward` takes the loss, not ``scaler.scale(loss)``.
+        before_step: called without arguments once an update, right before the optimizer, when ``.grad`` holds the
+            batch's own gradient, normalised, unscaled and clipped: for clipping by value, logging and changes. Step
+            pre-hooks of the optimizer see the same.
+        fused: whether weight gradients are added up in place, by one GEMM with beta = 1 and no temporary: "auto" where
+            it pays, True wherever it is right, False nowhere. The sum is the same.
         accumulate_dtype: ``torch.float32`` adds the gradients of bf16 and fp16 parameters up in fp32, rounded once when
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
-        persistent_gradients: whether gradients keep their memory from window to window, for backwards that are replayed
-            CUDA graphs: ``torch.compile(mode="reduce-overhead")``. Without it torch is silently wrong there.
+        persistent_gradients: gradients keep their memory from window to window: for backwards that are replayed CUDA
+            graphs (``torch.compile(mode="reduce-overhead")``), where torch is silently wrong without it.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -72,7 +72,7 @@ class Accumulator(HasCounts):
         collectives: True where the model or the loss waits for all processes: all run equally many micro-batches.
 
     Raises:
-        ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        ParameterError: optimizer and model do not belong together, nothing is trainable, or an option is no option.
         WindowError: sizes below 1, both sizes or none, or an unknown tail.
 
     Example:
@@ -91,6 +91,7 @@ class Accumulator(HasCounts):
         3 3
     """
 
+    @explains_arguments("Write batch_size={0}, a number of samples, or micro_batches={0}, of the loader's items.")
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -116,6 +117,7 @@ class Accumulator(HasCounts):
         collectives: bool = False,
     ) -> None:
         size = WindowSize(micro_batches, batch_size)
+        check_function("weights", weights, COUNTS)
         check_tail(tail, has_weights=weights is not None)
         options = Options(
             clip_norm=clip_norm,

@@ -15,9 +15,11 @@ from gradaccum.fit.workload import check_functions
 from gradaccum.train_step import TrainStep
 from gradaccum.types import Activations, Split
 from gradaccum.whole_batch.runners import BatchNorm, Combine, RunnerOptions
+from gradaccum.window.option_names import explains_arguments
 from gradaccum.window.weights import WeightsFunction
 
 
+@explains_arguments("A batch is one argument: (x, y).")
 def audit(
     model: nn.Module | Sequence[nn.Module],
     loss_fn: Callable[[Any, Any], Any] | None = None,

@@ -27,6 +27,7 @@ from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOpti
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.option_names import COUNTS, check_flag, check_function, explains_arguments
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
@@ -87,14 +88,16 @@ class TrainStep(HasCounts):
             seed is that of torch's CPU generator at the first update, and goes on in ``state_dict()``. ``loss_fn`` is
             called twice more before the first update. What cannot be keyed is named in one warning. "torch" draws anew
             for each micro-batch, as torch does.
-        clip_norm, scheduler, scaler, before_step, fused, accumulate_dtype, persistent_gradients, backward: see
-            `Accumulator`.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
         sync, timeout, process_group, collectives: see `Accumulator`. Each process passes its own share of the batch,
             which may differ in size and have zero rows.
 
+    All other options (``clip_norm``, ``scheduler``, ``scaler``, ``before_step``, ``fused``, ``accumulate_dtype``,
+    ``persistent_gradients``, ``backward``) are those of `Accumulator`.
+
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
+        OptionError: an option that there is not, or of another type; ``split`` without `plan` and `cut`.
         WindowError: ``micro_batch_size`` is neither "auto" nor an int of at least 1, or smaller than a ghost batch; an
             option is none of its values.
         LossError: it is not said what the loss is, or said twice.
@@ -111,6 +114,7 @@ class TrainStep(HasCounts):
         (1, 13, 4, 4)
     """
 
+    @explains_arguments("For micro-batches of so many samples write micro_batch_size={}.")
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -154,6 +158,7 @@ class TrainStep(HasCounts):
                 'batch ("sample"), the same however the batch is cut, or torch\'s next numbers ("torch").'
             )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
+        check_function("weights", weights, COUNTS)
         run_options = RunnerOptions(
             loss_fn=loss_fn,
             forward=forward,
@@ -235,6 +240,8 @@ class TrainStep(HasCounts):
                 advice=ADVICE if run_options.is_lockstep else "",
                 agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
             )
+        if type(progress) is not int:
+            check_flag("progress", progress)
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
 

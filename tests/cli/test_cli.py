@@ -129,5 +129,6 @@ def test_a_missing_extra_is_named_before_the_work(
     done = gradaccum(*arguments.split())
     assert (done.status, done.out) == (2, "")
     assert done.err == (
-        f"gradaccum: The {what} needs {module!r}, which is not installed. Type: pip install 'gradaccum[{extra}]'\n"
+        f"gradaccum: The {what} needs {module!r}, which is not installed. Type: pip install {module}; it is in the "
+        f"extra {extra!r} of this package.\n"
     )

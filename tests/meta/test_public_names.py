@@ -27,7 +27,7 @@ PUBLIC = {
     "audit", "Report", "Culprit",
     # errors
     "GradAccumError", "LossError", "MeanError", "UnknownLossError", "BatchError", "WindowError", "ParameterError",
-    "MisuseError", "StateError", "InexactError", "UnsupportedError", "MissingExtraError",
+    "OptionError", "MisuseError", "StateError", "InexactError", "UnsupportedError", "MissingExtraError",
     # warnings
     "GradAccumWarning", "BatchNormWarning", "DiscardedWindowWarning", "DoesNotFitError", "ReplayError",
 }  # fmt: skip

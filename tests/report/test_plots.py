@@ -50,6 +50,8 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ga.MissingExtraError, match=r"A picture needs 'matplotlib'.*pip install 'gradaccum\[plot\]'"):
+    with pytest.raises(
+        ga.MissingExtraError, match=r"A picture needs 'matplotlib'.*pip install matplotlib; .* extra 'plot'"
+    ):
         draw([[panel()]], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -136,9 +136,7 @@ def test_without_tqdm(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     if missing == "tqdm":
         monkeypatch.delitem(sys.modules, "tqdm.auto", raising=False)
-    with pytest.raises(
-        ga.MissingExtraError, match=r'tqdm, which is not installed. pip install "gradaccum\[cli\]"'
-    ) as raised:
+    with pytest.raises(ga.MissingExtraError, match=r"tqdm, which is not installed\. Type: pip install tqdm") as raised:
         ProgressBar(total=3)
     assert isinstance(raised.value, ImportError)
     assert isinstance(raised.value.__cause__, ImportError)
@@ -163,3 +161,11 @@ def test_a_pass_has_one_of_its_own(capsys: pytest.CaptureFixture[str], has_lengt
         drawn = capsys.readouterr().err
         assert positions(drawn)[-1] == 3.0
         assert ("3.0/3 updates" in drawn) == has_length
+
+
+@pytest.mark.parametrize("make", [make_step, make_accumulator])
+def test_without_tqdm_it_is_said_at_construction(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    size = {"micro_batches": 2} if make is make_accumulator else {}
+    with pytest.raises(ga.MissingExtraError, match=r"Type: pip install tqdm \(the extra 'progress'"):
+        make(**size, progress=True)

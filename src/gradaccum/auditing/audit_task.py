@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradaccum.auditing.audit_run import Step, Task
 from gradaccum.auditing.outside_modules import outside_modules
@@ -73,6 +73,11 @@ def check_size(micro_batch_size: Any) -> None:
     Raises:
         WindowError: it is no number of samples.
     """
+    if isinstance(micro_batch_size, Tensor) and micro_batch_size.dim():
+        raise WindowError(
+            f"micro_batch_size is a tensor of shape {tuple(micro_batch_size.shape)}: a part of the batch, it seems, "
+            "which is one argument. Write audit(model, loss_fn, (x, y)); loss_fn(model, micro_batch) takes it apart."
+        )
     if type(micro_batch_size) is not int or micro_batch_size < 1:
         raise WindowError(
             f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of at "

@@ -24,6 +24,7 @@ from gradaccum.memory.fakes import can_be_faked
 from gradaccum.memory.live_bytes import num_bytes
 from gradaccum.memory.optimizer_memory import optimizer_memory, tensors_of
 from gradaccum.types import Split
+from gradaccum.window.option_names import explains_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _PREFIXES = {
 _UNITS = {"b": 1} | {f"{prefix}b": size for prefix, size in _PREFIXES.items()}
 
 
+@explains_arguments("A batch is one argument: (x, y).")
 def plan(
     model: nn.Module | Sequence[nn.Module],
     loss_fn: Callable[[Any, Any], Any] | None = None,

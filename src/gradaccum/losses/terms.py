@@ -27,6 +27,12 @@ def as_terms(loss: Any, samples: int | None, weights: Mapping[str, Weight] | Non
         )
     if not isinstance(loss, Mapping):
         return {SINGLE: _as_loss(SINGLE, loss, samples, weights)}
+    if "loss" in loss and (beside := [name for name, term in loss.items() if not _adds_to_gradient(term)]):
+        raise LossError(
+            f"The loss is a dict of {', '.join(map(repr, loss))}, and {', '.join(map(repr, beside))} cannot be a loss: "
+            "not one number with a graph. A dict is of losses, which are added up. Return the one that is: return "
+            'output["loss"]; what is to be logged goes into a list of your own.'
+        )
     if not loss:
         raise LossError("The loss is an empty dict, so there is nothing to learn from. Return at least one term.")
     return {name: _as_loss(name, term, samples, weights) for name, term in loss.items()}
@@ -49,6 +55,11 @@ def _as_loss(name: str, loss: Any, samples: int | None, weights: Mapping[str, We
     return found
 
 
+def _adds_to_gradient(term: Any) -> bool:
+    """Whether it can be a loss beside another: one number that depends on parameters, or one over nothing."""
+    return isinstance(term, Loss) or (isinstance(term, Tensor) and term.dim() == 0 and term.requires_grad)
+
+
 def without_value(losses: Mapping[str, Loss]) -> dict[str, Loss]:
     """The same losses with value and weight 0, but with their gradient: where another process counts them."""
     found: dict[str, Loss] = {}
@@ -64,7 +75,7 @@ def no_gradient(parameters: Sequence[nn.Parameter]) -> LossError:
     return LossError(
         f"0 of {trainable} trainable parameters got a gradient from this window, so there is nothing to update with. "
         "The loss depends on something that requires a gradient, but on none of the model's parameters: was the "
-        "model's output detached on the way?"
+        "model's output detached on the way, or is it a model that was made anew after the one that was passed?"
     )
 
 

@@ -27,7 +27,7 @@ def extra_needed(extra: str, purpose: str) -> Iterator[None]:
         >>> with extra_needed("plot", "A picture"):
         ...     import nobody_has_this
         Traceback (most recent call last):
-        gradaccum.errors.MissingExtraError: A picture needs 'nobody_has_this', ... pip install 'gradaccum[plot]'
+        gradaccum.errors.MissingExtraError: A picture needs 'nobody_has_this', ... the extra 'plot' of this package.
     """
     try:
         yield
@@ -35,5 +35,6 @@ def extra_needed(extra: str, purpose: str) -> Iterator[None]:
         if error.name is not None and error.name.partition(".")[0] == "gradaccum":
             raise  # a mistake in this package, which installing an extra would not mend
         raise MissingExtraError(
-            f"{purpose} needs {error.name!r}, which is not installed. Type: pip install 'gradaccum[{extra}]'"
+            f"{purpose} needs {error.name!r}, which is not installed. Type: pip install {error.name}; it is in the "
+            f"extra {extra!r} of this package."
         ) from error

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from gradaccum.errors import LossError, WindowError
+from gradaccum.errors import LossError, OptionError, WindowError
 from gradaccum.split.by_samples import cuts_anywhere, split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
 from gradaccum.whole_batch.batch_norm.exact import Whole
@@ -32,6 +32,7 @@ from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.closures import closed_over
 from gradaccum.window.fillers import FilledRunner
+from gradaccum.window.option_names import check_flag
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.runner import Plain, Ran, Runner
 from gradaccum.window.weights import WeightsFunction
@@ -72,6 +73,7 @@ class RunnerOptions:
     activations: Activations
 
     def __post_init__(self) -> None:
+        check_flag("lockstep", self.lockstep)
         self._check_layers()
         if self.forward is None and self.batch_loss is None:
             self._check_loss_of_micro_batches()
@@ -95,6 +97,11 @@ class RunnerOptions:
         Raises:
             WindowError: groups cannot be kept together.
         """
+        if split is not None and not all(callable(getattr(split, name, None)) for name in ("plan", "cut", "largest")):
+            raise OptionError(
+                f"split={split!r} is of type {type(split).__name__}, which cannot cut a batch. Pass "
+                "ga.split_by_samples(), ga.split_by_cost(cost, max_cost), or an object with the methods of ga.Split."
+            )
         if not isinstance(self.batch_norm, GhostBatch):
             return split_by_samples() if split is None else split
         if split is not None and not cuts_anywhere(split):

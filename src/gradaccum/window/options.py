@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gradaccum.errors import ParameterError, UnsupportedError, WindowError
+from gradaccum.errors import OptionError, ParameterError, UnsupportedError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption, choice_of
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.gradients.gradient_buffers import check_persistent, checked_accumulate_dtype
 from gradaccum.gradients.gradient_sum import GradientSum
 from gradaccum.sync.detect import Sync
+from gradaccum.window.option_names import check_flag
 from gradaccum.window.update import Updater
 
 
@@ -49,6 +51,7 @@ class Options:
         checked_accumulate_dtype(self.accumulate_dtype)
         if self.backward is not None:
             self._check_backward(self.backward)
+        self._check_types()
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WindowError(
                 f"clip_norm={self.clip_norm}: clipping to it would erase or reverse every gradient. Pass a positive "
@@ -72,6 +75,21 @@ class Options:
                     "ReduceLROnPlateau is advanced with a validation metric, which an update does not have. Leave it "
                     "out here and call scheduler.step(metric) after each validation."
                 )
+
+    def _check_types(self) -> None:
+        """Checks for values that would fail in the first update, inside of torch, or be taken for true."""
+        norm: Any = self.clip_norm
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (numbers.Real, Tensor))):
+            raise OptionError(
+                f"clip_norm={norm!r} is of type {type(norm).__name__}; it is the largest norm of the whole gradient, a "
+                'number. Pass clip_norm=1.0, or float("inf") to measure without clipping.'
+            )
+        if self.scaler is not None and not callable(getattr(self.scaler, "unscale_", None)):
+            raise OptionError(
+                f"scaler={self.scaler!r} is of type {type(self.scaler).__name__}, which cannot scale a loss. Pass "
+                'scaler=torch.amp.GradScaler("cuda"); bf16 needs none.'
+            )
+        check_flag("persistent_gradients", self.persistent_gradients)
 
     def _check_backward(self, backward: Any) -> None:
         if not callable(backward):

@@ -7,9 +7,22 @@ from typing import Any
 
 from gradaccum.errors import MissingExtraError
 from gradaccum.types import Update
+from gradaccum.window.option_names import check_flag
 
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} updates [{elapsed}<{remaining}{postfix}]"
 _BAR_WITHOUT_END = "{desc}{n:.1f} updates [{elapsed}{postfix}]"
+
+
+def tqdm_of_notebooks_too() -> Any:
+    """The class that draws, or an error where there is none."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise MissingExtraError(
+            "progress=True draws with tqdm, which is not installed. Type: pip install tqdm (the extra 'progress' of "
+            "this package), or leave progress out."
+        ) from error
+    return tqdm
 
 
 class ProgressBar:
@@ -24,13 +37,7 @@ class ProgressBar:
     """
 
     def __init__(self, *, total: int | None, description: str = "") -> None:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise MissingExtraError(
-                'progress=True draws with tqdm, which is not installed. pip install "gradaccum[cli]", or leave '
-                "progress out."
-            ) from error
+        tqdm = tqdm_of_notebooks_too()
         logging.getLogger(__name__).debug("progress bar over %s updates", total)
         self._bar: Any = tqdm(
             total=total, desc=description or None, bar_format=_BAR if total is not None else _BAR_WITHOUT_END
@@ -69,7 +76,10 @@ class PassBar:
     """The bar of one pass after another, if one is wanted."""
 
     def __init__(self, *, is_wanted: bool) -> None:
+        check_flag("progress", is_wanted)
         self._is_wanted = is_wanted
+        if is_wanted:
+            tqdm_of_notebooks_too()  # said now, and not when the first pass begins
         self._bar: ProgressBar | None = None
 
     @property
