@@ -159,7 +159,7 @@ class Accumulator(HasCounts):
     def windows(self, micro_batches: Iterable[Item]) -> Iterator[UpdateWindow[Item]]:
         """One pass, window by window, equally many on every process: for a loop with collectives of its own at updates.
 
-        A window yields its micro-batches; then it has ``window.update``, also where the loader is exhausted. See `over`.
+        A window yields its micro-batches; then it has ``window.update``, also where the loader is exhausted.
         """
         return self._loop.windows(micro_batches)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -11,28 +11,24 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.optim import Optimizer
 
-from gradaccum.checking.check_once import CheckOnce
-from gradaccum.checking.look_run import StepToCheck
+from gradaccum.batch_run import BatchRun
 from gradaccum.errors import MisuseError, WindowError
-from gradaccum.fit.transaction import Fitting, no_common_size
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.gradients.given_backward import BackwardFunction
-from gradaccum.losses.loss import Loss, Weight
-from gradaccum.randomness.sample_draws import Randomness, SampleDraws
-from gradaccum.split.asked import rows_in
-from gradaccum.sync.detect import Sync, is_sharded
+from gradaccum.losses.loss import Loss
+from gradaccum.randomness.sample_draws import Randomness
+from gradaccum.sync.detect import Sync
 from gradaccum.sync.messages import Caller
-from gradaccum.types import Activations, Rows, Split, Update, num_rows
-from gradaccum.whole_batch.runners import ADVICE, BatchNorm, Combine, RunnerOptions, choose_runner
+from gradaccum.types import Activations, Split, Update
+from gradaccum.whole_batch.runners import BatchNorm, Combine, RunnerOptions
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation
-from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.option_names import COUNTS, check_flag, check_function, explains_arguments
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import as_sequence, refuse_closures
 from gradaccum.window.progress import ProgressBar
 from gradaccum.window.run_counts import HasCounts
-from gradaccum.window.weights import WeightsFunction, weights_by_name
+from gradaccum.window.weights import WeightsFunction
 
 if TYPE_CHECKING:
     from gradaccum.auditing.audit_report import Report
@@ -152,11 +148,6 @@ class TrainStep(HasCounts):
                 f"micro_batch_size={micro_batch_size!r}: it is the number of samples that one forward sees, an int of "
                 'at least 1, or "auto" for the fastest that fits. The gradient does not depend on it.'
             )
-        if randomness not in get_args(Randomness):
-            raise WindowError(
-                f"randomness={randomness!r}: dropout and other draws are a function of each sample's place in the "
-                'batch ("sample"), the same however the batch is cut, or torch\'s next numbers ("torch").'
-            )
         self._max_rows = None if micro_batch_size == "auto" else micro_batch_size
         check_function("weights", weights, COUNTS)
         run_options = RunnerOptions(
@@ -179,7 +170,6 @@ class TrainStep(HasCounts):
             "split": split,
             "more_options": adding,
         }
-        self._weights = weights
         models = as_sequence(model, nn.Module, name="model")
         if isinstance(batch_loss, nn.Module) and batch_loss not in models:  # a temperature, say
             models.append(batch_loss)
@@ -202,48 +192,21 @@ class TrainStep(HasCounts):
             models, optimizer, options, couples_batch_norms=couples, caller=Caller.TRAIN_STEP
         )
         self._counts = self._accumulation.counts
-        to_check = StepToCheck(
-            models=models,
-            model=model,
-            optimizers=self._accumulation.optimizers,
-            options=run_options,
+        self._run = BatchRun(
+            self._accumulation,
+            model,
+            models,
+            run_options,
             split=self._split,
-            coupled_batch_norms=self._accumulation.plan_line.coupled_layers,
+            max_rows=self._max_rows,
+            check=check,
+            randomness=randomness,
         )
-        self._check = CheckOnce(self._accumulation, to_check, check=check)
-        self._any_rows = any_number_of_rows(models, loss_fn, forward)
-        if self._any_rows is not None:
-            run_options = run_options.wrapped(self._any_rows.marking)
-        self._draws: SampleDraws | None = None
-        runner_split = self._split
-        if randomness == "sample":
-            self._draws = runner_split = SampleDraws(
-                model,
-                models,
-                self._accumulation.optimizers,
-                split=self._split,
-                is_lockstep=run_options.is_lockstep,
-                is_compiled=self._any_rows is not None,
-            )
-            run_options = run_options.wrapped(self._draws.forward, around_batch_loss=self._draws.once)
-            self._accumulation.plan_line.also = ["random draws by sample"]
-        runner = choose_runner(run_options, model, models, split=runner_split, ranks=self._accumulation.ranks)
-        self._runner = runner if self._draws is None else self._draws.around(runner)
-        self._fitting: Fitting | None = None
-        if micro_batch_size == "auto":
-            if self._accumulation.ranks is None and any(map(is_sharded, models)):
-                raise no_common_size()
-            self._fitting = Fitting(
-                self._split,
-                self._accumulation,
-                by_time=batch_loss is None and not run_options.is_lockstep,
-                advice=ADVICE if run_options.is_lockstep else "",
-                agree=bool if self._accumulation.ranks is None else self._accumulation.ranks.agree,
-            )
         if type(progress) is not int:
             check_flag("progress", progress)
         total = progress if not isinstance(progress, bool) else None
         self._bar = ProgressBar(total=total) if progress is not False else None
+        self._run.inside = None if self._bar is None else self._bar.inside
 
     def __call__(self, batch: Any, *more: Any) -> Update:
         """One update from one whole batch.
@@ -269,7 +232,7 @@ class TrainStep(HasCounts):
         self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             try:
-                self._run(batch, steps=True)
+                self._run.run(batch, is_for_user=False)
                 update = self._accumulation.close()
             except BaseException:
                 if self._accumulation.is_open:  # Ctrl-C between the two
@@ -317,7 +280,7 @@ class TrainStep(HasCounts):
         aside = self._accumulation.set_aside(unscales=unscale)
         try:
             with self._accumulation.with_others(caller=Caller.BACKWARD):
-                self._run(batch, steps=False)
+                self._run.run(batch, is_for_user=True)
                 loss = self._accumulation.close_into_grad(aside, unscales=unscale)
         except BaseException:
             self._accumulation.discard()
@@ -349,8 +312,8 @@ class TrainStep(HasCounts):
 
         task = make_task(**self._configured, batch=batch, make_step=TrainStep)
         size = self._max_rows
-        if self._fitting is not None:
-            size = self._fitting.present_size(batch)
+        if self._run.fitting is not None:
+            size = self._run.fitting.present_size(batch)
         return audit_task(task, size or -(-task.rows // 2))
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,19 +322,19 @@ class TrainStep(HasCounts):
         Model, optimizer, scheduler and scaler have states of their own.
         """
         state: dict[str, Any] = dict(self._accumulation.state_dict())
-        if self._fitting is not None:
-            state["sizes"] = self._fitting.state_dict()
-        if self._draws is not None:
-            state["draws"] = self._draws.state_dict()
+        if self._run.fitting is not None:
+            state["sizes"] = self._run.fitting.state_dict()
+        if self._run.draws is not None:
+            state["draws"] = self._run.draws.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size."""
         self._accumulation.load_state_dict(state)
-        if self._fitting is not None and "sizes" in state:
-            self._fitting.load_state_dict(state["sizes"])
-        if self._draws is not None and "draws" in state:
-            self._draws.load_state_dict(state["draws"])
+        if self._run.fitting is not None and "sizes" in state:
+            self._run.fitting.load_state_dict(state["sizes"])
+        if self._run.draws is not None and "draws" in state:
+            self._run.draws.load_state_dict(state["draws"])
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""
@@ -381,62 +344,6 @@ class TrainStep(HasCounts):
     def _refuse_nested(self) -> None:
         if self._accumulation.is_open:
             raise guards.nested_step(self._accumulation.open_micro_batches)
-
-    def _run(self, batch: Any, *, steps: bool) -> None:
-        if self._draws is not None:
-            self._draws.begin(is_for_user=not steps)
-        totals = None if self._weights is None else weights_by_name(self._weights(batch))
-        if self._fitting is None:
-            if self._accumulation.ranks is not None and not rows_in(self._split, batch):
-                pieces: Sequence[Rows] = []  # an empty share of a batch that other processes have
-            else:
-                pieces = self._split.plan(batch, self._split.largest(batch), max_rows=self._max_rows)
-            self._check.before_run(batch, pieces)
-            self._run_pieces(batch, pieces, totals=totals)
-            return
-        fitting = self._fitting
-        self._check.before_run(batch, None)
-        fitting.run(
-            batch,
-            lambda pieces, ran: self._run_pieces(batch, pieces, totals=totals, ran=ran, is_final=fitting.is_settled),
-        )
-
-    def _run_pieces(
-        self,
-        batch: Any,
-        pieces: Sequence[Rows],
-        *,
-        totals: dict[str, Weight] | None,
-        ran: Callable[[int], None] | None = None,
-        is_final: bool = True,
-    ) -> None:
-        """Opens a window and adds the gradients of these pieces of the batch to it; leaves none open if that fails."""
-        accumulation = self._accumulation
-        sizes = [num_rows(piece) for piece in pieces]
-        if self._any_rows is not None:
-            self._any_rows.expect(sizes, is_final=is_final)
-        accumulation.plan_line.announce(sizes, is_final=is_final)
-        accumulation.open(
-            totals=totals,
-            first_share=(sizes[0], sum(sizes)) if sizes else (1, 1),
-            samples=sum(sizes),
-            pieces=len(sizes),
-        )
-
-        if ran is not None:
-            ran(0)
-
-        def has_run(done: int) -> None:
-            if ran is not None:
-                ran(done)
-            if self._bar is not None:
-                self._bar.inside(done, len(sizes))
-
-        try:
-            self._runner.run(accumulation, batch, pieces, ran=has_run)
-        except BaseException:
-            accumulation.discard()
-            raise
 
 
 def _in_one(*batch: Any) -> str:

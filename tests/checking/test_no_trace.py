@@ -151,8 +151,8 @@ def test_the_first_update_is_bit_by_bit_the_one_without_a_look(size: Any, backwa
         optimizer = torch.optim.Adam(scene.model.parameters(), lr=0.1)
         step = ga.TrainStep(scene.model, optimizer, scene.loss_fn, micro_batch_size=size, check=check)  # type: ignore[arg-type]
         if size == "auto":
-            step._fitting._search.fastest = 4 * FEATURES  # type: ignore[union-attr]
-            step._fitting._search._is_by_time = False  # type: ignore[union-attr]
+            step._run.fitting._search.fastest = 4 * FEATURES  # type: ignore[union-attr]
+            step._run.fitting._search._is_by_time = False  # type: ignore[union-attr]
         if backward:
             step.backward(make_batch())
         else:
@@ -187,8 +187,8 @@ def test_scaler_autocast_and_optimizer_are_bit_by_bit_those_without_a_look(size:
             check=check,  # type: ignore[arg-type]
         )
         if size == "auto":
-            step._fitting._search.fastest = 4 * FEATURES  # type: ignore[union-attr]
-            step._fitting._search._is_by_time = False  # type: ignore[union-attr]
+            step._run.fitting._search.fastest = 4 * FEATURES  # type: ignore[union-attr]
+            step._run.fitting._search._is_by_time = False  # type: ignore[union-attr]
         for _ in range(3):
             step(make_batch())
         state = scene.state()

@@ -552,8 +552,8 @@ def agreeing(run: Run, agree: Callable[[bool, int], bool]) -> list[bool]:
         asked.append(failed_here)
         return agree(failed_here, len(asked))
 
-    assert run.step._fitting is not None
-    run.step._fitting.agree = asking
+    assert run.step._run.fitting is not None
+    run.step._run.fitting.agree = asking
     return asked
 
 

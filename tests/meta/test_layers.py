@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("fit", frozenset({"fit"})),
     ("checking", frozenset({"checking"})),
     ("auditing", frozenset({"auditing"})),  # it is handed what makes a step, so both ways to train may offer it
+    ("a batch in hand", frozenset({"batch_run"})),
     ("ways to train", frozenset({"accumulator", "train_step"})),
     ("checkpoint", frozenset({"checkpoint"})),
     ("tools", frozenset({"audit_model"})),

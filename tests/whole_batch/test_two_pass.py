@@ -129,7 +129,7 @@ def test_as_many_graphs_as_fit(monkeypatch: pytest.MonkeyPatch, room: int) -> No
     case = COUPLED["triplet"]
     model = Counting(model_for(case))
     step = train_step(model, case, micro_batch_size=4)
-    counted = step._runner.kept  # type: ignore[attr-defined]
+    counted = step._run._runner.kept  # type: ignore[attr-defined]
     step.backward(case.batch)  # counts a graph
     gradients = sum(parameter.numel() * 8 for parameter in model.parameters())
     graph = 4 * counted._row_bytes

@@ -152,10 +152,10 @@ class _PreparedAccumulator(ga.Accumulator):
             return super().over(micro_batches)
         return super().over(_WithoutRepeated(micro_batches, self._accelerator))
 
-    def backward(self, loss: Any) -> ga.Update | None:
+    def backward(self, loss: Any, *, samples: int | None = None) -> ga.Update | None:
         """See `Accumulator.backward`; Accelerate hears of a step that was skipped."""
         self._note(is_skipped=False)  # a prepared scheduler stands still as long as that is said
-        update = super().backward(loss)
+        update = super().backward(loss, samples=samples)
         if update is not None and self._accelerator.scaler is not None:
             self._note(is_skipped=update.skipped)
         return update

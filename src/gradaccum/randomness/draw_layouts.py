@@ -37,7 +37,7 @@ def find_layouts(
     """
     last = min(1, tree.rows(batch) - 1)
     buffers = Buffers.of(models)
-    versions = {id(buffer): buffer._version for _, _, buffer, _ in buffers.places if buffer is not None}
+    versions = {id(buffer): buffer._version for _, _, buffer, _, _ in buffers.places if buffer is not None}
     seen: list[_Seen] = []
     try:
         for rows in ([0, last], [0, last, last]):
@@ -90,7 +90,7 @@ def compare_draws(of_two: _Seen, of_three: _Seen) -> tuple[Layouts, set[str]]:
 
 def _put_back(buffers: Buffers, versions: dict[int, int]) -> None:
     """Puts buffers back that have changed; BatchNorm's kernels change them without counting a version."""
-    for module, name, buffer, copied in buffers.places:
+    for module, name, buffer, copied, _ in buffers.places:
         module._buffers[name] = buffer
         if buffer is None or copied is None:
             continue

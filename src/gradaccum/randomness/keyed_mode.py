@@ -121,7 +121,7 @@ class KeyedMode(TorchDispatchMode):
                 )
             return number, window.pieces[index]
         # A checkpoint's hooks, or its forward without a graph, say that this may run again in the backward.
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
         window.backward_draws = window.backward_draws or hooks is not None or not torch.is_grad_enabled()
         return number, self._piece
 

@@ -33,6 +33,7 @@ from gradaccum.errors import GradAccumWarning
 from gradaccum.randomness.draw_layouts import Layouts, find_layouts
 from gradaccum.randomness.keyed_mode import KeyedMode, MathAttention, Piece, Window
 from gradaccum.randomness.philox import key_of
+from gradaccum.split.asked import rows_in, samples_in
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.guards import user_stack_level
@@ -111,6 +112,14 @@ class SampleDraws:
         position = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.to("cpu", torch.int64)
         self._cut.append(position + self._start)
         return self._split.cut(batch, rows)
+
+    def rows(self, batch: Any) -> int:
+        """See `Split`."""
+        return rows_in(self._split, batch)
+
+    def samples(self, batch: Any, piece: Rows) -> int | None:
+        """See `split.asked.samples_in`."""
+        return samples_in(self._split, batch, piece)
 
     def largest(self, batch: Any) -> int:
         """See `Split`."""

@@ -173,8 +173,8 @@ def left_open(micro_batches: int) -> MisuseError:
 def nested_step(micro_batches: int) -> MisuseError:
     """The error for a step that is called while it runs another batch."""
     return MisuseError(
-        f"The step was called at {user_line()} while it runs another batch, after {micro_batches} of its micro-batches: "
-        "inside of its own loss_fn, or from another thread. Both would add to one .grad, and neither update would be "
+        f"The step was called at {user_line()} while it runs another batch, after {micro_batches} of its micro-batches "
+        "(inside of its own loss_fn, or from another thread). Both would add to one .grad, and neither update would be "
         "its batch's. For a gradient inside of a loss use torch.autograd.grad; for another batch call the step after "
         "this one, or make a step of another model for it."
     )

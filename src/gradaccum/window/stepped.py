@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 
@@ -26,7 +26,7 @@ class Stepped:
 
     def __enter__(self) -> None:
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._steps.put))
+            self._handles.append(optimizer.register_step_post_hook(cast(Any, self._steps.put)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

@@ -113,15 +113,16 @@ def fabric(
     plain = model
     is_double = next(model.parameters()).dtype is torch.float64
     fabric = Fabric(accelerator="cpu", devices=1, precision="64-true" if is_double else "32-true")
-    model, optimizer = fabric.setup(model, optimizer)
+    wrapped: Any = None
+    wrapped, optimizer = fabric.setup(model, optimizer)
     for _ in range(epochs):
         for iteration, batch in enumerate(batches, 1):
             is_accumulating = iteration % micro_batches != 0
-            with fabric.no_backward_sync(model, enabled=is_accumulating):
-                fabric.backward(loss(model, batch) / micro_batches)
+            with fabric.no_backward_sync(wrapped, enabled=is_accumulating):
+                fabric.backward(loss(wrapped, batch) / micro_batches)
             if not is_accumulating:
                 if clip_norm is not None:
-                    fabric.clip_gradients(model, optimizer, max_norm=clip_norm)
+                    fabric.clip_gradients(wrapped, optimizer, max_norm=clip_norm)
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()

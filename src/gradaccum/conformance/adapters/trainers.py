@@ -55,7 +55,7 @@ def lightning_trainer(
     class Reports(L.Callback):
         updates = 0
 
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
             if trainer.global_step > self.updates:
                 self.updates = trainer.global_step
                 losses.append(trainer.callback_metrics[reported].item())
@@ -117,7 +117,7 @@ def transformers_trainer(
             value = loss(model, inputs["batch"])
             return (value, {}) if return_outputs else value
 
-    length = {"num_train_epochs": epochs}
+    length: dict[str, Any] = {"num_train_epochs": epochs}
     if not hasattr(batches.dataset, "__len__"):  # it wants to know how many updates a stream has
         length = {"max_steps": epochs * math.ceil(sum(1 for _ in batches) / micro_batches)}
     with TemporaryDirectory() as folder:

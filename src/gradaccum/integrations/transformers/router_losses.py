@@ -33,7 +33,7 @@ class RouterLosses:
 
     Args:
         model: the plain model.
-        loss_of: ``loss_of(inputs, how)``: a micro-batch's loss, router loss included; ``how`` is what `forward` is given.
+        loss_of: ``loss_of(inputs, how)``: its loss, router loss included; ``how`` is what `forward` is given.
         over_batch: whether the router loss is taken over the batch; else it is each micro-batch's, weighed as the rest.
     """
 

@@ -125,7 +125,9 @@ class TrainerLoss:
     def _weight(self, loss: Tensor, model: Any, inputs: Any) -> Weight:
         """What a plain mean is over: by its graph, and where that says nothing, measured."""
         try:
-            return weight_of(loss).weight
+            weight = weight_of(loss).weight
+            assert weight is not None, "it is a mean over something"
+            return weight
         except LossError as unread:
             try:
                 if self._numbers.is_wanted(inputs):
