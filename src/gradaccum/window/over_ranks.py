@@ -272,11 +272,11 @@ class OverRanks:
         self.all_are_done = all(message.is_done for message in messages)
         if self.all_are_done or not any(message.micro_batches for message in messages):
             normaliser.settle({})
-            return _counted(messages, None)
+            return WindowResult.over_ranks(messages, None)
         of_own = normaliser.correction  # by what this process has
         normaliser.settle(added_shares(self.ranks, self._names, messages, share, lone=self._named[0][1].dtype))
         if normaliser.is_empty:
-            return _counted(messages, None)
+            return WindowResult.over_ranks(messages, None)
         used = flat.merged_uses([message.uses for message in messages], len(reduced_here))
         # W is known now, and `correction` is E_r / W. Where no engine reduces in the backward, E_r differs from process
         # to process: the correction is multiplied in before the sum, and nothing is left to correct. Where one does, E
@@ -286,9 +286,9 @@ class OverRanks:
         if self.boost is None:
             flat.multiply(self._own, of_own)
             flat.reduce_gradients(self.ranks, reduced_here, used, factor=normaliser.correction)
-            return _counted(messages, None)
+            return WindowResult.over_ranks(messages, None)
         flat.reduce_gradients(self.ranks, reduced_here, used, factor=1.0 / self.boost)
-        return _counted(messages, normaliser.correction)
+        return WindowResult.over_ranks(messages, normaliser.correction)
 
     def stepped(self) -> None:
         """Makes sure that all processes have made the update that was settled last.
@@ -389,16 +389,3 @@ def _roots_of(made: Any) -> list[Tensor]:
     several = list(made.values()) if isinstance(made, dict) else [made]
     found = [one.root if isinstance(one, Loss) else one for one in several]
     return [tensor for tensor in tree.tensors(found) if tensor.requires_grad]
-
-
-def _counted(messages: Sequence[Message], correction: Number | None) -> WindowResult:
-    is_known = not any(message.has_unknown_sizes for message in messages)
-    return WindowResult(
-        micro_batches=sum(message.micro_batches for message in messages),
-        samples=sum(message.samples for message in messages) if is_known else None,
-        largest=max(message.largest for message in messages) if is_known else None,
-        correction=correction,
-        is_over=all(message.is_done for message in messages),
-        is_incomplete=any(message.is_done for message in messages),
-        stops=any(message.wants_to_stop for message in messages),
-    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradaccum.losses.loss import Loss
 from gradaccum.losses.normaliser import SINGLE, Normaliser, Number
+from gradaccum.sync.messages import Message
 from gradaccum.types import Update
 
 
@@ -42,6 +43,20 @@ class WindowResult(NamedTuple):
         if len(known) < len(sizes):
             return WindowResult(len(sizes), None, None, correction)
         return WindowResult(len(sizes), sum(known), max(known, default=0), correction)
+
+    @staticmethod
+    def over_ranks(messages: Sequence[Message], correction: Number | None) -> WindowResult:
+        """The counts of a window of all processes, from the messages at its end."""
+        is_known = not any(message.has_unknown_sizes for message in messages)
+        return WindowResult(
+            micro_batches=sum(message.micro_batches for message in messages),
+            samples=sum(message.samples for message in messages) if is_known else None,
+            largest=max(message.largest for message in messages) if is_known else None,
+            correction=correction,
+            is_over=all(message.is_done for message in messages),
+            is_incomplete=any(message.is_done for message in messages),
+            stops=any(message.wants_to_stop for message in messages),
+        )
 
 
 def update_of(
