@@ -177,7 +177,10 @@ class Run:
             return Loss.sum(torch.stack(parts).sum())
         if self.substitutions.loss_shares is not None:
             return Loss.sum(value * self.substitutions.loss_shares[piece.index - 1])
-        return Loss.mean(value, over=piece.rows)
+        # As sums, whose counts training takes as they are declared: what it would refuse is what is audited.
+        if isinstance(loss, Loss) and loss.weight is not None:
+            return Loss.sum(loss.total, over=loss.weight)
+        return Loss.sum(value * piece.rows, over=piece.rows)
 
 
 class Runs:
