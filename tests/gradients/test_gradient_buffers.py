@@ -167,7 +167,8 @@ def test_totals_that_are_guessed_far_too_small() -> None:
     weight_of = dict(zip(RAGGED, (1.0, 50.0, 2.0, 3.0), strict=True))  # 4 are expected, so the sum so far is rescaled
 
     def weighted(model: nn.Module, batch: Batch) -> ga.Loss:
-        return ga.Loss.mean(mse(model, batch), over=weight_of[len(batch["x"])])
+        weight = weight_of[len(batch["x"])]
+        return ga.Loss.sum(mse(model, batch) * weight, over=weight)
 
     def whole(model: nn.Module, batch: Batch) -> Tensor:
         losses = [mse(model, piece) * weight_of[len(piece["x"])] for piece in pieces(batch, RAGGED)]

@@ -63,7 +63,8 @@ def test_a_mean_of_micro_losses_is_something_else(case: Coupled) -> None:
     expected, _ = whole(model, case)
 
     def loss_fn(model: nn.Module, batch: Batch) -> ga.Loss:
-        return ga.Loss.mean(case.batch_loss(case.forward(model, batch), batch), over=len(batch["x"]))
+        rows = len(batch["x"])  # as a sum, whose count is taken as it is said
+        return ga.Loss.sum(case.batch_loss(case.forward(model, batch), batch) * rows, over=rows)
 
     step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=7, check="off")
     step.backward(case.batch)

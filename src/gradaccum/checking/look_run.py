@@ -6,6 +6,7 @@ once a forward are alike. Draws made for each sample are replayed where anything
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,7 @@ class Look:
                 if function is None:
                     return None
 
+                @functools.wraps(function)
                 def call(model: Any, micro_batch: Any) -> Any:
                     nonlocal is_first
                     if recording is not None:

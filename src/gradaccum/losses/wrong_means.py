@@ -64,7 +64,10 @@ def refuse_wrong_form(name: str, read: Read) -> None:
             raise MeanError(_sum_message(name, read))
     elif read.how == "sum" and main and read.over is not None and read.over > 1:
         over = read.over
-        if all(term.kind == "mean" and term.count and not float(term.count) % over for term in main):
+        means = [term.kind == "mean" and term.count and not float(term.count) % over for term in main]
+        # A mean times its weight is a sum again.
+        times = [any(factor.multiplies and factor.value == over for factor in term.factors) for term in main]
+        if all(means) and not any(times):
             raise MeanError(
                 f"{_term(name)} was returned as ga.Loss.sum(loss, over={over:g}), a sum that is still to be divided by "
                 f"{over:g}, but its graph says that it is a mean already, over {float(main[0].count or 0):g} "

@@ -135,6 +135,7 @@ class SampleDraws:
             return None
         self._run_one = functools.partial(function, self._model)
 
+        @functools.wraps(function)
         def keyed(model: Any, micro_batch: Any) -> Any:
             # Nothing was cut for a batch in one piece, nor for what only keeps other processes company.
             own = self._cut.popleft() if self._cut else torch.arange(tree.rows(micro_batch)) + self._start

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ def uses_of(function: Callable[..., Any]) -> Uses:
     """What a function uses; nothing, where it is not written in Python."""
     found = Uses()
     seen: set[int] = set()
-    todo: list[tuple[Any, int]] = [(function, 0)]
+    todo: list[tuple[Any, int]] = [(inspect.unwrap(function), 0)]
     while todo:
         value, depth = todo.pop()
         if id(value) in seen or depth > _MAX_DEPTH:

@@ -12,6 +12,7 @@ lost where a loop moves or casts these before the model, and torch then finds ou
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import suppress
@@ -62,7 +63,7 @@ class AnyNumberOfRows:
         """A function of a model and a micro-batch, called with marked ones; anything else as it is."""
         if not callable(function):
             return function
-        return lambda model, micro_batch: function(model, self.marked(micro_batch))
+        return functools.wraps(function)(lambda model, micro_batch: function(model, self.marked(micro_batch)))
 
 
 def any_number_of_rows(models: Iterable[nn.Module], *functions: Callable[..., Any] | None) -> AnyNumberOfRows | None:

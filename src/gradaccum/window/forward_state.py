@@ -98,7 +98,8 @@ def _foreign_batch_norms(models: Sequence[nn.Module], roots: Sequence[Tensor]) -
     """BatchNorms in training mode that a graph has and that are no BatchNorm modules of the models."""
     own = [module for model in models for module in model.modules() if isinstance(module, _BatchNorm)]
     known = {id(module.weight) for module in own} | {id(module.running_mean) for module in own} - {id(None)}
-    has_bare = any(module.weight is None for module in own)
+    # Without a weight that trains, nothing in the graph leads to the module.
+    has_bare = any(module.weight is None or not module.weight.requires_grad for module in own)
     names = {id(parameter): name for model in models for name, parameter in model.named_parameters()}
     graph = read_graph(roots)
     for node in graph.readers:

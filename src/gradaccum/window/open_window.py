@@ -228,8 +228,9 @@ class OpenWindow:
         normaliser = self._opened()
         try:
             terms = [as_terms(loss, samples, weights) for loss, samples, weights in losses]
-            for loss, samples, weights in losses:
-                self.reading.has_run(loss, samples, weights)
+            if len(losses) > 1:  # one alone is the whole batch's own, whatever it is
+                for loss, samples, weights in losses:
+                    self.reading.has_run(loss, samples, weights)
             counts_here = self.ranks is None or self.ranks.is_first or not is_shared
             if not counts_here:
                 terms = [without_value(losses_of_one) for losses_of_one in terms]
