@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -255,3 +256,19 @@ def test_steps_inside_are_refused_before_they_are_made() -> None:
     with pytest.raises(StepsInside, match="SGD steps inside of it"), no_trace([], []):
         optimizer.step()
     assert torch.equal(model.weight, weight)
+
+
+def test_names_of_running_code_are_left_alone() -> None:
+    """A function may hold a namespace, and with it all that Python itself has: emptied, nothing would run."""
+    names: dict[str, Any] = {}
+    exec("import sys\ncount = 0\ndef loss_of(model, batch): return model(batch[0]).square().mean()", names)
+    loaded = len(sys.modules)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return names["loss_of"](model, batch)
+
+    model = nn.Linear(FEATURES, 2)
+    step = ga.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=4)
+    step(make_batch())
+    assert len(names["__builtins__"]) > 100
+    assert len(sys.modules) >= loaded

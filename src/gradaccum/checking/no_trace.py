@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gradaccum.fit.borrowed_model import SavedBeforeWriting, remember
+from gradaccum.fit.borrowed_model import SavedBeforeWriting, is_namespace, remember
 from gradaccum.memory.live_bytes import tensors_in
 from gradaccum.window.snapshot import RandomState
 
@@ -155,7 +155,7 @@ class Watched:
         elif isinstance(value, Tensor):
             self._saved.watch([value])
         elif isinstance(value, (list, dict, set)):
-            if len(value) <= _MOST_ENTRIES:
+            if len(value) <= _MOST_ENTRIES and not is_namespace(value):
                 remember(value, self._remembered, self._undone)
                 for entry in list(value.values() if isinstance(value, dict) else value):
                     self._add_object(entry, name)

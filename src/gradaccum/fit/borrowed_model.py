@@ -13,6 +13,7 @@ and what a loss function leaves in variables of its own.
 
 from __future__ import annotations
 
+import builtins
 import random
 import sys
 from collections import OrderedDict, deque
@@ -184,13 +185,34 @@ def remember(value: Any, remembered: set[int], undone: ExitStack) -> None:
     """Has ``undone`` put back what a container holds, and what built-in containers in it hold, at any depth."""
     if isinstance(value, torch.Generator):
         undone.callback(value.set_state, value.get_state())
-    elif type(value) in _CONTAINERS and id(value) not in remembered:
+    elif type(value) in _CONTAINERS and id(value) not in remembered and not is_namespace(value):
         remembered.add(id(value))
         undone.callback(_refill, value, value.copy())
         for entry in value.values() if isinstance(value, dict) else value:
             remember(entry, remembered, undone)
 
 
+def is_namespace(value: Any) -> bool:
+    """Whether a dict holds the names of running code, or of Python itself: emptied, nothing would run any more."""
+    if type(value) is not dict:
+        return False
+    return value is sys.modules or value is vars(builtins) or "__builtins__" in value
+
+
+def _holds_same(container: Any, entries: Any) -> bool:
+    """Whether a container holds the very objects that it held."""
+    if len(container) != len(entries):
+        return False
+    if isinstance(container, dict):
+        pairs = zip(container.items(), entries.items(), strict=True)
+        return all(key is other and value is held for (key, value), (other, held) in pairs)
+    if isinstance(container, (list, deque)):
+        return all(one is other for one, other in zip(container, entries, strict=True))
+    return {id(one) for one in container} == {id(one) for one in entries}
+
+
 def _refill(container: Any, entries: Any) -> None:
+    if _holds_same(container, entries):
+        return
     container.clear()
     container.extend(entries) if isinstance(container, (list, deque)) else container.update(entries)
