@@ -6,23 +6,25 @@ What is shared with other ways to run micro-batches is in `whole_batch`, what fi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from gradaccum.checking.check_once import CheckOnce
-from gradaccum.checking.look_run import StepToCheck
+from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.errors import WindowError
 from gradaccum.fit.transaction import Fitting, no_common_size
 from gradaccum.losses.loss import Weight
-from gradaccum.randomness.sample_draws import Randomness, SampleDraws
 from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import is_sharded
-from gradaccum.types import Rows, Split, num_rows
+from gradaccum.types import Randomness, Rows, Split, num_rows
 from gradaccum.whole_batch.runners import ADVICE, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.weights import weights_by_name
+
+if TYPE_CHECKING:
+    from gradaccum.randomness.sample_draws import SampleDraws
 
 
 class BatchRun:
@@ -81,6 +83,8 @@ class BatchRun:
             options = options.wrapped(self._any_rows.marking)
         self.draws: SampleDraws | None = None
         if randomness == "sample":
+            from gradaccum.randomness.sample_draws import SampleDraws  # where it is asked for
+
             self.draws = SampleDraws(
                 model,
                 models,

@@ -16,10 +16,9 @@ from gradaccum.errors import MisuseError, WindowError
 from gradaccum.gradients.fused.choice import FusedOption
 from gradaccum.gradients.given_backward import BackwardFunction
 from gradaccum.losses.loss import Loss
-from gradaccum.randomness.sample_draws import Randomness
 from gradaccum.sync.detect import Sync
 from gradaccum.sync.messages import Caller
-from gradaccum.types import Activations, Split, Update
+from gradaccum.types import Activations, Randomness, Split, Update
 from gradaccum.whole_batch.runners import BatchNorm, Combine, RunnerOptions
 from gradaccum.window import guards
 from gradaccum.window.accumulation import Accumulation

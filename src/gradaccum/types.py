@@ -16,6 +16,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 """Floating-point types of 16 bits."""
 
 Activations = Literal["device", "host", "recompute"]
+Randomness = Literal["torch", "sample"]
 """Where the activations of a batch in lockstep wait for the backward."""
 
 Rows = slice | Tensor

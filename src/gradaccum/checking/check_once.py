@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from gradaccum.checking.first_check import look_first
-from gradaccum.checking.look_run import StepToCheck
+from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.errors import GradAccumWarning, WindowError
 from gradaccum.split.asked import rows_in
 from gradaccum.types import Rows
@@ -56,6 +55,8 @@ class CheckOnce:
         if accumulation.ranks is None and len(pieces) < 2:
             accumulation.plan_line.evidence = NOTHING_IS_CUT
             return
+        from gradaccum.checking.first_check import look_first  # when it is due
+
         found = look_first(self._step, batch, pieces, ranks=accumulation.ranks)
         accumulation.plan_line.evidence = found.evidence
         if found.error is not None:

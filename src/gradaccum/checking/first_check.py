@@ -20,7 +20,7 @@ from torch import nn
 
 from gradaccum import tree
 from gradaccum.checking.findings import Difference, Finding, blame
-from gradaccum.checking.look_run import CannotLook, Draw, Look, Side, StepToCheck
+from gradaccum.checking.look_run import CannotLook, Draw, Look, Side
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.pieces import copied
 from gradaccum.checking.random_ops import Draws
@@ -34,6 +34,7 @@ from gradaccum.checking.side_difference import (
     norm,
     state_difference,
 )
+from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.asked import part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 
 from gradaccum import tree
 from gradaccum.checking.module_outputs import Recording
@@ -27,10 +26,11 @@ from gradaccum.checking.no_trace import Watched, no_trace
 from gradaccum.checking.pieces import Piece, copied, planned_pieces, whole
 from gradaccum.checking.random_ops import Draws
 from gradaccum.checking.random_replay import RandomReplay
+from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.split.asked import rows_in, samples_in
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.whole_batch.batch_norm.layers import batch_norms, frozen
-from gradaccum.whole_batch.runners import RunnerOptions, choose_runner
+from gradaccum.whole_batch.runners import choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.options import Options
 from gradaccum.window.parameters import named_parameters
@@ -40,33 +40,6 @@ from gradaccum.window.weights import weights_by_name
 
 class CannotLook(Exception):
     """Why a batch cannot be looked at."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepToCheck:
-    """What is looked at: a `TrainStep` without the class.
-
-    Attributes:
-        models: all modules, also those of the loss.
-        model: what the user's functions are called with.
-        optimizers: whose parameters are trained.
-        options: how micro-batches are run.
-        split: how a batch is cut.
-        coupled_batch_norms: finds the names of layers that see the micro-batch, of which is warned elsewhere.
-    """
-
-    models: Sequence[nn.Module]
-    model: Any
-    optimizers: Sequence[Optimizer]
-    options: RunnerOptions
-    split: Split
-    coupled_batch_norms: Callable[[], Sequence[str]]
-
-    @property
-    def functions(self) -> list[Any]:
-        """The user's functions."""
-        options = self.options
-        return [options.loss_fn, options.forward, options.batch_loss, options.weights]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,6 @@ from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.guards import user_stack_level
 from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.snapshot import RandomState
-
-Randomness = Literal["torch", "sample"]
 
 _OUTSIDE = "Python's random or NumPy"
 _COMPILED = "compiled code, which runs uncompiled here"
