@@ -7,10 +7,6 @@ import typing as _typing
 from importlib import import_module as _import_module
 
 from gradaccum.accumulator import Accumulator
-from gradaccum.checkpoint.checkpoint import Checkpoint
-from gradaccum.chunks.causal_head import chunked_head
-from gradaccum.chunks.head_criterion import criterion
-from gradaccum.chunks.row_chunks import chunked
 from gradaccum.errors import (
     BatchError,
     BatchNormWarning,
@@ -33,24 +29,28 @@ from gradaccum.errors import (
     WindowError,
 )
 from gradaccum.losses.loss import Loss
-from gradaccum.losses.weight_of import weight_of
-from gradaccum.split.as_given import split_as_given
-from gradaccum.split.by_cost import split_by_cost
 from gradaccum.split.by_samples import split_by_samples
-from gradaccum.split.packed import split_packed
-from gradaccum.sync.global_batches import GlobalBatchSampler
 from gradaccum.train_step import TrainStep
 from gradaccum.types import GhostBatch, Job, Split, Update
-from gradaccum.whole_batch.lockstep.gather import gather
-from gradaccum.window.own_window import Window
 
 if _typing.TYPE_CHECKING:
     from gradaccum.audit_model import audit
     from gradaccum.auditing.audit_report import Report
     from gradaccum.auditing.culprits import Culprit
+    from gradaccum.checkpoint.checkpoint import Checkpoint
+    from gradaccum.chunks.causal_head import chunked_head
+    from gradaccum.chunks.head_criterion import criterion
+    from gradaccum.chunks.row_chunks import chunked
     from gradaccum.fit.plan_result import Plan
     from gradaccum.fit.planner import plan
     from gradaccum.integrations.transformers.router_losses import balance_over_batch
+    from gradaccum.losses.weight_of import weight_of
+    from gradaccum.split.as_given import split_as_given
+    from gradaccum.split.by_cost import split_by_cost
+    from gradaccum.split.packed import split_packed
+    from gradaccum.sync.global_batches import GlobalBatchSampler
+    from gradaccum.whole_batch.lockstep.gather import gather
+    from gradaccum.window.own_window import Window
 
 __version__ = "0.1.0"
 
@@ -103,6 +103,17 @@ __all__ = [
 
 
 _TOOLS = {
+    "criterion": "chunks.head_criterion",
+    "gather": "whole_batch.lockstep.gather",
+    "Checkpoint": "checkpoint.checkpoint",
+    "chunked_head": "chunks.causal_head",
+    "chunked": "chunks.row_chunks",
+    "weight_of": "losses.weight_of",
+    "split_as_given": "split.as_given",
+    "split_by_cost": "split.by_cost",
+    "split_packed": "split.packed",
+    "GlobalBatchSampler": "sync.global_batches",
+    "Window": "window.own_window",
     "Culprit": "auditing.culprits",
     "Plan": "fit.plan_result",
     "Report": "auditing.audit_report",

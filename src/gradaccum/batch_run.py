@@ -13,7 +13,6 @@ from torch import nn
 from gradaccum.checking.check_once import CheckOnce
 from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.errors import WindowError
-from gradaccum.fit.transaction import Fitting, no_common_size
 from gradaccum.losses.loss import Weight
 from gradaccum.split.asked import rows_in
 from gradaccum.sync.detect import is_sharded
@@ -24,6 +23,7 @@ from gradaccum.window.compiled import any_number_of_rows
 from gradaccum.window.weights import weights_by_name
 
 if TYPE_CHECKING:
+    from gradaccum.fit.transaction import Fitting
     from gradaccum.randomness.sample_draws import SampleDraws
 
 
@@ -100,6 +100,8 @@ class BatchRun:
         self._runner = runner if self.draws is None else self.draws.around(runner)
         self.fitting: Fitting | None = None
         if max_rows is None:
+            from gradaccum.fit.transaction import Fitting, no_common_size  # where it is asked for
+
             if accumulation.ranks is None and any(map(is_sharded, models)):
                 raise no_common_size()
             self.fitting = Fitting(

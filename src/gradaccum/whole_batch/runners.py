@@ -14,21 +14,14 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
 from gradaccum.errors import LossError, OptionError, WindowError
 from gradaccum.split.by_samples import cuts_anywhere, split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
-from gradaccum.whole_batch.batch_norm.exact import Whole
-from gradaccum.whole_batch.batch_norm.ghost import Ghosts
-from gradaccum.whole_batch.batch_norm.layers import frozen
-from gradaccum.whole_batch.kept_graphs import KeptGraphs
-from gradaccum.whole_batch.lockstep.lockstep import Lockstep
-from gradaccum.whole_batch.outputs import CONCAT, SUM, summable
 from gradaccum.whole_batch.signatures import check_loss_fn
-from gradaccum.whole_batch.two_pass import TwoPass
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.closures import closed_over
 from gradaccum.window.fillers import FilledRunner
@@ -37,10 +30,11 @@ from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.runner import Plain, Ran, Runner
 from gradaccum.window.weights import WeightsFunction
 
+if TYPE_CHECKING:
+    from gradaccum.whole_batch.outputs import Combination
+
 BatchNorm = Literal["micro", "exact", "frozen"] | GhostBatch
 Combine = Literal["concat", "sum"]
-
-_COMBINATIONS = {"concat": CONCAT, "sum": SUM}
 
 ADVICE = (
     "In lockstep the activations of all micro-batches are kept, so smaller micro-batches save little. What can help "
@@ -161,7 +155,7 @@ class RunnerOptions:
                 "weights= counts what the means of a micro-batch's loss are over, and batch_loss has the whole batch: "
                 "its means are over all of it already. Leave weights= out."
             )
-        if self.combine not in _COMBINATIONS:
+        if self.combine not in get_args(Combine):
             raise LossError(
                 f'combine={self.combine!r}: outputs are joined along the samples ("concat"), or they are statistics '
                 'and are added up ("sum").'
@@ -197,7 +191,7 @@ def _check_callable(function: Any, name: str, form: str) -> None:
 def choose_runner(
     options: RunnerOptions, model: Any, models: Sequence[nn.Module], *, split: Split, ranks: OverRanks | None
 ) -> Runner:
-    """The runner that the options ask for.
+    """The runner that the options ask for; what it is made of is imported here, where it is asked for.
 
     Args:
         options: of the `TrainStep`.
@@ -210,15 +204,24 @@ def choose_runner(
     run_one: Callable[[Any], Any] = functools.partial(function, model)
     scope: Callable[[], AbstractContextManager[None]] | None = None
     if isinstance(options.batch_norm, GhostBatch):
+        from gradaccum.whole_batch.batch_norm.ghost import Ghosts
+
         ghosts = Ghosts(models, options.batch_norm, is_replayed=options.batch_loss is not None)
         run_one, scope = ghosts.forward(run_one, split=split), ghosts.held
     elif options.batch_norm == "frozen":
+        from gradaccum.whole_batch.batch_norm.layers import frozen
+
         scope = functools.partial(frozen, models, others=functools.cache(lambda: closed_over(function, models)))
     if options.batch_loss is not None and options.combine == "sum":
+        from gradaccum.whole_batch.outputs import summable
+
         run_one = summable(run_one)
     if not options.is_lockstep:
         return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
     # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
+    from gradaccum.whole_batch.batch_norm.exact import Whole
+    from gradaccum.whole_batch.lockstep.lockstep import Lockstep
+
     is_exact = options.batch_norm == "exact"
     whole = Whole(models)
     uncut = _one_after_another(options, whole.forward(run_one) if is_exact else run_one, models, split, ranks=None)
@@ -226,7 +229,7 @@ def choose_runner(
         models=models,
         run_one=run_one,
         batch_loss=options.batch_loss,
-        combination=_COMBINATIONS[options.combine],
+        combination=_combination(options.combine),
         uncut=_scoped(uncut, whole.held if is_exact else None),
         split=split,
         weights=options.weights,
@@ -234,6 +237,12 @@ def choose_runner(
         activations=options.activations,
     )
     return _scoped(runner, scope)
+
+
+def _combination(combine: Combine) -> Combination:
+    from gradaccum.whole_batch.outputs import CONCAT, SUM
+
+    return {"concat": CONCAT, "sum": SUM}[combine]
 
 
 def _one_after_another(
@@ -244,11 +253,14 @@ def _one_after_another(
     ranks: OverRanks | None,
 ) -> Runner:
     if options.batch_loss is not None:
+        from gradaccum.whole_batch.kept_graphs import KeptGraphs
+        from gradaccum.whole_batch.two_pass import TwoPass
+
         return TwoPass(
             output_of=run_one,
             batch_loss=options.batch_loss,
             split=split,
-            combination=_COMBINATIONS[options.combine],
+            combination=_combination(options.combine),
             models=models,
             kept=KeptGraphs(models, at_most=options.kept_graphs),
         )
