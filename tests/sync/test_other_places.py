@@ -156,13 +156,16 @@ def a_step_fails(rank: int) -> None:
         if rank == 1:
             with pytest.raises((torch.OutOfMemoryError, ValueError)):
                 update(0)
-            assert step.updates == 0
+            # A scheduler fails after the step: the parameters have moved, and the counter says so.
+            assert step.updates == (1 if what == "scheduler" else 0)
         else:
             said = told(update, 0)
             assert "rank 1: " in said
             assert "Update 1 has been made on this process, and failed on rank 1" in said
             assert "no update was made" not in said
             assert step.updates == 1
+        if what == "scheduler":
+            continue  # both are at the same place
         said = told(update, 1)
         assert "update 1" in said
         assert "update 2" in said
