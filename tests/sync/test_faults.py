@@ -132,7 +132,7 @@ def different_places(rank: int) -> None:
         step.load_state_dict({"updates": 4, "micro_batches": 8, "samples": 12})
     other = ga.TrainStep(model, sgd(model), CASE.for_library, micro_batch_size=2 if rank == 1 else "auto")
     for different, message in (
-        (step, "rank 0 begins with update 1 of a TrainStep, and rank 1 begins with update 5 of"),
+        (step, "rank 0 closes the window of update 1 of a TrainStep .*, and rank 1 closes the window of update 5 of"),
         (other, "rank 0 looks for a micro-batch size in update 1 .*, and rank 1 closes the window of"),
     ):
         before = parameters_of(model)

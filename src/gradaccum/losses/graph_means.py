@@ -353,7 +353,10 @@ def read_again(root: Tensor, term: Term, factors: list[Factor]) -> float | None:
         at = _node_at(root.grad_fn, factor.path)
         if at is None:
             return None
-        again = _shape_factor(at, ()) if factor.is_shape else _factor(at, ())
+        try:
+            again = _shape_factor(at, ()) if factor.is_shape else _factor(at, ())
+        except (AttributeError, RuntimeError):  # a node of another kind: a loss with another number of terms, say
+            return None
         if again is None:
             return None
         count = count / float(again.value) if again.multiplies else count * float(again.value)
