@@ -85,6 +85,7 @@ class BatchRun:
         if randomness == "sample":
             from gradaccum.randomness.sample_draws import SampleDraws  # where it is asked for
 
+            self._check.skip("draws belong to samples, and the check would draw others")
             self.draws = SampleDraws(
                 model,
                 models,
