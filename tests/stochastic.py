@@ -69,13 +69,17 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         like = torch.empty_like(x)
-        x = x + 0.1 * torch.normal(x.detach(), 0.5) + 0.1 * torch.normal(0.0, x.detach().exp())
+        x = x + 0.1 * torch.normal(x.detach(), 0.5) + 0.1 * torch.normal(0.0, x.detach().clamp(-3, 3).exp())
         x = x + like.exponential_(2.0) + 0.1 * like.clone().uniform_(-1, 1) + 0.1 * like.clone().cauchy_().clamp(-1, 1)
         x = x + 0.1 * like.clone().geometric_(0.4) + 0.1 * like.clone().log_normal_(0.0, 0.3)
         x = x * torch.bernoulli(x.detach().sigmoid()) + 0.1 * like.clone().random_(0, 3)
         x = F.alpha_dropout(x, 0.2) + F.rrelu(x, training=True)
-        x = x + 0.1 * torch.poisson(x.detach().exp()) + 0.1 * torch.distributions.Gamma(x.detach().exp(), 1.0).sample()
-        chosen = torch.multinomial(x.detach().exp().flatten(1), 2) + torch.randint_like(like, 4)[:, 0, :2]
+        x = (
+            x
+            + 0.1 * torch.poisson(x.detach().clamp(-3, 3).exp())
+            + 0.1 * torch.distributions.Gamma(x.detach().clamp(-3, 3).exp(), 1.0).sample()
+        )
+        chosen = torch.multinomial(x.detach().clamp(-3, 3).exp().flatten(1), 2) + torch.randint_like(like, 4)[:, 0, :2]
         return (torch.feature_dropout(x, 0.2, True) * torch.rand(()) + chosen.sum(1)[:, None, None] * 0.01).tanh()
 
 

@@ -301,7 +301,9 @@ def test_the_plan_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "gradaccum")
     torch.set_default_dtype(torch.float64)
     make_step("transformer", 3)[1](make_batches(1)[0])
-    assert "exact | random draws by sample" in caplog.text
+    assert (
+        "not checked: draws belong to samples, and the check would draw others | random draws by sample" in caplog.text
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
