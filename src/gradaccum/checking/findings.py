@@ -196,7 +196,8 @@ def _remedy_of_state(module: nn.Module) -> str:
     if "SpectralNorm" in type(module).__name__:
         return (
             "Spectral norm takes a step of power iteration in every forward in training mode. No option has it once an "
-            "update; keep the network in .eval() mode for all forwards but one, or accept that it converges faster."
+            "update: keep the network in .eval() mode for all forwards but one, or the update is another one than the "
+            "whole batch's."
         )
     return (
         "No option has a state advance once an update. Change it outside of the forward, once an update (after "

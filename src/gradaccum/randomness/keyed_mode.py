@@ -370,7 +370,8 @@ def _multinomial(call: Call) -> Tensor:
     return (chances.unsqueeze(-2) / exponential(call.draw(shape, chances.device))).argmax(-1)
 
 
-_UNTAGGED = frozenset({"random", "random_", "binomial", "_sample_dirichlet"})  # which torch has forgotten
+# By name too: tagged in torch 2.13, which was looked up; older ones were not.
+_UNTAGGED = frozenset({"random", "random_", "binomial", "_sample_dirichlet"})
 # Seen in inference mode alone; elsewhere torch has taken them apart before.
 _COMPOSITE = frozenset(
     {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "lstm", "gru", "rnn_tanh", "rnn_relu"}
