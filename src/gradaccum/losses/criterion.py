@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradaccum.errors import UnknownLossError
 from gradaccum.losses.loss import Loss
-from gradaccum.losses.torch_losses import RULES, Rule, add_up, ignored_label, rule_of, torch_class_of
+from gradaccum.losses.torch_losses import RULES, Rule, ignored_label, rule_of, torch_class_of
 
 TorchLoss = nn.Module | Callable[..., Tensor]
 
@@ -56,13 +56,13 @@ class Criterion:
         for name in _LEGACY:
             arguments.pop(name, None)
         arguments["reduction"] = reduction
-        losses = rule.unreduced(arguments)
+        total, losses = rule.total(arguments)
         weight = None if reduction == "sum" else rule.over[reduction](losses, arguments)
         # Not by Loss.sum, which reads a user's count where it lies on the host: torch.compile would break its graph
         # there, and fake tensors have nothing to read. This count was made here.
         label = ignored_label(arguments)
         ignored = None if label is None else (arguments["target"], label)
-        return Loss(root=add_up(losses), weight=weight, is_mean=False, ignored=ignored)
+        return Loss(root=total, weight=weight, is_mean=False, ignored=ignored)
 
     def ignored_label(self, target: Tensor) -> int | None:
         """The label whose items have no loss and no weight, where the options of the loss say so before a call."""

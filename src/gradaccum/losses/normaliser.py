@@ -96,7 +96,8 @@ class _TermSum:
         """The sum over ``weight``, 0-d and detached; the sum itself where that is None."""
         dtype = torch.float32 if self._dtype is None else self._dtype
         if not self._on_device and not isinstance(weight, Tensor):
-            return torch.tensor(self._on_host if weight is None else _quotient(self._on_host, weight), dtype=dtype)
+            mean = self._on_host if weight is None else _quotient(self._on_host, weight)
+            return torch.scalar_tensor(mean, dtype=dtype)
         device = self._on_device[0][0].device if self._on_device else None
         total = _wide(torch.tensor(self._on_host, device=device))
         for root, share in self._on_device:
@@ -152,6 +153,8 @@ class Normaliser:
         self._is_fixed: bool = expected is not None
         self._rescale: float | None = None
         self._terms: dict[str, _TermSum] = {}
+        self._last_seed: Tensor | None = None  # micro-batches of one size have the same
+        self._last_share = 0.0
 
     def seeds(self, losses: Mapping[str, Loss]) -> list[tuple[Tensor, Tensor]]:
         """Adds a micro-batch's losses to the window's sums, and returns where its backward starts, and with what.
@@ -181,7 +184,11 @@ class Normaliser:
             share = (weight if is_mean else 1.0) / self._expected_total(name, weight, in_half=root.dtype in HALF_DTYPES)
         if isinstance(share, Tensor):
             return root, share.to(device=root.device, dtype=root.dtype)
-        return root, torch.scalar_tensor(share, dtype=root.dtype, device=root.device)
+        seed = self._last_seed
+        if seed is None or seed.dtype != root.dtype or seed.device != root.device or self._last_share != share:
+            seed = torch.scalar_tensor(share, dtype=root.dtype, device=root.device)
+            self._last_seed, self._last_share = seed, share
+        return root, seed
 
     def expect_all_of(
         self,

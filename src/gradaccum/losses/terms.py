@@ -20,13 +20,13 @@ def as_terms(loss: Any, samples: int | None, weights: Mapping[str, Weight] | Non
     Raises:
         LossError: not a scalar, no graph, or a plain tensor whose number of samples is unknown.
     """
-    if isinstance(loss, Mapping) and hasattr(loss, "loss"):  # Hugging Face's ModelOutput
+    if isinstance(loss, (Loss, Tensor)) or not isinstance(loss, Mapping):
+        return {SINGLE: _as_loss(SINGLE, loss, samples, weights)}
+    if hasattr(loss, "loss"):  # Hugging Face's ModelOutput
         raise LossError(
             f"The loss is a {type(loss).__name__}, everything that the model returned. Its entries would be taken for "
             "losses. Write: return output.loss."
         )
-    if not isinstance(loss, Mapping):
-        return {SINGLE: _as_loss(SINGLE, loss, samples, weights)}
     if "loss" in loss and (beside := [name for name, term in loss.items() if not _adds_to_gradient(term)]):
         raise LossError(
             f"The loss is a dict of {', '.join(map(repr, loss))}, and {', '.join(map(repr, beside))} cannot be a loss: "

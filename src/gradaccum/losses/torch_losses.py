@@ -11,9 +11,10 @@ The rule is one: ``reduction="mean"`` is the sum of what ``reduction="none"`` re
     the rows                     KL divergence with ``reduction="batchmean"``
     the sequences                CTC, after each loss was divided by its target's length, or by 1 for an empty target
 
-So the losses are computed unreduced and added up here. Torch's own sum would save one small tensor, but lose three
-things: the float32 sum of float16 losses, the divisor that is right whatever was broadcast, and the sum of losses that
-torch only has as a mean (CTC, adaptive softmax).
+So the losses are computed unreduced and added up here. Torch's own sum would lose three things: the sum of 16-bit
+losses in float32, the divisor that is right whatever was broadcast, and the sum of losses that torch only has as a mean
+(CTC, adaptive softmax). Where none of these can matter, a loss of each element of two tensors of one shape, it is
+torch's own: one tensor and one node of the graph less.
 
 A loss class hands its inputs and some of its attributes to a function. That function is called here, with the
 attributes as they are at the time, so a module stays as the user made it: its ``reduction`` is not set and set back,
@@ -41,8 +42,10 @@ from gradaccum.losses.loss import Weight
 Arguments = Mapping[str, Any]
 """What a functional loss is called with, by parameter name, defaults included."""
 
-Over = Callable[[Tensor, Arguments], Weight]
-"""The weight of a mean, from the unreduced losses and the arguments they were computed from."""
+Over = Callable[[int, Arguments], Weight]
+"""The weight of a mean, from the number of losses and the arguments they were computed from."""
+
+_ADDED_BY_TORCH = (torch.float32, torch.float64)
 
 HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")
 """Linear cross entropy as it is known here came with torch 2.13; before, it is one loss less to know."""
@@ -60,10 +63,16 @@ class Rule:
     forward: inspect.Signature  # of the class, ``self`` included
     inputs: tuple[str, ...]  # the names that ``function`` has for what ``forward`` takes, in the same order
     options: Callable[[Any], dict[str, Any]]  # the other arguments that a module passes to ``function``
+    is_elementwise: bool  # a loss for each element of ``input`` and ``target``
 
-    def unreduced(self, arguments: Arguments) -> Tensor:
-        """Computes the losses that the reduction adds up."""
-        return self.function(**_reduced(arguments, "none")) if self.losses is None else self.losses(arguments)
+    def total(self, arguments: Arguments) -> tuple[Tensor, int]:
+        """The sum of the losses that the reduction adds up, 0-d, and how many there are."""
+        if self.is_elementwise:
+            output, target = arguments["input"], arguments["target"]
+            if output.dtype in _ADDED_BY_TORCH and output.shape == target.shape:
+                return self.function(**_reduced(arguments, "sum")), output.numel()
+        losses = self.function(**_reduced(arguments, "none")) if self.losses is None else self.losses(arguments)
+        return add_up(losses), losses.numel()
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -94,18 +103,18 @@ def _reduced(arguments: Arguments, reduction: str) -> dict[str, Any]:
 # What means are taken over.
 
 
-def num_losses(losses: Tensor, arguments: Arguments) -> int:
+def as_many(losses: int, arguments: Arguments) -> int:
     """Elements, samples, pixels: as many as there are losses."""
-    return losses.numel()
+    return losses
 
 
-def num_rows(losses: Tensor, arguments: Arguments) -> int:
+def num_rows(losses: int, arguments: Arguments) -> int:
     """Rows of the input: KL divergence's "batchmean" (``torch/nn/functional.py``, ``kl_div``)."""
     log_probabilities: Tensor = arguments["input"]
     return log_probabilities.shape[0] if log_probabilities.dim() else 1
 
 
-def target_weight(losses: Tensor, arguments: Arguments) -> Weight:
+def target_weight(losses: int, arguments: Arguments) -> Weight:
     """The sum of class weights over the targets that are not ignored (``LossNLL.cpp``, ``total_weight``).
 
     With label smoothing too: ``cross_entropy_loss_label_smoothing`` divides both of its parts by it, so that targets
@@ -114,7 +123,7 @@ def target_weight(losses: Tensor, arguments: Arguments) -> Weight:
     """
     target: Tensor = arguments["target"]
     if target.is_floating_point():
-        return losses.numel()
+        return losses
     # Torch takes bytes as class indices too, and -100 compared with bytes would mean the byte 156.
     labels = target.long()
     ignore_index = ignored_label(arguments)
@@ -134,11 +143,11 @@ def ignored_label(arguments: Arguments) -> int | None:
     return -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
 
 
-def element_weight(losses: Tensor, arguments: Arguments) -> Weight:
+def element_weight(losses: int, arguments: Arguments) -> Weight:
     """The sum of ``weight=`` as it was passed, not as it is broadcast (``torch/nn/functional.py``, ``mse_loss``)."""
     weights: Tensor | None = arguments.get("weight")
     if weights is None:
-        return losses.numel()
+        return losses
     if weights.requires_grad:
         raise UnsupportedError(
             "weight= of this loss requires a gradient, and torch divides by its sum. The gradient of that division "
@@ -203,6 +212,7 @@ def _rule(
     *attributes: str,
     options: Callable[[Any], dict[str, Any]] | None = None,
     losses: Callable[[Arguments], Tensor] | None = None,
+    is_elementwise: bool = False,
     **over: Over,
 ) -> Rule:
     """The rule of a loss whose class has options under the names, ``attributes``, that the function has too."""
@@ -218,14 +228,15 @@ def _rule(
         forward=inspect.signature(module.forward),
         inputs=tuple(name for name in required if name not in _OWNED),
         options=options or (lambda instance: _attributes(instance, attributes)),
+        is_elementwise=is_elementwise,
     )
 
 
 def _functional_rules() -> Iterator[Rule]:
-    yield _rule(F.l1_loss, nn.L1Loss, mean=element_weight)
-    yield _rule(F.mse_loss, nn.MSELoss, mean=element_weight)
-    yield _rule(F.smooth_l1_loss, nn.SmoothL1Loss, "beta", mean=num_losses)
-    yield _rule(F.huber_loss, nn.HuberLoss, "delta", mean=num_losses)
+    yield _rule(F.l1_loss, nn.L1Loss, is_elementwise=True, mean=element_weight)
+    yield _rule(F.mse_loss, nn.MSELoss, is_elementwise=True, mean=element_weight)
+    yield _rule(F.smooth_l1_loss, nn.SmoothL1Loss, "beta", is_elementwise=True, mean=as_many)
+    yield _rule(F.huber_loss, nn.HuberLoss, "delta", is_elementwise=True, mean=as_many)
     class_options = ("weight", "ignore_index")
     yield _rule(F.cross_entropy, nn.CrossEntropyLoss, *class_options, "label_smoothing", mean=target_weight)
     yield _rule(F.nll_loss, nn.NLLLoss, *class_options, mean=target_weight)  # NLLLoss2d inherits its forward
@@ -237,26 +248,27 @@ def _functional_rules() -> Iterator[Rule]:
             losses=_linear_cross_entropy_losses,
             mean=target_weight,
         )
-    yield _rule(F.poisson_nll_loss, nn.PoissonNLLLoss, "log_input", "full", "eps", mean=num_losses)
-    yield _rule(F.gaussian_nll_loss, nn.GaussianNLLLoss, "full", "eps", mean=num_losses)
-    yield _rule(F.binary_cross_entropy, nn.BCELoss, "weight", mean=num_losses)
-    yield _rule(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, "weight", "pos_weight", mean=num_losses)
-    yield _rule(F.kl_div, nn.KLDivLoss, "log_target", mean=num_losses, batchmean=num_rows)
-    yield _rule(F.hinge_embedding_loss, nn.HingeEmbeddingLoss, "margin", mean=num_losses)
-    yield _rule(F.margin_ranking_loss, nn.MarginRankingLoss, "margin", mean=num_losses)
-    yield _rule(F.cosine_embedding_loss, nn.CosineEmbeddingLoss, "margin", mean=num_losses)
-    yield _rule(F.soft_margin_loss, nn.SoftMarginLoss, mean=num_losses)
-    yield _rule(F.multi_margin_loss, nn.MultiMarginLoss, "p", "margin", "weight", mean=num_losses)
-    yield _rule(F.multilabel_margin_loss, nn.MultiLabelMarginLoss, mean=num_losses)
-    yield _rule(F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss, "weight", mean=num_losses)
-    yield _rule(F.triplet_margin_loss, nn.TripletMarginLoss, "margin", "p", "eps", "swap", mean=num_losses)
+    yield _rule(F.poisson_nll_loss, nn.PoissonNLLLoss, "log_input", "full", "eps", mean=as_many)
+    yield _rule(F.gaussian_nll_loss, nn.GaussianNLLLoss, "full", "eps", mean=as_many)
+    yield _rule(F.binary_cross_entropy, nn.BCELoss, "weight", is_elementwise=True, mean=as_many)
+    # Not element by element: pos_weight may broadcast input and target to more losses.
+    yield _rule(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, "weight", "pos_weight", mean=as_many)
+    yield _rule(F.kl_div, nn.KLDivLoss, "log_target", mean=as_many, batchmean=num_rows)
+    yield _rule(F.hinge_embedding_loss, nn.HingeEmbeddingLoss, "margin", mean=as_many)
+    yield _rule(F.margin_ranking_loss, nn.MarginRankingLoss, "margin", mean=as_many)
+    yield _rule(F.cosine_embedding_loss, nn.CosineEmbeddingLoss, "margin", mean=as_many)
+    yield _rule(F.soft_margin_loss, nn.SoftMarginLoss, mean=as_many)
+    yield _rule(F.multi_margin_loss, nn.MultiMarginLoss, "p", "margin", "weight", mean=as_many)
+    yield _rule(F.multilabel_margin_loss, nn.MultiLabelMarginLoss, mean=as_many)
+    yield _rule(F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss, "weight", mean=as_many)
+    yield _rule(F.triplet_margin_loss, nn.TripletMarginLoss, "margin", "p", "eps", "swap", mean=as_many)
     with_distance = F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss
-    yield _rule(*with_distance, "distance_function", "margin", "swap", mean=num_losses)
-    yield _rule(F.ctc_loss, nn.CTCLoss, "blank", "zero_infinity", losses=_ctc_losses, mean=num_losses)
+    yield _rule(*with_distance, "distance_function", "margin", "swap", mean=as_many)
+    yield _rule(F.ctc_loss, nn.CTCLoss, "blank", "zero_infinity", losses=_ctc_losses, mean=as_many)
 
 
 _ADAPTIVE = _rule(
-    _adaptive_losses, nn.AdaptiveLogSoftmaxWithLoss, options=lambda module: {"module": module}, mean=num_losses
+    _adaptive_losses, nn.AdaptiveLogSoftmaxWithLoss, options=lambda module: {"module": module}, mean=as_many
 )
 
 RULES: Mapping[Callable[..., Any], Rule] = {one.function: one for one in _functional_rules()}

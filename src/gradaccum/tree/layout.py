@@ -134,19 +134,22 @@ def _rows_at_a_glance(batch: Any) -> int | None:
     if kind is not dict and kind is not tuple and kind is not list:
         return None
     found: int | None = None
-    dims, kinds = 0, set[Any]()
     for column in batch.values() if kind is dict else batch:
-        if type(column) in _NO_ROWS or (type(column) is list and set(map(type, column)) <= _NO_ROWS):
-            continue
-        if not isinstance(column, Tensor) or not (dims := column.dim()) or column.is_nested:
+        if not isinstance(column, Tensor):
+            if type(column) in _NO_ROWS or (type(column) is list and set(map(type, column)) <= _NO_ROWS):
+                continue
             return None
-        if found is not None and column.shape[0] != found:
+        if not column.dim() or column.is_nested:
             return None
-        found = int(column.shape[0])
-        if kind is list:
-            kinds.add((column.dtype, dims))
-    # A longer list of tensors that are alike may be one of samples.
-    return None if len(batch) > 2 and len(kinds) == 1 and dims in (2, 3) else found
+        size = column.size(0)
+        if found is not None and size != found:
+            return None
+        found = int(size)
+    if kind is list and len(batch) > 2:  # a longer list of tensors that are alike may be one of samples
+        kinds = {(column.dtype, column.dim()) for column in batch if isinstance(column, Tensor)}
+        if len(kinds) == 1 and kinds.pop()[1] in (2, 3):
+            return None
+    return found
 
 
 def _plain_layout(batch: Any) -> Layout | None:

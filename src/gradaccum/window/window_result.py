@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,9 +38,9 @@ class WindowResult(NamedTuple):
     @staticmethod
     def of(sizes: Sequence[int | None], correction: Number | None) -> WindowResult:
         """The counts of a window of one process, from the rows of each micro-batch; None where they are unknown."""
-        known = [size for size in sizes if size is not None]
-        if len(known) < len(sizes):
+        if None in sizes:
             return WindowResult(len(sizes), None, None, correction)
+        known = cast("Sequence[int]", sizes)
         return WindowResult(len(sizes), sum(known), max(known, default=0), correction)
 
     @staticmethod
@@ -70,10 +69,9 @@ def update_of(
     peak_bytes: int | None,
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
-    means = functools.cache(normaliser.means)
     later: dict[str, Callable[[], Any]] = {
-        "loss": lambda: sum_of(means()),
-        "losses": lambda: {name: mean for name, mean in means().items() if name != SINGLE},
+        "loss": lambda: sum_of(normaliser.means()),
+        "losses": lambda: {name: mean for name, mean in normaliser.means().items() if name != SINGLE},
         "skipped": lambda: bool(skipped),
     }
     return Update(
