@@ -92,7 +92,14 @@ def small(name: str, kind: str) -> nn.Module:
     if parameters > MOST_PARAMETERS:
         raise ValueError(f"{parameters / 1e6:.0f} million parameters with everything small that has a known name")
     torch.manual_seed(0)
-    return cls(config)
+    model = cls(config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # some classes have one that no option names
+            module.p = 0.0
+        for name in ("router_jitter_noise", "input_jitter_noise"):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    return model
 
 
 def rows_for(kind: str, number: int = PER_DEVICE * STEPS, positions: int = POSITIONS) -> list[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ def test_what_is_missing_and_what_to_type_is_said(monkeypatch: pytest.MonkeyPatc
     ("error", "expected"),
     [
         pytest.param(ModuleNotFoundError(name="tqdm"), ImportError, id="it is an import error too"),
+        pytest.param(ModuleNotFoundError("of a module that a module needs"), ImportError, id="nothing has a name"),
         pytest.param(ModuleNotFoundError(name="gradaccum.nothing"), ModuleNotFoundError, id="our own mistake"),
         pytest.param(ZeroDivisionError(), ZeroDivisionError, id="other errors pass"),
     ],

@@ -32,7 +32,9 @@ def extra_needed(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] == "gradaccum":
+        if error.name is None:  # transformers, of something that it needs itself
+            raise MissingExtraError(f"{purpose} cannot be had: {error}") from error
+        if error.name.partition(".")[0] == "gradaccum":
             raise  # a mistake in this package, which installing an extra would not mend
         raise MissingExtraError(
             f"{purpose} needs {error.name!r}, which is not installed. Type: pip install {error.name}; it is in the "
