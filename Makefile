@@ -42,7 +42,7 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 test-trainers: $(STAMP) ## tests/integrations against other versions: VERSIONS="transformers==5.0.0"
 	@rm -rf $(OTHER)
 	@$(BIN)/python -m venv $(OTHER)
-	@$(BIN)/python $(PURELIB) > "$$($(OTHER)/bin/python $(PURELIB))/main.pth"
+	@echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(OTHER)/bin/python $(PURELIB))/main.pth"
 	@$(OTHER)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS)
 	@$(OTHER)/bin/python -m pytest tests/integrations $(ARGS)
 
