@@ -187,11 +187,7 @@ def test_trainers_that_generate_are_refused(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- sentence-transformers
-LOSSES = {
-    "MultipleNegativesRankingLoss": True,
-    "CoSENTLoss": True,
-    "CosineSimilarityLoss": False,
-}  # and whether the stock trainer is wrong
+LOSSES = "MultipleNegativesRankingLoss", "CoSENTLoss", "CosineSimilarityLoss"  # the last is a mean over pairs
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -217,7 +213,7 @@ def test_sentence_embeddings(name: str, tmp_path: Path) -> None:
     expected, logs = run(sbert.SentenceTransformerTrainer, arguments, tmp_path, (8, 1), **given)
     made_logs, off = beside_stock(name, sbert.SentenceTransformerTrainer, arguments, tmp_path, expected, **given)
     assert [log["loss"] for log in made_logs] == pytest.approx([log["loss"] for log in logs], rel=1e-5)
-    assert (off > WRONG) == LOSSES[name]
+    assert off > WRONG  # of a mean over pairs in the last window alone, of 2 + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
