@@ -18,6 +18,7 @@ transformers.logging.set_verbosity_error()
 
 ROWS, POSITIONS, WORDS, IGNORED = 19, 9, 29, -100
 PER_DEVICE, STEPS = 2, 4
+HAS_STRATEGY = hasattr(TrainingArguments, "train_sampling_strategy")  # of the sampler; older versions shuffle
 SIZE = {"vocab_size": WORDS, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT = {**SIZE, "intermediate_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         "max_position_embeddings": 16}  # fmt: skip
@@ -105,12 +106,14 @@ def train(
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,
+        **({"train_sampling_strategy": "sequential"} if HAS_STRATEGY else {}),
         **arguments,
     }
     args = TrainingArguments(output_dir=str(folder), **arguments)
     trainer = cls(model=copy.deepcopy(model), args=args, train_dataset=rows, callbacks=[_Sees(ran)], **(options or {}))
+    if not HAS_STRATEGY:
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     trainer.remove_callback(transformers.PrinterCallback)
     ran.trainer = wrap(trainer)
     ran.trainer.train(resume_from_checkpoint=resume)
