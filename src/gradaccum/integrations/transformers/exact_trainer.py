@@ -201,7 +201,7 @@ class _ExactWindows:
             args.auto_find_batch_size = before
 
     def collect(self, iterator: Any, number: int) -> list[Any]:
-        """The next window's micro-batches, and as many without rows as the loop needs to reach the window's end."""
+        """The next window's micro-batches; of a stream also as many without rows as the loop needs to reach its end."""
         self._check_stepped()
         found: list[Any] = []
         for _ in range(number):
@@ -213,8 +213,8 @@ class _ExactWindows:
             return []
         self._cut_repeated(found)
         self._window, self._seen = list(found), 0
-        # A stream's last window: the loop steps when it has seen as many as there are to a window.
-        found += [no_rows(found[-1])] * (number - len(found))
+        if support.is_stream(self._trainer):  # the loop steps when it has seen as many as there are to a window
+            found += [no_rows(found[-1])] * (number - len(found))
         self._length = len(found)
         return found
 

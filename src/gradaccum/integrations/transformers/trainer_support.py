@@ -135,3 +135,12 @@ def _is_known(trainer: type) -> bool:
 def _is_fsdp2(trainer: Any) -> bool:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     return getattr(plugin, "fsdp_version", 1) == 2
+
+
+def is_stream(trainer: Any) -> bool:
+    """Whether the loader in training has no length, so that the loop does not know its last window."""
+    try:
+        len(trainer.callback_handler.train_dataloader)
+    except (TypeError, NotImplementedError):
+        return True
+    return False
