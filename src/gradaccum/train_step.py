@@ -88,7 +88,7 @@ class TrainStep(HasCounts):
             which may differ in size and have zero rows.
 
     All other options (``clip_norm``, ``scheduler``, ``scaler``, ``before_step``, ``fused``, ``accumulate_dtype``,
-    ``persistent_gradients``, ``backward``) are those of `Accumulator`.
+    ``persistent_gradients``, ``noise_scale``, ``backward``) are those of `Accumulator`.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -134,6 +134,7 @@ class TrainStep(HasCounts):
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
+        noise_scale: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
         backward: BackwardFunction | None = None,
@@ -161,6 +162,8 @@ class TrainStep(HasCounts):
             activations=activations,
         )
         self._split = run_options.split(split, max_rows=self._max_rows)
+        if noise_scale is True:
+            run_options.check_measures_noise(self._split)
         # What an audit makes another step of.
         adding = {"accumulate_dtype": accumulate_dtype, "fused": fused}
         self._configured: dict[str, Any] = {
@@ -180,6 +183,7 @@ class TrainStep(HasCounts):
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
+            noise_scale=noise_scale,
             sync=sync,
             backward=backward,
             timeout=timeout,

@@ -167,8 +167,8 @@ class GhostBatch:
 class Update:
     """One optimizer update.
 
-    What has to wait for the device (``loss``, ``losses``, ``skipped`` of a fused optimizer) is computed when it is
-    first read, so that an update that nobody looks at costs no synchronisation.
+    What has to wait for the device (``loss``, ``losses``, ``noise_scale``, ``skipped`` of a fused optimizer) is
+    computed when it is first read, so that an update that nobody looks at costs no synchronisation.
 
     Attributes:
         index: 1 for the first update; skipped ones count.
@@ -183,7 +183,8 @@ class Update:
         micro_batch_size: rows of the largest one; None where the library could not see them.
         seconds: wall time from the first micro-batch to the update, data loading included.
         peak_bytes: largest memory allocated on the device during the update; None where nothing measured it.
-        noise_scale: gradient noise scale in samples; None where nothing measured it.
+        noise_scale: gradient noise scale in samples, averaged over about the last 200 updates; infinite where the
+            averages show no gradient, only noise; None where ``noise_scale=True`` was not given, or nothing was seen.
     """
 
     index: int
@@ -197,7 +198,7 @@ class Update:
     micro_batch_size: int | None
     seconds: float
     peak_bytes: int | None = None
-    noise_scale: float | None = None
+    noise_scale: float | None = field(init=False)
     _later: dict[str, Callable[[], Any]] = field(repr=False)
 
     def __getattr__(self, name: str) -> Any:
