@@ -299,9 +299,7 @@ class Whitens(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "expected"), [(Centres, {("unknown", "1"), ("buffer", "1")}), (Whitens, {("buffer", "1")})]
 )
-def test_a_layer_is_blamed_for_its_state_and_not_the_loss(
-    layer: type[nn.Module], expected: set[tuple[str, str]]
-) -> None:
+def test_a_layer_is_blamed_for_its_state(layer: type[nn.Module], expected: set[tuple[str, str]]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), layer())
     batch = torch.randn(53, 5), torch.randint(3, (53,))

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ def test_an_error_could_not_run(
     assert done.status == 2
     assert done.err.endswith(message)
     assert ("Traceback" in done.err) is not isinstance(error, ga.GradAccumError)
+
+
+def test_an_error_of_the_users_begins_with_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "their_job.py").write_text("def job():\n    return number('four')\n\nnumber = int\n", encoding="utf-8")
+    done = gradaccum("audit", f"{tmp_path}/their_job.py:job")
+    assert done.status == 2
+    first, line, *_ = done.err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert line == f'  File "{tmp_path}/their_job.py", line 2, in job'
+    assert "typer" not in done.err
+    (tmp_path / "their_slip.py").write_text("def job(:\n", encoding="utf-8")
+    done = gradaccum("audit", f"{tmp_path}/their_slip.py:job")
+    assert done.status == 2
+    assert done.err.startswith(f'  File "{tmp_path}/their_slip.py", line 1\n')
 
 
 @pytest.mark.parametrize(

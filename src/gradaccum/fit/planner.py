@@ -162,12 +162,13 @@ def as_bytes(size: str | int) -> int:
     """
     found = size if isinstance(size, int) and not isinstance(size, bool) else 0
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
-        # Without a unit it is more often a slip than a number of bytes.
         found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0))
+        if size.strip().isdigit() and len(size.strip()) > 3:  # 24 is more often a slip than a number of bytes
+            found = int(size)
     if found <= 0:
         raise WindowError(
             f"memory={size!r} is no size, so nothing can be said to fit into it. Write a number with its unit, "
-            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or pass an int: the number of bytes."
+            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or the number of bytes, at least 1000."
         )
     return found
 

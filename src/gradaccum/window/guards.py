@@ -101,6 +101,18 @@ def user_line() -> str:
     return "an unknown line"
 
 
+class with_user_line:  # a generator would cost 1 us a micro-batch
+    """Context manager that adds the user's line to a `MisuseError`, where what raised it did not know of lines."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MisuseError):
+            error.args = (f"{error} (Seen at {user_line()}.)",)
+
+
 def user_stack_level() -> int:
     """The ``stacklevel`` with which a warning given by the caller points at the user's line."""
     for level, frame in enumerate(_frames()):
@@ -148,9 +160,9 @@ def no_backward(samples: int | None) -> MisuseError:
     """The error for a micro-batch that `over` has handed out, and that was never added."""
     rows = "" if samples is None else f" of {samples} samples"
     return MisuseError(
-        f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would silently be "
-        "made without it. Call accumulator.backward(loss) once for each; for one that is to be left out: "
-        "accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
+        f"A micro-batch{rows} was taken from over() at {user_line()} and backward() was not called for it; the update "
+        "would silently be made without it. Call accumulator.backward(loss) once for each; for one that is to be left "
+        "out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
     )
 
 
@@ -165,8 +177,9 @@ def flush_inside() -> MisuseError:
 def left_open(micro_batches: int) -> MisuseError:
     """The error for a pass that begins while a window is open that was begun outside of one."""
     return MisuseError(
-        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied. The "
-        "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
+        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied, and "
+        f"a pass begins at {user_line()}, which would be mixed with them. Call accumulator.flush() first, "
+        "which applies them."
     )
 
 

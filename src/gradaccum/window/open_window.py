@@ -156,7 +156,8 @@ class OpenWindow:
         """
         self._find_parameters()
         self._hooks.look(self._parameters.named, is_whole=pieces == 1 and self.ranks is None)
-        self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
+        with guards.with_user_line():
+            self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
         expected = None
         if self.ranks is None:
             if self._looks_for_others:
@@ -277,7 +278,8 @@ class OpenWindow:
         rescale = self._opened().take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        self._gradients.add(roots, seeds, also=also, only=only)
+        with guards.with_user_line():
+            self._gradients.add(roots, seeds, also=also, only=only)
         self._hooks.check()
 
     def _measured_noise_scale(self, options: Options) -> NoiseScale | None:
