@@ -193,12 +193,18 @@ def nested_step(micro_batches: int) -> MisuseError:
     )
 
 
-def tell_lost(micro_batches: int, samples: int) -> None:
-    """Warns that a half window was discarded."""
+def tell_lost(micro_batches: int, samples: int, *, is_outside: bool = False) -> None:
+    """Warns that a half window was discarded; ``is_outside`` where no pass had begun it."""
+    counted = f" ({samples} samples)" if samples else ""
     message = (
-        f"{micro_batches} micro-batches ({samples} samples) were accumulated and never applied: their window was "
-        "left before it was complete. Their gradients were discarded."
+        f"{micro_batches} micro-batches{counted} were accumulated and never applied: their window was left before it "
+        "was complete. Their gradients were discarded."
     )
+    if is_outside:
+        message += (
+            " Take micro-batches from accumulator.over(loader), which knows the last one, or call accumulator.flush() "
+            "after the loop."
+        )
     if sys.exc_info()[0] is None:
         warnings.warn(message, DiscardedWindowWarning, stacklevel=user_stack_level())
     else:  # an error is being handled, and a warning turned into an error would take its place

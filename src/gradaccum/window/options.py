@@ -93,6 +93,7 @@ class Options:
             )
         check_flag("persistent_gradients", self.persistent_gradients)
         check_flag("noise_scale", self.noise_scale)
+        check_flag("collectives", self.collectives)
 
     def _check_backward(self, backward: Any) -> None:
         if not callable(backward):
