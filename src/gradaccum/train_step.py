@@ -84,11 +84,11 @@ class TrainStep(HasCounts):
             called twice more before the first update. What cannot be keyed is named in one warning. "torch" draws anew
             for each micro-batch, as torch does.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync, timeout, process_group, collectives: see `Accumulator`. Each process passes its own share of the batch,
-            which may differ in size and have zero rows.
 
     All other options (``clip_norm``, ``scheduler``, ``scaler``, ``before_step``, ``fused``, ``accumulate_dtype``,
-    ``persistent_gradients``, ``noise_scale``, ``backward``) are those of `Accumulator`.
+    ``persistent_gradients``, ``noise_scale``, ``backward``, ``sync``, ``timeout``, ``process_group``, ``collectives``)
+    are those of `Accumulator`. Over processes each passes its own share of the batch, which may differ in size and have
+    zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
