@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, warns of nothing, checks its own claim, and fits on a page or two; so the notebook."""
+"""Every script in examples/ runs, warns of nothing, checks its own claim, and is short. So is the notebook."""
 
 import ast
 import json
