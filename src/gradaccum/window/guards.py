@@ -101,16 +101,9 @@ def user_line() -> str:
     return "an unknown line"
 
 
-class with_user_line:  # a generator would cost 1 us a micro-batch
-    """Context manager that adds the user's line to a `MisuseError`, where what raised it did not know of lines."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, MisuseError):
-            error.args = (f"{error} (Seen at {user_line()}.)",)
+def add_user_line(error: MisuseError) -> None:
+    """Adds the user's line to an error, where what raised it did not know of lines."""
+    error.args = (f"{error} (Seen at {user_line()}.)",)
 
 
 def user_stack_level() -> int:

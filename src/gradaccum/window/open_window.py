@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradaccum.errors import UnsupportedError
+from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, without_value
@@ -156,8 +156,11 @@ class OpenWindow:
         """
         self._find_parameters()
         self._hooks.look(self._parameters.named, is_whole=pieces == 1 and self.ranks is None)
-        with guards.with_user_line():
+        try:
             self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
+        except MisuseError as error:
+            guards.add_user_line(error)
+            raise
         expected = None
         if self.ranks is None:
             if self._looks_for_others:
@@ -278,8 +281,11 @@ class OpenWindow:
         rescale = self._opened().take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        with guards.with_user_line():
+        try:
             self._gradients.add(roots, seeds, also=also, only=only)
+        except MisuseError as error:
+            guards.add_user_line(error)
+            raise
         self._hooks.check()
 
     def _measured_noise_scale(self, options: Options) -> NoiseScale | None:
