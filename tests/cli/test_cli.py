@@ -41,6 +41,9 @@ def test_help_tells_the_exit_status(command: str, gradaccum: Command) -> None:
     done, (exit_status, options) = gradaccum(command, "--help"), HELP[command]
     assert done.status == 0
     assert f"Exit status: {exit_status}" in done.text
+    assert "..." not in gradaccum("-h").text.replace("[ARGS]...", ""), "no summary is cut"
+    if command in MORE:
+        assert "def job(): model" in done.text
     for option in (options + MORE.get(command, "")).split(","):
         assert option in done.text
 
@@ -59,7 +62,8 @@ def test_help_tells_the_exit_status(command: str, gradaccum: Command) -> None:
         ("plan {target}:gone", "has no function 'gone'"),
         ("plan {target}:job --memory 24", "memory='24' is no size"),
         ("plan {target}:mistaken --memory 1GiB", "needs a scalar"),
-        ("plan {target}:job --device cuda --memory 1GiB", "method='measure' runs on the model's own device"),
+        ("plan {target}:job --device cuda --memory 1GiB", "(--estimate on the command line), which needs no device"),
+        ("plan {target}:job --device cudda --memory 1GiB", "device='cudda' is no device of torch"),
     ],
 )
 def test_a_wrong_command_could_not_run(arguments: str, message: str, target: str, gradaccum: Command) -> None:
