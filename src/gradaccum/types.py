@@ -175,8 +175,10 @@ class Update:
         loss: 0-d tensor on the device, detached: the whole batch's loss (the sum of the terms' means where there are
             several); NaN where the batch weighed nothing.
         losses: each named term's mean by name, 0-d tensors; empty for a single loss.
-        weight: what the mean was taken over, in all: a number, a 0-d tensor, or one for each named term.
-        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where ``clip_norm`` was not given.
+        weight: what the mean was taken over, in all: a number or a 0-d tensor; a mapping by name for terms with totals
+            of their own; None for a plain sum.
+        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where neither ``clip_norm`` nor ``noise_scale``
+            asked for it.
         skipped: the gradient was not finite, or the batch weighed nothing: parameters and scheduler untouched.
         samples: rows of the batch; None where the library could not see them.
         micro_batches: how many the batch was run in.
@@ -190,7 +192,7 @@ class Update:
     index: int
     loss: Tensor = field(init=False)
     losses: dict[str, Tensor] = field(init=False)
-    weight: float | Tensor | Mapping[str, float | Tensor] | None
+    weight: float | Any  # the kind is the loss's own, so nobody has to ask which it is
     grad_norm: Tensor | None
     skipped: bool = field(init=False)
     samples: int | None

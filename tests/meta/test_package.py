@@ -31,6 +31,10 @@ def test_the_workflow_runs_what_has_to_pass_on_every_python_that_is_stated() -> 
     assert f'torch: "{oldest}.*"' in WORKFLOW
 
 
+def test_types_are_checked_in_the_examples_too() -> None:
+    assert re.search(r'^include = \["src", "examples"\]$', PROJECT, re.MULTILINE)
+
+
 def test_what_builds_the_documentation_is_pinned() -> None:
     (extra,) = re.findall(r"^docs = \[(.+)\]$", PROJECT, re.MULTILINE)
     for name in re.findall(r'"([\w-]+)', extra):
