@@ -177,8 +177,8 @@ class Update:
         losses: each named term's mean by name, 0-d tensors; empty for a single loss.
         weight: what the mean was taken over, in all: a number or a 0-d tensor; a mapping by name for terms with totals
             of their own; None for a plain sum.
-        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where neither ``clip_norm`` nor ``noise_scale``
-            asked for it.
+        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where neither ``clip_norm`` nor
+            ``noise_scale`` asked for it.
         skipped: the gradient was not finite, or the batch weighed nothing: parameters and scheduler untouched.
         samples: rows of the batch; None where the library could not see them.
         micro_batches: how many the batch was run in.
