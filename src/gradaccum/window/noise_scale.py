@@ -57,15 +57,15 @@ class NoiseScale:
             share: what its mean gradient was multiplied by to be added; None of a sum, which is not divided.
         """
         if not samples:
-            self._first = norm.new_zeros(3, dtype=torch.float64)
+            self._first = torch.zeros_like(_wide(norm)).expand(3)
             return
-        mean = norm.double() / (samples if share is None else share)
+        mean = _wide(norm) / (samples if share is None else share)
         self._first = torch.stack([mean.square(), torch.full_like(mean, 1.0 / samples), torch.ones_like(mean)])
 
     def add_up(self, ranks: Ranks) -> None:
         """Adds up what all processes have measured: each one's first micro-batch is one measurement more."""
         first = torch.zeros(3, dtype=torch.float64) if self._first is None else self._first
-        self._first = first.to(ranks.device)
+        self._first = first.to(ranks.device, copy=True)
         ranks.add_up(self._first)
 
     def measure_whole(self, norm: Tensor | None, *, samples: int | None, is_sum: bool) -> None:
@@ -73,7 +73,7 @@ class NoiseScale:
         if self._first is None or norm is None or not samples:
             return
         squares, inverses, times = self._first.unbind()
-        whole = (norm.double() / (samples if is_sum else 1)).square().to(squares)
+        whole = (_wide(norm) / (samples if is_sum else 1)).square().to(squares)
         size = inverses / times - 1.0 / samples  # 1/n - 1/N
         noise = (squares / times - whole) / size
         signal = whole - noise / samples
@@ -109,6 +109,11 @@ class NoiseScale:
                 "what state_dict() of an Accumulator or a TrainStep with noise_scale=True returned."
             )
         self._noise, self._signal = (torch.tensor(state[name], dtype=torch.float64) for name in ("noise", "signal"))
+
+
+def _wide(norm: Tensor) -> Tensor:
+    """In fp64 where the device has it: S is a difference of squares."""
+    return norm.float() if norm.device.type == "mps" else norm.double()
 
 
 def _ratio(noise: Tensor | None, signal: Tensor | None) -> float | None:

@@ -137,7 +137,7 @@ class Options:
     def updater(self, optimizers: Sequence[Optimizer], *, narrow: Callable[[], None]) -> Updater:
         """What makes updates with these options; ``narrow`` as there, where gradients are of more precision."""
         clip_norm = self.clip_norm
-        if clip_norm is None and self.noise_scale:  # the norm alone: nothing is longer
+        if clip_norm is None and self.noise_scale:
             clip_norm = math.inf
         return Updater(
             optimizers,
