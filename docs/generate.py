@@ -20,7 +20,7 @@ REFERENCE: dict[str, tuple[str, tuple[str, ...]]] = {
     "training": ("Training", ("Accumulator", "TrainStep", "Update", "Window", "GhostBatch", "gather")),
     "losses": ("Losses", ("Loss", "criterion", "weight_of", "chunked", "chunked_head", "balance_over_batch")),
     "batches": ("Batches", ("Split", "split_by_samples", "split_by_cost", "split_packed", "split_as_given")),
-    "tools": ("Audit and plan", ("audit", "Report", "Culprit", "plan", "Plan", "Job")),
+    "tools": ("Audit and plan", ("audit", "Report", "Culprit", "plan", "Plan", "advise", "Job")),
     "runs": ("Processes and checkpoints", ("GlobalBatchSampler", "Checkpoint")),
     "errors": ("Errors and warnings", tuple(name for name in errors.__dict__ if name in ga.__all__)),
 }

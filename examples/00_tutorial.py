@@ -10,6 +10,7 @@ Losses are printed as the tutorial prints them: batch means added up and divided
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ characters = sorted(set("".join(texts)))
 encoded = [torch.tensor([characters.index(character) for character in text]) for text in texts]
 speeches = [(speech[:-1], speech[1:]) for speech in encoded]
 
-experiments = [
+experiments: list[Any] = [  # Any: DataLoader takes lists, and its annotation does not say so
     ("1,000 samples", samples, nn.Linear(2, 1), nn.MSELoss(), 40, 0.01),
     ("957 samples", samples[:957], nn.Linear(2, 1), nn.MSELoss(), 40, 0.01),
     ("64 speeches", speeches, nn.Embedding(len(characters), len(characters)), nn.CrossEntropyLoss(), 16, 5.0),

@@ -36,7 +36,7 @@ train_step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=13, clip_n
 for batch in batches:
     update = train_step(batch)
     print(
-        f"update {update.index:2}: loss {float(update.loss):.4f}, gradient norm {float(update.grad_norm):.3f}, "
+        f"update {update.index:2}: loss {float(update.loss):.4f}, gradient norm {update.as_dict()['grad_norm']:.3f}, "
         f"{update.samples} samples in {update.micro_batches} micro-batches"
     )
 

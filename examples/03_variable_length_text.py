@@ -7,6 +7,7 @@ together with what it was taken over.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 texts = (Path(__file__).parent / "data" / "speeches.txt").read_text(encoding="utf-8").strip().split("\n\n")
 numbers = {character: i for i, character in enumerate(sorted(set("".join(texts))), start=1)}
-speeches = [torch.tensor([numbers[character] for character in text]) for text in texts]
+# Any: DataLoader takes lists, and its annotation does not say so.
+speeches: Any = [torch.tensor([numbers[character] for character in text]) for text in texts]
 
 model = CharacterModel(len(numbers) + 1)
 whole_batch_model, textbook_model = copy.deepcopy(model), copy.deepcopy(model)

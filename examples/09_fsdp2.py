@@ -71,11 +71,12 @@ for index in range(5):
     whole_batch_optimizer.step()
     if rank == 0:
         print(
-            f"update {update.index}: gradient norm {float(update.grad_norm):.6f}, of the whole batch {float(norm):.6f}"
+            f"update {update.index}: gradient norm {update.as_dict()['grad_norm']:.6f}, "
+            f"of the whole batch {float(norm):.6f}"
         )
 
 for ours, theirs in zip(model.parameters(), whole_batch_model.parameters(), strict=True):
-    torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-9, atol=1e-11)  # type: ignore[attr-defined]
 if rank == 0:
     print("equal to the whole batch to 1e-9")
 dist.destroy_process_group()

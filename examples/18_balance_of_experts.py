@@ -35,7 +35,8 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)
         routed = self.router(tokens).softmax(-1)
         gates = torch.zeros_like(routed).scatter(1, routed.topk(TOP).indices, 1.0) * routed
-        return sum(gates[:, [e]] * expert(tokens) for e, expert in enumerate(self.experts)), routed
+        mixed = sum((gates[:, [e]] * expert(tokens) for e, expert in enumerate(self.experts)), torch.zeros(()))
+        return mixed, routed
 
 
 def routing_sums(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

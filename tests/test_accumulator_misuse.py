@@ -103,6 +103,36 @@ def test_between_windows_calls_by_hand_are_free() -> None:
     assert setup.accumulator.updates == 2
 
 
+CHANGED: dict[str, tuple[Callable[[Setup], Any], str]] = {
+    "model.zero_grad": (lambda setup: setup.model.zero_grad(), "was cleared between two micro-batches"),
+    "clipping": (lambda setup: nn.utils.clip_grad_norm_(setup.model.parameters(), 1e-6), "was changed between two"),
+    "a second backward": (lambda setup: setup.model(torch.ones(1, 3)).sum().backward(), "was changed between two"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_gradients_changed_inside_a_window_name_the_line_where_it_is_seen(name: str) -> None:
+    change, message = CHANGED[name]
+    setup = Setup()
+    setup.accumulator.backward(setup.loss(torch.randn(2, 3)))
+    change(setup)
+    line = re.escape(line_here(2))
+    with pytest.raises(ga.MisuseError, match=rf"{message}.*pass clip_norm=.*\(Seen at {line}\.\)"):
+        setup.accumulator.backward(setup.loss(torch.randn(2, 3)))
+
+
+def test_leftover_gradients_name_the_line_where_they_are_seen() -> None:
+    setup = Setup()
+    setup.model(torch.ones(2, 3)).sum().backward()
+    line = re.escape(line_here(2))
+    with pytest.raises(ga.MisuseError, match=rf"Call optimizer\.zero_grad\(\) .*\(Seen at {line}\.\)"):
+        setup.accumulator.backward(setup.loss(torch.randn(2, 3)))
+    step = ga.TrainStep(setup.model, setup.optimizer, lambda model, x: model(x).mean(), micro_batch_size=2)
+    line = re.escape(line_here(2))
+    with pytest.raises(ga.MisuseError, match=rf"have a \.grad .*\(Seen at {line}\.\)"):
+        step(torch.randn(5, 3))
+
+
 # ------------------------------------------------------------------------------------------ too often, too rarely, open
 @pytest.mark.parametrize("at", [1, 3])
 def test_backward_twice_for_one_micro_batch(at: int) -> None:
@@ -128,7 +158,9 @@ def test_backward_not_called_for_a_micro_batch(forgotten: int) -> None:
                 setup.accumulator.backward(setup.loss(x))
 
     rows = 5 if forgotten == 4 else 2
-    message = rf"micro-batch of {rows} samples was taken from over\(\) and backward\(\) was not called.*over=0"
+    message = (
+        rf"micro-batch of {rows} samples was taken from over\(\) at .*misuse.py:\d+ and backward\(\) was not.*over=0"
+    )
     with pytest.raises(ga.MisuseError, match=message):
         train()
     assert_no_gradients(setup.model)
@@ -143,7 +175,8 @@ def test_flush_inside_a_pass() -> None:
 def test_a_window_left_open_outside_of_a_pass() -> None:
     setup = Setup()
     setup.accumulator.backward(setup.loss(torch.ones(2, 3)))
-    with pytest.raises(ga.MisuseError, match=r"left open: 1 micro-batches .*accumulator\.flush\(\)"):
+    line = re.escape(line_here(2))
+    with pytest.raises(ga.MisuseError, match=rf"open: 1 micro-batches .*begins at {line}, .*accumulator\.flush\(\)"):
         setup.accumulator.over(stream(2, 2))
     update = setup.accumulator.flush()
     assert update is not None

@@ -22,7 +22,7 @@ def made(loss: Callable[[], Any] = lambda: torch.tensor(2.0), **given: Any) -> g
         "micro_batches": 2,
         "micro_batch_size": 4,
         "seconds": 0.5,
-        "_later": {"loss": loss, "losses": dict, "skipped": bool},
+        "_later": {"loss": loss, "losses": dict, "skipped": bool, "noise_scale": lambda: None},
     }
     return ga.Update(**{**values, **given})
 

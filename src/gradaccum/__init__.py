@@ -34,6 +34,7 @@ from gradaccum.train_step import TrainStep
 from gradaccum.types import GhostBatch, Job, Split, Update
 
 if _typing.TYPE_CHECKING:
+    from gradaccum.advice import advise
     from gradaccum.audit_model import audit
     from gradaccum.auditing.audit_report import Report
     from gradaccum.auditing.culprits import Culprit
@@ -87,6 +88,7 @@ __all__ = [
     "Update",
     "Window",
     "WindowError",
+    "advise",
     "audit",
     "balance_over_batch",
     "chunked",
@@ -117,6 +119,7 @@ _TOOLS = {
     "Culprit": "auditing.culprits",
     "Plan": "fit.plan_result",
     "Report": "auditing.audit_report",
+    "advise": "advice",
     "audit": "audit_model",
     "balance_over_batch": "integrations.transformers.router_losses",
     "plan": "fit.planner",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +58,9 @@ class Accumulator(HasCounts):
             the optimizer takes them; None in their own dtype, which loses 2% of them at 256 micro-batches.
         persistent_gradients: gradients keep their memory from window to window: for backwards that are replayed CUDA
             graphs (``torch.compile(mode="reduce-overhead")``), where torch is silently wrong without it.
+        noise_scale: measures the gradient noise scale, for ``update.noise_scale`` and `advise`: one norm more an
+            update, and ``update.grad_norm``. The first micro-batch has to be as good a sample of the data as the whole
+            window: shuffle. Not with FSDP2 or tensor parallelism; None for terms with totals of their own.
         progress: a bar counted in updates for each pass, which also moves inside a window.
         sync: when gradients are added up over processes: "auto" for what costs no memory (once an update; in every
             backward for FSDP2), "last" for once an update, "every", or "never" to train for itself. ``batch_size``
@@ -109,6 +112,7 @@ class Accumulator(HasCounts):
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
+        noise_scale: bool = False,
         progress: bool = False,
         sync: Sync = "auto",
         backward: BackwardFunction | None = None,
@@ -127,6 +131,7 @@ class Accumulator(HasCounts):
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
+            noise_scale=noise_scale,
             sync=sync,
             backward=backward,
             timeout=timeout,
@@ -200,10 +205,10 @@ class Accumulator(HasCounts):
         """
         return self._loop.discard()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
         return self._accumulation.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting where ``state_dict()`` was taken."""
         self._accumulation.load_state_dict(state)

@@ -84,11 +84,11 @@ class TrainStep(HasCounts):
             called twice more before the first update. What cannot be keyed is named in one warning. "torch" draws anew
             for each micro-batch, as torch does.
         progress: a bar counted in updates, which also moves inside a batch; an int is the number of updates to come.
-        sync, timeout, process_group, collectives: see `Accumulator`. Each process passes its own share of the batch,
-            which may differ in size and have zero rows.
 
     All other options (``clip_norm``, ``scheduler``, ``scaler``, ``before_step``, ``fused``, ``accumulate_dtype``,
-    ``persistent_gradients``, ``backward``) are those of `Accumulator`.
+    ``persistent_gradients``, ``noise_scale``, ``backward``, ``sync``, ``timeout``, ``process_group``, ``collectives``)
+    are those of `Accumulator`. Over processes each passes its own share of the batch, which may differ in size and have
+    zero rows.
 
     Raises:
         ParameterError: optimizer and model do not belong together, or nothing is trainable.
@@ -134,6 +134,7 @@ class TrainStep(HasCounts):
         fused: FusedOption = "auto",
         accumulate_dtype: torch.dtype | None = None,
         persistent_gradients: bool = False,
+        noise_scale: bool = False,
         progress: bool | int = False,
         sync: Sync = "auto",
         backward: BackwardFunction | None = None,
@@ -161,6 +162,8 @@ class TrainStep(HasCounts):
             activations=activations,
         )
         self._split = run_options.split(split, max_rows=self._max_rows)
+        if noise_scale is True:
+            run_options.check_measures_noise(self._split)
         # What an audit makes another step of.
         adding = {"accumulate_dtype": accumulate_dtype, "fused": fused}
         self._configured: dict[str, Any] = {
@@ -180,6 +183,7 @@ class TrainStep(HasCounts):
             fused=fused,
             accumulate_dtype=accumulate_dtype,
             persistent_gradients=persistent_gradients,
+            noise_scale=noise_scale,
             sync=sync,
             backward=backward,
             timeout=timeout,

@@ -167,29 +167,32 @@ class GhostBatch:
 class Update:
     """One optimizer update.
 
-    What has to wait for the device (``loss``, ``losses``, ``skipped`` of a fused optimizer) is computed when it is
-    first read, so that an update that nobody looks at costs no synchronisation.
+    What has to wait for the device (``loss``, ``losses``, ``noise_scale``, ``skipped`` of a fused optimizer) is
+    computed when it is first read, so that an update that nobody looks at costs no synchronisation.
 
     Attributes:
         index: 1 for the first update; skipped ones count.
         loss: 0-d tensor on the device, detached: the whole batch's loss (the sum of the terms' means where there are
             several); NaN where the batch weighed nothing.
         losses: each named term's mean by name, 0-d tensors; empty for a single loss.
-        weight: what the mean was taken over, in all: a number, a 0-d tensor, or one for each named term.
-        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where ``clip_norm`` was not given.
+        weight: what the mean was taken over, in all: a number or a 0-d tensor; a mapping by name for terms with totals
+            of their own; None for a plain sum.
+        grad_norm: 0-d tensor, the gradient's 2-norm before clipping; None where neither ``clip_norm`` nor
+            ``noise_scale`` asked for it.
         skipped: the gradient was not finite, or the batch weighed nothing: parameters and scheduler untouched.
         samples: rows of the batch; None where the library could not see them.
         micro_batches: how many the batch was run in.
         micro_batch_size: rows of the largest one; None where the library could not see them.
         seconds: wall time from the first micro-batch to the update, data loading included.
         peak_bytes: largest memory allocated on the device during the update; None where nothing measured it.
-        noise_scale: gradient noise scale in samples; None where nothing measured it.
+        noise_scale: gradient noise scale in samples, averaged over about the last 200 updates; infinite where the
+            averages show no gradient, only noise; None where ``noise_scale=True`` was not given, or nothing was seen.
     """
 
     index: int
     loss: Tensor = field(init=False)
     losses: dict[str, Tensor] = field(init=False)
-    weight: float | Tensor | Mapping[str, float | Tensor] | None
+    weight: float | Any  # the kind is the loss's own, so nobody has to ask which it is
     grad_norm: Tensor | None
     skipped: bool = field(init=False)
     samples: int | None
@@ -197,7 +200,7 @@ class Update:
     micro_batch_size: int | None
     seconds: float
     peak_bytes: int | None = None
-    noise_scale: float | None = None
+    noise_scale: float | None = field(init=False)
     _later: dict[str, Callable[[], Any]] = field(repr=False)
 
     def __getattr__(self, name: str) -> Any:

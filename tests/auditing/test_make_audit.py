@@ -268,3 +268,41 @@ def test_misuse(arguments: dict[str, Any], error: type[Exception], message: str)
     right: dict[str, Any] = {"model": zoo.mlp(), "loss_fn": zoo.classes, "batch": zoo.vectors()}
     with pytest.raises(error, match=message):
         ga.audit(**{**right, **arguments})
+
+
+# ------------------------------------------------------------------------------------------ state that forwards advance
+class Centres(nn.Module):
+    """Takes off a running mean that has seen these very samples: it couples them, and it advances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x - self.mean
+
+
+class Whitens(nn.Module):
+    """Divides by what has been added up before: it ends where the whole batch's does, and is another on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("squares", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        white = x / self.squares.sqrt()
+        self.squares = self.squares + x.detach().square().sum(0)
+        return white
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"), [(Centres, {("unknown", "1"), ("buffer", "1")}), (Whitens, {("buffer", "1")})]
+)
+def test_a_layer_is_blamed_for_its_state(layer: type[nn.Module], expected: set[tuple[str, str]]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), layer())
+    batch = torch.randn(53, 5), torch.randint(3, (53,))
+    report = ga.audit(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batch, micro_batch_size=8)
+    assert set(blamed(report)) == expected, str(report)
+    assert "is written in eval mode too" in next(one for one in report.culprits if one.kind == "buffer").remedy

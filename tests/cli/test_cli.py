@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,9 @@ def test_help_tells_the_exit_status(command: str, gradaccum: Command) -> None:
     done, (exit_status, options) = gradaccum(command, "--help"), HELP[command]
     assert done.status == 0
     assert f"Exit status: {exit_status}" in done.text
+    assert "..." not in gradaccum("-h").text.replace("[ARGS]...", ""), "no summary is cut"
+    if command in MORE:
+        assert "def job(): model" in done.text
     for option in (options + MORE.get(command, "")).split(","):
         assert option in done.text
 
@@ -58,7 +62,8 @@ def test_help_tells_the_exit_status(command: str, gradaccum: Command) -> None:
         ("plan {target}:gone", "has no function 'gone'"),
         ("plan {target}:job --memory 24", "memory='24' is no size"),
         ("plan {target}:mistaken --memory 1GiB", "needs a scalar"),
-        ("plan {target}:job --device cuda --memory 1GiB", "method='measure' runs on the model's own device"),
+        ("plan {target}:job --device cuda --memory 1GiB", "(--estimate on the command line), which needs no device"),
+        ("plan {target}:job --device cudda --memory 1GiB", "device='cudda' is no device of torch"),
     ],
 )
 def test_a_wrong_command_could_not_run(arguments: str, message: str, target: str, gradaccum: Command) -> None:
@@ -85,6 +90,23 @@ def test_an_error_could_not_run(
     assert done.status == 2
     assert done.err.endswith(message)
     assert ("Traceback" in done.err) is not isinstance(error, ga.GradAccumError)
+
+
+def test_an_error_of_the_users_begins_with_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradaccum: Command
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "their_job.py").write_text("def job():\n    return number('four')\n\nnumber = int\n", encoding="utf-8")
+    done = gradaccum("audit", f"{tmp_path}/their_job.py:job")
+    assert done.status == 2
+    first, line, *_ = done.err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert line == f'  File "{tmp_path}/their_job.py", line 2, in job'
+    assert "typer" not in done.err
+    (tmp_path / "their_slip.py").write_text("def job(:\n", encoding="utf-8")
+    done = gradaccum("audit", f"{tmp_path}/their_slip.py:job")
+    assert done.status == 2
+    assert done.err.startswith(f'  File "{tmp_path}/their_slip.py", line 1\n')
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_budget_between_two_sizes(method: str) -> None:
 
 
 SIZES = {"24GiB": 24 * 2**30, "24GB": 24 * 10**9, "24 gib": 24 * 2**30, " 1.5 MiB ": 3 * 2**19, "512KiB": 2**19}
-SIZES |= {"7B": 7, "2TiB": 2**41, "1kB": 1000, 12345: 12345}
+SIZES |= {"7B": 7, "2TiB": 2**41, "1kB": 1000, 12345: 12345, "24000000000": 24 * 10**9}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -329,7 +329,7 @@ def test_remarks(method: str) -> None:
     ("options", "error", "message"),
     [
         ({"method": "guess"}, ga.WindowError, "method='guess' is not known"),
-        ({"memory": "24"}, ga.WindowError, "memory='24' is no size"),
+        ({"memory": "24"}, ga.WindowError, "memory='24' is no size.* or the number of bytes, at least 1000"),
         ({"micro_batch_sizes": [0, 4]}, ga.WindowError, r"micro_batch_sizes=\[0, 4\]: .* from 1 to the batch's 16"),
         ({"micro_batch_sizes": [17]}, ga.WindowError, "from 1 to the batch's 16"),
         ({"micro_batch_sizes": []}, ga.WindowError, "from 1 to the batch's 16"),

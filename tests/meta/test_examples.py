@@ -1,6 +1,7 @@
-"""Every script in examples/ runs, warns of nothing, checks its own claim, and fits on a page or two."""
+"""Every script in examples/ runs, warns of nothing, checks its own claim, and is short. So is the notebook."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -10,19 +11,20 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
+NOTEBOOK = FOLDER / "tour.ipynb"
 MAX_LINES = 100
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")  # for those that say so
 SECONDS_TO_RUN = 240
 CHECKS = ("assert_close", "assert_equal", "assert_exact", "allclose")
 
 
-def complaints(path: Path, *, folder: Path) -> list[str]:
+def complaints(path: Path, *, folder: Path, max_lines: int = MAX_LINES) -> list[str]:
     """What is wrong with one example; it is run in `folder`."""
     text = path.read_text(encoding="utf-8")
     found: list[str] = []
     num_lines = len(text.splitlines())
-    if num_lines > MAX_LINES:
-        found.append(f"{num_lines} lines, at most {MAX_LINES}")
+    if num_lines > max_lines:
+        found.append(f"{num_lines} lines, at most {max_lines}")
     if not any(_is_check(node) for node in ast.walk(ast.parse(text))):
         found.append("it asserts nothing")
     # A script finds its neighbours through its own folder: nothing else is put on the path.
@@ -52,6 +54,30 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path: Path, tmp_path: Path) -> None:
     assert complaints(path, folder=tmp_path) == []
+
+
+def test_the_cells_of_the_notebook(tmp_path: Path) -> None:
+    """As one script: the kernel of a notebook need not be here."""
+    pytest.importorskip("matplotlib", reason="the notebook draws")
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    path = tmp_path / "tour.py"
+    path.write_text("\n\nplt.close('all')\n".join(code), encoding="utf-8")  # as a notebook does after each
+    assert complaints(path, folder=tmp_path, max_lines=2 * MAX_LINES) == []
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3, "plots are to be seen without running"
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+
+
+def test_the_notebook_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("ipykernel", "matplotlib"):
+        pytest.importorskip(module, reason="a notebook runs where there is a kernel: pip install nbclient ipykernel")
+    nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    nbclient.NotebookClient(notebook, timeout=SECONDS_TO_RUN, resources={"metadata": {"path": str(FOLDER)}}).execute()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("a batch in hand", frozenset({"batch_run"})),
     ("ways to train", frozenset({"accumulator", "train_step"})),
     ("checkpoint", frozenset({"checkpoint"})),
-    ("tools", frozenset({"audit_model"})),
+    ("tools", frozenset({"advice", "audit_model"})),
     ("edges", frozenset({"integrations", "conformance", "testing", "cli"})),
 )
 LEVEL = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in rooms}

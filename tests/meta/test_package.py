@@ -18,6 +18,8 @@ def test_one_version_and_one_licence() -> None:
     assert version == ga.__version__
     assert f"\nversion: {version}\n" in citation
     assert f"\nlicense: {licence}\n" in citation
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE)
 
 
 def test_the_workflow_runs_what_has_to_pass_on_every_python_that_is_stated() -> None:
@@ -27,6 +29,10 @@ def test_the_workflow_runs_what_has_to_pass_on_every_python_that_is_stated() -> 
     assert "- run: .ci/run" in WORKFLOW
     (oldest,) = re.findall(r'"torch>=([\d.]+)"', PROJECT)
     assert f'torch: "{oldest}.*"' in WORKFLOW
+
+
+def test_types_are_checked_in_the_examples_too() -> None:
+    assert re.search(r'^include = \["src", "examples"\]$', PROJECT, re.MULTILINE)
 
 
 def test_what_builds_the_documentation_is_pinned() -> None:

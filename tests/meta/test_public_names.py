@@ -22,7 +22,7 @@ PUBLIC = {
     # layers and losses over the batch
     "GhostBatch", "gather", "balance_over_batch",
     # what fits, and a training run for the command line
-    "Plan", "plan", "Job",
+    "Plan", "plan", "Job", "advise",
     # is it exact
     "audit", "Report", "Culprit",
     # errors

@@ -1,10 +1,14 @@
 """The documentation as a site: every page is in it, generated pages are as their source, public names are all there."""
 
 import importlib.util
+import inspect
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -73,6 +77,52 @@ def test_every_public_name_is_in_the_reference_once(monkeypatch: pytest.MonkeyPa
         if module.endswith((".transformers", ".lightning", ".accelerate")):
             pytest.importorskip(module.rpartition(".")[2])
         assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def misnamed_arguments(function: Any) -> set[str]:
+    """Names under ``Args:`` that are no parameters, which the builder of the site takes for a mistake."""
+    parameters = inspect.signature(function).parameters
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?: .*\n?|\n)*)", text, re.MULTILINE)
+    named = re.findall(r"^    ([^ :][^:]*): ", section[1] if section else "", re.MULTILINE)
+    return {name for name in named if name.strip("`*") not in {one.strip("*") for one in parameters}}
+
+
+def test_documented_arguments_are_those_of_the_signature() -> None:
+    found: dict[str, set[str]] = {}
+    for name in ga.__all__:
+        value = getattr(ga, name)
+        if not callable(value) or (isinstance(value, type) and issubclass(value, BaseException)):
+            continue
+        members = vars(value).items() if isinstance(value, type) else ()
+        for member, function in [("", value), *((f".{key}", one) for key, one in members if inspect.isfunction(one))]:
+            if not member.startswith("._") and (wrong := misnamed_arguments(function)):
+                found[name + member] = wrong
+    assert not found
+
+
+def test_the_guard_of_arguments() -> None:
+    def documented(first: int, second: int) -> None:
+        """Does.
+
+        Args:
+            first: a number.
+            second, third: two in one line.
+        """
+
+    assert misnamed_arguments(documented) == {"second, third"}
+
+
+def test_it_is_built_without_a_warning(tmp_path: Path) -> None:
+    """As ``make docs`` does."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module, reason="what builds the site comes with `make docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    assert (tmp_path / "guide.html").exists()
 
 
 def test_every_error_says_what_to_do() -> None:

@@ -256,6 +256,14 @@ def replicas_of_a_group(rank: int) -> None:
         assert_same_gradients(gradients_of(model), gradients_of(alone))
         model.zero_grad()
         assert step(share).samples == 13
+        model = make()
+        window = ga.Window(model.parameters(), process_group=group)
+        for piece in share.split(3):
+            window.weigh(loss_fn(model, piece), samples=len(piece)).backward()
+        assert window.settle().weight == 13
+        assert_same_gradients(gradients_of(model), gradients_of(alone))
+    with pytest.raises(ga.UnsupportedError, match=r'ProcessGroup or a DeviceMesh .*: mesh\["dp"\], say'):
+        ga.Window(make().parameters(), process_group="dp")
     ddp = DistributedDataParallel(make())
     with pytest.raises(ga.UnsupportedError, match="names the processes"):
         ga.TrainStep(ddp, sgd(ddp), loss_fn, process_group=mesh["dp"])

@@ -463,3 +463,13 @@ def test_before_step_once_an_update_of_several_optimizers() -> None:
 def test_before_step_is_a_function() -> None:
     with pytest.raises(ga.ParameterError, match="called once an update, without arguments"):
         Options(before_step=1.0)  # type: ignore[arg-type]
+
+
+def test_a_norm_that_is_only_measured_writes_no_gradient() -> None:
+    model = nn.Linear(5, 3)
+    model(torch.ones(2, 5)).sum().backward()
+    parameters = list(model.parameters())
+    before = [parameter.grad._version for parameter in parameters if parameter.grad is not None]
+    applied = Updater([torch.optim.SGD(parameters, lr=0.1)], clip_norm=math.inf).apply(parameters, None)
+    assert applied.grad_norm is not None
+    assert [parameter.grad._version for parameter in parameters if parameter.grad is not None] == before

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradaccum import tree
+from gradaccum.checking.isolate_state import put_state
 
 
 def isolate_samples(modules: Iterable[nn.Module]) -> None:
@@ -27,7 +28,8 @@ def isolate_samples(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         is_norm = is_batch_norm(module)
-        vars(module)["forward"] = partial(_batch_norm, module) if is_norm else partial(_row_by_row, module.forward)
+        alone = partial(_batch_norm, module) if is_norm else partial(_row_by_row, module, module.forward)
+        vars(module)["forward"] = alone
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -45,8 +47,14 @@ def _batch_norm(module: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, mean.detach(), variance.detach(), weight, bias, training=False, eps=module.eps)
 
 
-def _row_by_row(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs each row alone; where that is nothing (the deviation of one number), with multiples of itself."""
+def _row_by_row(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs each row alone; where that is nothing (the deviation of one number), with multiples of itself.
+
+    Every row meets the state that the first one met: through it, too, one could see the others.
+    """
+    modules = dict(module.named_modules())
+    before = {(where, name): buffer.detach().clone() for where, one in modules.items()
+              for name, buffer in one.named_buffers(recurse=False)}  # fmt: skip
     rows = next((tensor.shape[0] for tensor in tree.tensors((args, kwargs)) if tensor.dim()), 1)
 
     def run(row: int, prepare: Callable[[Tensor], Tensor]) -> Any:
@@ -55,6 +63,7 @@ def _row_by_row(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return prepare(leaf[row : row + 1]) if has_rows else leaf
 
         row_args, row_kwargs = tree.map_leaves((args, kwargs), take)
+        put_state(modules, before)
         return forward(*row_args, **row_kwargs)
 
     for prepare in (lambda row: row, _with_multiples):

@@ -26,6 +26,7 @@ from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import A_SUM, LossFinding, find_loss_shares
 from gradaccum.auditing.try_remedies import CHANGES_CODE, Remedies, worked
 from gradaccum.checking.compare import different_buffers, relative_error
+from gradaccum.checking.isolate_state import copy_state
 from gradaccum.checking.pieces import Piece
 from gradaccum.checking.random_ops import ONCE, UNMATCHED
 from gradaccum.errors import GradAccumError
@@ -109,7 +110,8 @@ def find_culprits(
     moving = replace(clean, resets_state=False)
     whole, accumulated, error = run_both(moving)
     moved = error - background if error - background > tolerance else 0.0
-    found = buffer_culprits(modules, whole, accumulated, moved=moved, tolerance=tolerance, known={*layers, *written})
+    known = {*(name for name, is_norm in layers.items() if is_norm), *written}
+    found = buffer_culprits(modules, whole, accumulated, moved=moved, tolerance=tolerance, known=known)
     accused += remedies.of_buffers(found, moving)
     if is_unexplained and stuck:
         accused += _layers({name: (modules[name], False) for name in stuck}, rest)
@@ -145,8 +147,11 @@ def buffer_culprits(
 
     ``moved`` is how far state that advances moves the gradient; 0 where it does not.
     """
+    different = different_buffers(accumulated.state, whole.state, tolerance)
+    if moved and all(where in known for where, _ in different):  # a sum over samples ends where the whole batch's does
+        different = different_buffers(accumulated.state, copy_state(modules), tolerance)
     errors: dict[str, dict[str, float]] = {}
-    for (where, name), error in different_buffers(accumulated.state, whole.state, tolerance).items():
+    for (where, name), error in different.items():
         if where not in known:
             errors.setdefault(where, {})[name] = error
     found: list[Culprit] = []

@@ -23,6 +23,7 @@ from gradaccum.auditing.culprits import Culprit
 from gradaccum.auditing.isolate_samples import is_batch_norm
 from gradaccum.auditing.loss_shares import LossFinding
 from gradaccum.checking.compare import different_buffers, relative_error
+from gradaccum.checking.isolate_state import copy_state
 from gradaccum.checking.pieces import Piece
 from gradaccum.checking.remedies import Diagnosis, remedies
 from gradaccum.checking.root_runs import Run, make_run
@@ -100,9 +101,8 @@ class Remedies:
             return self.of_batch_norm(accused, moving) if accused else []
         evaluated = frozenset(culprit.where for culprit in accused if culprit.kind == culprits.BUFFER.kind)
         in_eval = replace(moving, evaluated=evaluated)
-        error, still_written = self._error(in_eval), different_buffers(
-            self._runs.accumulated(self._cut, in_eval).state, self._runs.whole(in_eval).state, self._tolerance
-        )  # fmt: skip
+        error, left = self._error(in_eval), self._runs.accumulated(self._cut, in_eval).state
+        still_written = different_buffers(left, copy_state(modules), self._tolerance)
         writes_in_eval = {where for where, _ in still_written}
         return [
             replace(culprit, remedy=culprits.ADVANCE_BY_HAND, tried=CHANGES_CODE)

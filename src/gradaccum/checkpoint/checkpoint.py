@@ -40,7 +40,7 @@ class Checkpoint:
     """Saves and loads the states of several objects together.
 
     Args:
-        path: the folder for checkpoints, which is made if it does not exist.
+        folder: where checkpoints are, which is made if it does not exist.
         keep: how many of the newest checkpoints stay; at least 2, or a torn one could be the only one.
         keep_every: the first checkpoint of each so many updates stays for good; None for none.
         on_signal: ``signal.SIGTERM``, or several signals, at which the run saves and ends, with status 0: a signal to
@@ -54,7 +54,7 @@ class Checkpoint:
     for dropout to go on bit for bit give it a state of its own: ``DataLoader(..., generator=torch.Generator())``.
 
     Raises:
-        StateError: there is nothing to save, an object has no state, or the path is a file.
+        StateError: there is nothing to save, an object has no state, or the folder is a file.
 
     Example:
         >>> import tempfile
@@ -73,7 +73,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: str | Path,
+        folder: str | Path,
         *,
         keep: int = 3,
         keep_every: int | None = None,
@@ -85,7 +85,7 @@ class Checkpoint:
         if stateless or not objects:
             raise StateError(
                 f"There is nothing to save of {', '.join(stateless) or 'nothing'}: pass objects that have "
-                "state_dict() and load_state_dict(), by name: Checkpoint(path, model=model, optimizer=optimizer, "
+                "state_dict() and load_state_dict(), by name: Checkpoint(folder, model=model, optimizer=optimizer, "
                 "train_step=train_step)."
             )
         if type(keep) is not int or keep < 2:
@@ -94,7 +94,7 @@ class Checkpoint:
             )
         if keep_every is not None and (type(keep_every) is not int or keep_every < 1):
             raise StateError(f"keep_every={keep_every!r}: it is a number of updates, an int of at least 1, or None.")
-        self._path = Path(path)
+        self._path = Path(folder)
         self._refuse_file()
         self._keep, self._keep_every = keep, keep_every
         is_wrapped = {name: type(value).__name__ == "DistributedDataParallel" for name, value in objects.items()}
@@ -190,7 +190,7 @@ class Checkpoint:
         if accumulation is None:
             raise StateError(
                 f"on_signal={on_signal!r}: where a run may stop is known to its TrainStep or Accumulator, and none is "
-                "among the objects. Pass it too: Checkpoint(path, train_step=train_step, on_signal=signal.SIGTERM)."
+                "among the objects. Pass it too: Checkpoint(folder, train_step=train_step, on_signal=signal.SIGTERM)."
             )
         signals = [on_signal] if isinstance(on_signal, int) else list(on_signal)
         accumulation.stopping = Stopping(signals, self._save_between_windows, is_alone=accumulation.ranks is None)

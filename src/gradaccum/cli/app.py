@@ -75,12 +75,18 @@ def audit(
         typer.Option(metavar="N", min=1, help="Samples that one forward sees. Default: the job's own, or 8."),
     ] = None,
 ) -> None:
-    """Is it exact: the accumulated gradient against the whole batch's, and what keeps them apart.
+    """Is accumulation the whole batch, and if not, why not?
 
-    The function returns ga.Job(model, loss_fn, batch). The model is left as it was.
+    The target is a function without arguments that returns what is trained; the model is left as it was. A file is run
+    from top to bottom first: what trains belongs under if __name__ == "__main__".
+
+    \b
+        def job():
+            model = ...
+            return ga.Job(model, lambda model, batch: ..., batch)
 
     Exit status: 0 if accumulation is exact, 1 if it is not, 2 if the audit could not run.
-    """
+    """  # noqa: D301  # click's mark of lines that stay as they are
     from gradaccum.cli.audit import run_audit
 
     _check_file(html, "--html", extra="cli")
@@ -99,12 +105,18 @@ def plan(
     ] = None,
     html: _Html = None,
 ) -> None:
-    """What fits: memory and throughput at each micro-batch size, and which one to take.
+    """What fits: memory and time at each micro-batch size.
 
-    The function returns ga.Job(model, loss_fn, batch, optimizer=...). Model and optimizer are left as they were.
+    And which one to take. The target is a function without arguments that returns what is trained; model and optimizer
+    are left as they were. A file is run from top to bottom first: what trains belongs under if __name__ == "__main__".
+
+    \b
+        def job():
+            model, optimizer = ...
+            return ga.Job(model, lambda model, batch: ..., batch, optimizer=optimizer)
 
     Exit status: 0 if a micro-batch fits, 1 if none does, 2 if the plan could not be made.
-    """
+    """  # noqa: D301  # click's mark of lines that stay as they are
     from gradaccum.cli.plan import run_plan
 
     _check_file(html, "--html", extra="cli")
@@ -135,7 +147,9 @@ def conformance(
     ] = None,
     html: _Html = None,
 ) -> None:
-    """Any trainer against the whole batch in float64, in the cases where accumulation goes wrong.
+    """Any trainer, held against the whole batch in float64.
+
+    In the cases where accumulation goes wrong.
 
     An adapter is train(model, optimizer, loss, batches, *, micro_batches, epochs), which returns parameters and
     reported losses. Without one, all that are installed run, in a minute or two: textbook, accelerate, fabric,

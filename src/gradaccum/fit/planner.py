@@ -105,10 +105,12 @@ def plan(
     )
     sizes, looks_between = _checked_sizes(micro_batch_sizes, workload.rows), micro_batch_sizes is None
     budget = None if memory is None else as_bytes(memory)
-    if method == MEASURE and device is not None and torch.device(device).type != workload.device.type:
+    wanted = None if device is None else _as_device(device)
+    if method == MEASURE and wanted is not None and wanted.type != workload.device.type:
         raise WindowError(
             f"method='measure' runs on the model's own device, {workload.device}, and device={str(device)!r} was asked "
-            "for. Move the model there, or pass method='estimate', which needs no device."
+            "for. Move the model there, or pass method='estimate' (--estimate on the command line), which needs no "
+            "device."
         )
     notes: list[str] = []
     if not workload.optimizers:
@@ -117,7 +119,7 @@ def plan(
         notes.append("The model is in eval mode, in which some layers keep less for backward: model.train().")
     failure: Exception | None = None
     if method == ESTIMATE:
-        elsewhere, target, note = _elsewhere(workload, device)
+        elsewhere, target, note = _elsewhere(workload, wanted)
         try:
             found = _size_model(elsewhere, target, sizes, memory=budget, looks_between=looks_between)
             estimate(elsewhere, found, target=target)
@@ -162,19 +164,30 @@ def as_bytes(size: str | int) -> int:
     """
     found = size if isinstance(size, int) and not isinstance(size, bool) else 0
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
-        # Without a unit it is more often a slip than a number of bytes.
         found = round(float(match[1]) * _UNITS.get(match[2].lower(), 0))
+        if size.strip().isdigit() and len(size.strip()) > 3:  # 24 is more often a slip than a number of bytes
+            found = int(size)
     if found <= 0:
         raise WindowError(
             f"memory={size!r} is no size, so nothing can be said to fit into it. Write a number with its unit, "
-            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or pass an int: the number of bytes."
+            "'24GiB' (2**30 bytes each) or '24GB' (10**9), or the number of bytes, at least 1000."
         )
     return found
 
 
-def _elsewhere(workload: Workload, device: str | torch.device | None) -> tuple[Workload, torch.device, list[str]]:
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise WindowError(
+            f'device={device!r} is no device of torch, so nothing can be planned for it. Pass "cuda", "cpu" or '
+            "another that torch.device() takes."
+        ) from error
+
+
+def _elsewhere(workload: Workload, device: torch.device | None) -> tuple[Workload, torch.device, list[str]]:
     """The device to estimate for, and where the fakes are: there, or on the CPU in its place."""
-    target = torch.device(device) if device is not None else workload.device
+    target = workload.device if device is None else device
     if target.type == "meta":  # where a model is that this machine could not hold: not where it is to be trained
         target = torch.device("cuda")
     if target.type == "cuda" and target.index is None and torch.cuda.is_available():

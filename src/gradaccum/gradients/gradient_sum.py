@@ -23,6 +23,7 @@ from gradaccum.gradients.given_backward import BackwardFunction, gradients_kept,
 from gradaccum.gradients.gradient_buffers import PersistentGradients, WideGradients
 from gradaccum.gradients.graph import Graph, read_graph, run_backward
 from gradaccum.gradients.others_parameters import OthersParameters
+from gradaccum.norms import combined, norms
 
 _MAX_SHOWN = 3
 
@@ -204,6 +205,11 @@ class GradientSum:
             if parameter.grad is not None and not self._is_untouched(parameter):
                 parameter.grad.mul_(factor)
         self._watch()
+
+    def norm(self, among: Iterable[nn.Parameter]) -> Tensor:
+        """The 2-norm of the sum so far, 0-d, over some of the parameters."""
+        there = [p.grad for p in among if p.grad is not None and not self._is_untouched(p)]
+        return combined(norms([g.coalesce().values() if g.is_sparse else g for g in there], 2.0), 2.0)
 
     def filled(self, among: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Which of some parameters got a gradient; the others have none. Sparse ones are coalesced in passing."""

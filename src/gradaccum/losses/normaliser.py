@@ -230,6 +230,20 @@ class Normaliser:
         """Whether it is known on the host that the window weighs nothing at all."""
         return _are_zero(term.weight for term in self._terms.values())
 
+    @property
+    def share_so_far(self) -> Number | None:
+        """Which part of the expected total the micro-batches so far are; None for plain sums.
+
+        NaN where terms have totals of their own, of which they are different parts.
+        """
+        if self._totals is not None and len(self._terms) > 1:
+            return math.nan
+        name, weight = next(((name, term.weight) for name, term in self._terms.items()), (SINGLE, None))
+        if weight is None:
+            return None
+        total = self._expected if self._totals is None else self._totals.get(name)
+        return weight / total if total is not None else math.nan
+
     def check_totals(self) -> None:
         """Checks that the weights seen add up to the totals given ahead.
 

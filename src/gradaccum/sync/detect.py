@@ -60,7 +60,7 @@ def detect(
         )
     world = dist.group.WORLD
     assert world is not None, "a wrapped model means that there is a process group"
-    given = _or_world(_groups_of(process_group, world), world)
+    given = groups_of(process_group, world)
     if not wrapped and math.prod(one.size() for one in given) == 1:
         return None
     found = [_engine(model, sync, given) for model in models]
@@ -79,13 +79,18 @@ def detect(
     return Ranks(groups.pop(), device, timeout), [engine for engine, _ in found]
 
 
-def _groups_of(process_group: ProcessGroup | DeviceMesh | None, world: ProcessGroup) -> tuple[ProcessGroup, ...]:
+def groups_of(process_group: ProcessGroup | DeviceMesh | None, world: ProcessGroup) -> tuple[ProcessGroup, ...]:
+    """The groups over which to add up, one after another: one, or those of a mesh's dimensions; None for all.
+
+    Raises:
+        UnsupportedError: it is neither.
+    """
     if process_group is None:
         return (world,)
     if isinstance(process_group, ProcessGroup):
-        return (process_group,)
+        return _or_world((process_group,), world)
     if isinstance(process_group, DeviceMesh):
-        return tuple(process_group.get_all_groups())
+        return _or_world(tuple(process_group.get_all_groups()), world)
     raise UnsupportedError(
         f"process_group={process_group!r}: it is a torch.distributed.ProcessGroup or a DeviceMesh of the processes "
         'that have data of their own, this one among them: mesh["dp"], say.'

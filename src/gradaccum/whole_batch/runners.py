@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from gradaccum.errors import LossError, OptionError, WindowError
+from gradaccum.errors import LossError, OptionError, UnsupportedError, WindowError
 from gradaccum.split.by_samples import cuts_anywhere, split_by_groups, split_by_samples
 from gradaccum.types import Activations, GhostBatch, Rows, Split
 from gradaccum.whole_batch.signatures import check_loss_fn
@@ -110,6 +110,21 @@ class RunnerOptions:
                 f"{self.batch_norm.samples} or more, or smaller groups."
             )
         return split_by_groups(self.batch_norm, split)
+
+    def check_measures_noise(self, split: Split) -> None:
+        """Checks that the first micro-batch has a gradient of its own, of samples that are as good as any.
+
+        Raises:
+            UnsupportedError: it has not.
+        """
+        if self.batch_loss is None and not self.is_lockstep and cuts_anywhere(split):
+            return
+        raise UnsupportedError(
+            "noise_scale=True compares the gradient of the first micro-batch with the batch's, and here that is not "
+            "the gradient of a random part of it: samples are coupled (batch_loss=, lockstep), or split= chooses which "
+            "of them come first (those of like length, say). The figure would be biased. Leave noise_scale= out, or "
+            "measure with loss_fn and ga.split_by_samples() for a while."
+        )
 
     def _check_layers(self) -> None:
         if self.batch_norm not in ("micro", "exact", "frozen") and not isinstance(self.batch_norm, GhostBatch):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Accumulation(OpenWindow):
         else:
             flags = {"is_done": is_done, "wants_to_stop": stops}
             result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
+            if self._noise_scale is not None and not self._is_for_user and not result.is_over:
+                self._noise_scale.add_up(self.ranks.ranks)
         if self.stopping is not None:
             self.stopping.is_heard_of = result.stops
         return result
@@ -98,6 +101,10 @@ class Accumulation(OpenWindow):
                     grad_norm, skipped = self._updater.apply(parameters, result.correction)
                 if skipped is True:
                     logger.warning("update %d was skipped: its gradient is not finite", index)
+            noise_scale = self._noise_scale
+            if noise_scale is not None:
+                is_sum = normaliser.weight is None
+                noise_scale.measure_whole(grad_norm, samples=result.samples, is_sum=is_sum)
             update = update_of(
                 normaliser,
                 result,
@@ -105,6 +112,7 @@ class Accumulation(OpenWindow):
                 grad_norm=grad_norm,
                 skipped=skipped,
                 seconds=time.perf_counter() - self._started,
+                noise_scale=_nothing if noise_scale is None else noise_scale.reader(),
                 peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
             )
             self.counts.add(*counted)
@@ -157,10 +165,17 @@ class Accumulation(OpenWindow):
 
     # ----------------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, int]:
-        """The counts; refused while a window is open."""
-        return self.counts.state_dict(open_micro_batches=self.open_micro_batches, open_samples=self.open_samples)
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, and the noise scale's averages; refused while a window is open."""
+        counts = self.counts.state_dict(open_micro_batches=self.open_micro_batches, open_samples=self.open_samples)
+        return counts if self._noise_scale is None else {**counts, "noise_scale": self._noise_scale.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from a state; refused while a window is open."""
         self.counts.load_state_dict(state, open_micro_batches=self.open_micro_batches)
+        if self._noise_scale is not None and "noise_scale" in state:
+            self._noise_scale.load_state_dict(state["noise_scale"])
+
+
+def _nothing() -> None:
+    """What is read where nothing measured it."""

@@ -101,6 +101,11 @@ def user_line() -> str:
     return "an unknown line"
 
 
+def add_user_line(error: MisuseError) -> None:
+    """Adds the user's line to an error, where what raised it did not know of lines."""
+    error.args = (f"{error} (Seen at {user_line()}.)",)
+
+
 def user_stack_level() -> int:
     """The ``stacklevel`` with which a warning given by the caller points at the user's line."""
     for level, frame in enumerate(_frames()):
@@ -148,9 +153,9 @@ def no_backward(samples: int | None) -> MisuseError:
     """The error for a micro-batch that `over` has handed out, and that was never added."""
     rows = "" if samples is None else f" of {samples} samples"
     return MisuseError(
-        f"A micro-batch{rows} was taken from over() and backward() was not called for it; the update would silently be "
-        "made without it. Call accumulator.backward(loss) once for each; for one that is to be left out: "
-        "accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
+        f"A micro-batch{rows} was taken from over() at {user_line()} and backward() was not called for it; the update "
+        "would silently be made without it. Call accumulator.backward(loss) once for each; for one that is to be left "
+        "out: accumulator.backward(ga.Loss.sum(torch.zeros(()), over=0))."
     )
 
 
@@ -165,8 +170,9 @@ def flush_inside() -> MisuseError:
 def left_open(micro_batches: int) -> MisuseError:
     """The error for a pass that begins while a window is open that was begun outside of one."""
     return MisuseError(
-        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied. The "
-        "new pass would be mixed with them. Call accumulator.flush() first, which applies them."
+        f"A window was left open: {micro_batches} micro-batches were added up outside of a pass and not applied, and "
+        f"a pass begins at {user_line()}, which would be mixed with them. Call accumulator.flush() first, "
+        "which applies them."
     )
 
 
@@ -180,12 +186,18 @@ def nested_step(micro_batches: int) -> MisuseError:
     )
 
 
-def tell_lost(micro_batches: int, samples: int) -> None:
-    """Warns that a half window was discarded."""
+def tell_lost(micro_batches: int, samples: int, *, is_outside: bool = False) -> None:
+    """Warns that a half window was discarded; ``is_outside`` where no pass had begun it."""
+    counted = f" ({samples} samples)" if samples else ""
     message = (
-        f"{micro_batches} micro-batches ({samples} samples) were accumulated and never applied: their window was "
-        "left before it was complete. Their gradients were discarded."
+        f"{micro_batches} micro-batches{counted} were accumulated and never applied: their window was left before it "
+        "was complete. Their gradients were discarded."
     )
+    if is_outside:
+        message += (
+            " Take micro-batches from accumulator.over(loader), which knows the last one, or call accumulator.flush() "
+            "after the loop."
+        )
     if sys.exc_info()[0] is None:
         warnings.warn(message, DiscardedWindowWarning, stacklevel=user_stack_level())
     else:  # an error is being handled, and a warning turned into an error would take its place

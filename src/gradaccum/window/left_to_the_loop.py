@@ -16,15 +16,17 @@ are compared in every window until they were once found to differ.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
 
 from gradaccum.losses.normaliser import Number
 from gradaccum.sync import faults, flat
+from gradaccum.sync.detect import groups_of
 from gradaccum.sync.engine import Engine
 from gradaccum.sync.ranks import Ranks
 from gradaccum.window.over_ranks import OverRanks
@@ -63,7 +65,7 @@ def left_to_the_loop(
     named: Sequence[tuple[str, nn.Parameter]],
     *,
     averaged: bool | None,
-    group: ProcessGroup | None,
+    group: ProcessGroup | DeviceMesh | None,
 ) -> LeftToTheLoop | None:
     """The processes that train together; None where there is one.
 
@@ -71,13 +73,18 @@ def left_to_the_loop(
         modules: in which wrappers that average are looked for.
         named: the parameters.
         averaged: see `LeftToTheLoop`.
-        group: the processes; None for the default group, if there is one.
+        group: the processes, or a mesh of them; None for the default group, if there is one.
+
+    Raises:
+        UnsupportedError: ``group`` is none of these.
     """
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    if group is None or group.size() == 1:
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if world is None:
         return None
-    found = LeftToTheLoop(Ranks((group,), named[0][1].device), [_OfTheLoop()], named)
+    groups = groups_of(group, world)
+    if math.prod(one.size() for one in groups) == 1:
+        return None
+    found = LeftToTheLoop(Ranks(groups, named[0][1].device), [_OfTheLoop()], named)
     found.averaged = _average(modules, named) if averaged is None else averaged
     return found
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, without_value
@@ -27,6 +28,7 @@ from gradaccum.sync.messages import Caller
 from gradaccum.window import guards
 from gradaccum.window.loss_reading import LossReading
 from gradaccum.window.loss_scale import refuse_scaled
+from gradaccum.window.noise_scale import NoiseScale
 from gradaccum.window.options import Options
 from gradaccum.window.over_ranks import OverRanks, over_ranks, total_norm_of_shards
 from gradaccum.window.parameter_hooks import ParameterHooks
@@ -91,6 +93,7 @@ class OpenWindow:
             self.models, self.plan_line, not is_look, watches_state=watches_state, warns_of_unknown=warns_of_unknown
         )
         self.counts = RunCounts()
+        self._noise_scale = self._measured_noise_scale(options)
 
     @property
     def is_open(self) -> bool:
@@ -153,7 +156,11 @@ class OpenWindow:
         """
         self._find_parameters()
         self._hooks.look(self._parameters.named, is_whole=pieces == 1 and self.ranks is None)
-        self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
+        try:
+            self._gradients.begin(is_for_update=not (self._is_for_user or weighs_nothing(totals)))
+        except MisuseError as error:
+            guards.add_user_line(error)
+            raise
         expected = None
         if self.ranks is None:
             if self._looks_for_others:
@@ -182,6 +189,8 @@ class OpenWindow:
         self.reading.window_begins()
         if self._updater.loss_scale is not None:
             self._updater.loss_scale.begin(self.device())
+        if self._noise_scale is not None:
+            self._noise_scale.begin()
         self._started = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------- add
@@ -202,6 +211,8 @@ class OpenWindow:
             self.reading.has_run(loss, samples, weights, [root for root, _ in several])
             if several:
                 self._run_backward(several)
+                if self._noise_scale is not None and self._noise_scale.is_due and not self._is_for_user:
+                    self._measure_first(self._noise_scale, samples)
             elif self.ranks is not None:
                 self.ranks.backward_of_nothing(loss)
         except BaseException:
@@ -270,8 +281,30 @@ class OpenWindow:
         rescale = self._opened().take_rescale()
         if rescale is not None:
             self._gradients.multiply(rescale)
-        self._gradients.add(roots, seeds, also=also, only=only)
+        try:
+            self._gradients.add(roots, seeds, also=also, only=only)
+        except MisuseError as error:
+            guards.add_user_line(error)
+            raise
         self._hooks.check()
+
+    def _measured_noise_scale(self, options: Options) -> NoiseScale | None:
+        if not options.noise_scale:
+            return None
+        if self._updater.total_norm is not None or (self.ranks is not None and self.ranks.boost is not None):
+            raise UnsupportedError(
+                "noise_scale=True takes the norm of each process's own first micro-batch, and here gradients lie in "
+                "parts on several processes (FSDP2, tensor parallelism), or some are each process's own: the norm "
+                "would be that of another batch. It is measured on one process, with plain modules, and with "
+                "DistributedDataParallel. Leave noise_scale= out."
+            )
+        return NoiseScale()
+
+    def _measure_first(self, noise_scale: NoiseScale, samples: int | None) -> None:
+        share = self._opened().share_so_far
+        norm = self._gradients.norm(self._parameters.optimized)
+        scale = None if self._updater.loss_scale is None else self._updater.loss_scale.of_window()
+        noise_scale.measure_first(norm if scale is None else norm / scale.to(norm), samples=samples, share=share)
 
     def discard(self) -> int:
         """Throws the open window away, and returns how many micro-batches it had."""

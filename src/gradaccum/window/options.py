@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Options:
     collectives: bool = False
     before_step: Callable[[], Any] | None = None
     backward: BackwardFunction | None = None
+    noise_scale: bool = False
 
     def __post_init__(self) -> None:
         choice_of(self.fused)
@@ -90,6 +92,8 @@ class Options:
                 'scaler=torch.amp.GradScaler("cuda"); bf16 needs none.'
             )
         check_flag("persistent_gradients", self.persistent_gradients)
+        check_flag("noise_scale", self.noise_scale)
+        check_flag("collectives", self.collectives)
 
     def _check_backward(self, backward: Any) -> None:
         if not callable(backward):
@@ -132,9 +136,12 @@ class Options:
 
     def updater(self, optimizers: Sequence[Optimizer], *, narrow: Callable[[], None]) -> Updater:
         """What makes updates with these options; ``narrow`` as there, where gradients are of more precision."""
+        clip_norm = self.clip_norm
+        if clip_norm is None and self.noise_scale:
+            clip_norm = math.inf
         return Updater(
             optimizers,
-            clip_norm=self.clip_norm,
+            clip_norm=clip_norm,
             schedulers=self.schedulers,
             scaler=self.scaler,
             before_step=self.before_step,

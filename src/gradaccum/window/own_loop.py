@@ -215,7 +215,7 @@ class OwnLoop:
         if accumulation is not None and accumulation.open_micro_batches:
             samples = accumulation.open_samples
             self._outside.close()
-            guards.tell_lost(accumulation.discard(), samples)
+            guards.tell_lost(accumulation.discard(), samples, is_outside=self._pass is None)
 
     def _open(self, micro_batch: Any, samples: int | None, items: LookingAhead[Any]) -> None:
         target = self._target = self._size_of_next()

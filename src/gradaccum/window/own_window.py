@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Function
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
 
 from gradaccum.errors import LossError, MisuseError, ParameterError, StateError
 from gradaccum.gradients.gradient_sum import GradientSum
@@ -45,7 +45,8 @@ class Window:
         averaged: whether ``.grad`` has been averaged over the processes by the time of `settle`, as DDP and FSDP do it.
             None to find out, where there are several: from gradients that are the same on all of them.
         scaler: the ``torch.amp.GradScaler`` that the loop scales losses with, if it does.
-        process_group: the processes that train together; the default group if None and there is one.
+        process_group: the processes that train together, a group or a mesh of them; the default group if None and
+            there is one.
 
     Raises:
         ParameterError: there are no parameters.
@@ -70,7 +71,7 @@ class Window:
         *,
         averaged: bool | None = None,
         scaler: GradScaler | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         modules, named = _named(parameters)
         self._gradients = GradientSum(named)

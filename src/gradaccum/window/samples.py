@@ -70,7 +70,7 @@ def not_counted(micro_batch: Any) -> LossError:
         tree.rows(micro_batch)
         why = "samples= returned nothing."
     except BatchError as error:
-        why = str(error).split(" In your own loop")[0]
+        why = str(error).split(" Say ")[0]  # what follows is an option of TrainStep
     return LossError(
         f"batch_size= counts samples, and how many this micro-batch has could only be guessed: {why} Pass "
         "samples=lambda micro_batch: ..., which returns their number, or micro_batches= in place of batch_size= and "

@@ -237,6 +237,8 @@ class Updater:
             return None, correction
         if correction is not None:
             norm = norm * correction
+        if math.isinf(self._clip_norm):  # the norm alone is wanted: nothing is longer
+            return norm, correction
         factor = torch.clamp(self._clip_norm / (norm + _EPSILON), max=1.0)
         return norm, factor if correction is None else factor * correction
 

@@ -67,12 +67,14 @@ def update_of(
     skipped: bool | Tensor,
     seconds: float,
     peak_bytes: int | None,
+    noise_scale: Callable[[], float | None],
 ) -> Update:
     """The update that was made; what waits for the device is computed when it is read."""
     later: dict[str, Callable[[], Any]] = {
         "loss": lambda: sum_of(normaliser.means()),
         "losses": lambda: {name: mean for name, mean in normaliser.means().items() if name != SINGLE},
         "skipped": lambda: bool(skipped),
+        "noise_scale": noise_scale,
     }
     return Update(
         index=index,
