@@ -325,6 +325,26 @@ def test_a_loss_that_is_another_one_every_time_is_not_checked() -> None:
     assert not caught
 
 
+def test_a_value_that_is_another_one_in_pieces_is_not_called_exact() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        loss = cross_entropy(model, batch)
+        return loss + loss.detach() ** 2
+
+    found, caught = run(loss_fn)
+    assert re.fullmatch(r"not checked: the loss of 8 samples together and 4 \+ 4 is .*gradients agree", found)
+    assert not caught
+
+
+def test_a_loss_that_is_zero_but_for_rounding_is_exact() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        ratio = (pooled(model, batch) - pooled(model, batch).detach()).exp()
+        return (ratio * (1.7 - ratio.detach() * 1.7 + 0.1 * torch.tensor([1.0, -1.0, 3.0, -3.0]))).mean()
+
+    assert run(loss_fn)[0] == "exact (checked on 5 + 3 samples)"
+
+
 def test_a_loss_that_counts_its_calls_is_no_fault() -> None:
     assert run(counting()) == ("exact (checked on 5 + 3 samples)", [])
 

@@ -33,11 +33,13 @@ class Finding:
         evidence: for the plan line.
         error: to be raised: the loss does not add up.
         warning: to be given: a layer, a state or a backward depends on how the batch is cut.
+        is_value_off: no gradient differs, and the value of the loss does: by chance perhaps, as another cut may show.
     """
 
     evidence: str
     error: GradAccumError | None = None
     warning: str | None = None
+    is_value_off: bool = False
 
     @property
     def is_fault(self) -> bool:
