@@ -117,6 +117,12 @@ class Features:
         return m(x).abs().mean() + self.output.square().mean()
 
 
+def with_dict(model: Any) -> Any:
+    features: dict[str, Tensor] = {}
+    model[0].register_forward_hook(lambda module, args, output: features.__setitem__("first", output))
+    return lambda m, x: m(x).abs().mean() + features["first"].square().mean()
+
+
 def with_attribute(model: Any) -> Any:
     def keep(module: Any, args: Any, output: Tensor) -> None:
         module.features = output
@@ -125,7 +131,7 @@ def with_attribute(model: Any) -> Any:
     return lambda m, x: m(x).abs().mean() + m[0].features.square().mean()
 
 
-@pytest.mark.parametrize("make", [with_list, lambda model: Features(model[0]).loss])
+@pytest.mark.parametrize("make", [with_list, with_dict, lambda model: Features(model[0]).loss])
 def test_a_hook_that_shares_what_it_keeps_is_refused_in_lockstep(make: Any) -> None:
     model = net(nn.BatchNorm1d)
     loss_fn = make(model)
