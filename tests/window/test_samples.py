@@ -74,7 +74,8 @@ def test_a_micro_batch_may_be_anything(name: str) -> None:
 
 @pytest.mark.parametrize("name", ANYTHING)
 def test_a_batch_size_asks_for_what_it_cannot_count(name: str) -> None:
-    with pytest.raises(ga.LossError, match=r"batch_size= counts samples.*could only be guessed.*samples=lambda") as caught:
+    message = r"batch_size= counts samples.*could only be guessed.*samples=lambda"
+    with pytest.raises(ga.LossError, match=message) as caught:
         next(iter(Setup(batch_size=4).accumulator.over([ANYTHING[name]] * 2)))
     assert "split=" not in str(caught.value), "which an accumulator does not have"
     setup = Setup(batch_size=4, samples=lambda _: 2)

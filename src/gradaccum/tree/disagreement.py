@@ -34,7 +34,9 @@ def rows_disagree(first: Part, odd: Part, *, of: Part | None = None, parts: Sequ
 def _code_of_counts(part: Part, samples: int | None, rows: int | None) -> str | None:
     """Code for a part's whole numbers, one for each sample, that add up to so many rows: lengths, or patch grids."""
     value = part.value
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.shape[:1] != (samples,) or value.dim() > _GRID:
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() > _GRID:
+        return None
+    if value.shape[:1] != (samples,):
         return None
     counts = value if value.dim() == 1 else value.prod(1)
     return f"{part.code}{'' if value.dim() == 1 else '.prod(1)'}" if int(counts.sum()) == rows else None

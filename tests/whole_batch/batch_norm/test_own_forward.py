@@ -91,6 +91,15 @@ def test_frozen_takes_a_closed_over_network_along() -> None:
     assert_whole(model, twins[0], lambda m, x: F.softplus(twins[1](m(x)[:, 0])).mean())
 
 
+def test_exact_leaves_a_closed_over_network_as_the_whole_batch_does() -> None:
+    model, critic = net(nn.BatchNorm1d), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    twin, other = copy.deepcopy((model, critic))
+    step(model, lambda m, x: F.softplus(critic(m(x)[:, 0])).mean()).backward(X)
+    assert_whole(model, twin, lambda m, x: F.softplus(other(m(x)[:, 0])).mean())
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(critic.state_dict()[name], value, rtol=0, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------ feature hooks
 def with_list(model: Any) -> Any:
     features: list[Tensor] = []
