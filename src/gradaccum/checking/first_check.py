@@ -36,7 +36,7 @@ from gradaccum.checking.side_difference import (
 )
 from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.split.asked import part_to_check, rows_in, smallest_pieces
+from gradaccum.split.asked import joins_rows, part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.plan_line import NOT_CHECKED, exact_on
@@ -138,6 +138,8 @@ def _look_at_pairs(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Fi
 def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -> Look:
     """Rows of the batch, evenly spread, on the device; samples that a split keeps together stay together."""
     device = next(step.models[0].parameters()).device
+    if not joins_rows(step.split):
+        raise CannotLook("ready micro-batches run as they are, and are not joined")
     if not type(step.split).__module__.startswith("gradaccum."):
         # A split of the user's own may know rows of its batch only: its first micro-batch is looked at, where it is.
         if step.options.batch_loss is not None or step.options.is_lockstep or num_rows(planned[0]) < rows:
