@@ -299,6 +299,18 @@ def dino() -> Any:
     return lambda m, b: loss(m(b["x"]), teacher(b["second"]))
 
 
+def kept_centre() -> Any:
+    teacher, kept = mlp().requires_grad_(False), [torch.zeros(CLASSES)]
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        out = teacher(batch["second"])
+        shares = ((out - kept[0]) / 0.1).softmax(1)
+        kept[0] = 0.9 * kept[0] + 0.1 * out.mean(0)
+        return -(shares * model(batch["x"]).log_softmax(1)).sum(1).mean()
+
+    return loss_fn
+
+
 def sinkhorn(model: nn.Module, batch: Batch) -> Tensor:
     shares = (model(batch["second"]).detach() / 0.5).exp()
     for _ in range(3):
@@ -526,4 +538,5 @@ WRITTEN: dict[str, Row] = {
     "whitening": row("layer", lambda: mlp(Whitened()), plain(classes)),
     "batch renormalisation": row("state", lambda: mlp(Renorm()), plain(classes)),
     "the centre of a loss": row("own state", mlp, dino),
+    "a centre in a closure": row("own state", mlp, kept_centre),
 }  # fmt: skip
