@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradaccum import tree
+from gradaccum.checking.held_state import CannotLook
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.no_trace import Watched, no_trace
 from gradaccum.checking.pieces import Piece, copied, planned_pieces, whole
@@ -36,10 +37,6 @@ from gradaccum.window.options import Options
 from gradaccum.window.parameters import named_parameters
 from gradaccum.window.snapshot import RandomState
 from gradaccum.window.weights import weights_by_name
-
-
-class CannotLook(Exception):
-    """Why a batch cannot be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
