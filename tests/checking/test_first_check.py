@@ -356,6 +356,20 @@ def test_dropout_of_pairs_that_are_told_is_no_fault() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what is not checked
+@pytest.mark.parametrize("options", [{}, {"lockstep": True}, {"randomness": "sample"}])
+def test_draws_of_a_loss_over_the_batch_are_no_fault(options: dict[str, Any]) -> None:
+    def batch_loss(outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(F.dropout(outputs + torch.randn_like(outputs), 0.2), batch["target"])
+
+    body = nn.Sequential(nn.Linear(FEATURES, 6), nn.Dropout(0.3), nn.Linear(6, CLASSES))
+    optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+    step = ga.TrainStep(
+        body, optimizer, forward=pooled, batch_loss=batch_loss, micro_batch_size=8, **options
+    )  # fmt: skip
+    assert step(make_batch()).micro_batches == 3
+    assert step._accumulation.plan_line.evidence.startswith("exact (checked on 5 + 3 samples)")
+
+
 def test_what_cannot_be_checked_is_said() -> None:
     def even(model: nn.Module, batch: Batch) -> Tensor:
         assert len(batch["x"]) == ROWS // 3, "odd sizes are not for me"
