@@ -345,6 +345,18 @@ def test_a_loss_that_is_zero_but_for_rounding_is_exact() -> None:
     assert run(loss_fn)[0] == "exact (checked on 5 + 3 samples)"
 
 
+def test_what_bfloat16_cannot_show_is_said() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        x = batch["x"].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return (F.cross_entropy(model(x.mean(1)), batch["target"]) + 9).log()
+
+    evidence, _ = run(loss_fn)
+    assert re.fullmatch(r"exact \(checked on [35] \+ [13] samples\) to within 0.1, in bfloat16", evidence)
+
+
 def test_a_loss_that_counts_its_calls_is_no_fault() -> None:
     assert run(counting()) == ("exact (checked on 5 + 3 samples)", [])
 

@@ -43,6 +43,7 @@ from gradaccum.window.plan_line import NOT_CHECKED, exact_on
 
 _MOST_ROWS = 8
 _MOST_ROUNDING = 0.1  # of a gradient: where rounding may change as much, nothing can be said
+_WORTH_SAYING = 1e-3  # of a gradient: what differs by more than this is not called exact without a word
 _LONGEST_ERROR = 120
 # Unequal pieces first: equal ones hide counts that are wrong. Then such that pairs stay pairs, then equal ones.
 _CUTS = {
@@ -204,9 +205,8 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
             break
         again = look.run(together, draw=draw), look.run(sizes, draw=draw)
         seen = _difference(look, *again, sizes, draw, TOLERANCE[dtype])
-    exact = Finding(evidence=exact_on(seen.samples) + seen.draw.reservation)
     if not seen.is_any:
-        return exact if _values_agree(look, seen, together) else _of_another_value(seen)
+        return _exact(seen, dtype) if _values_agree(look, seen, together) else _of_another_value(seen)
     recordings = Recording(), Recording()
     repeated = look.run(together, draw=seen.draw, recording=recordings[0])
     off_by_itself = difference(repeated.gradients, seen.whole.gradients)
@@ -220,7 +220,7 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
     tolerance = max(TOLERANCE[dtype], min(rounding, _MOST_ROUNDING))
     seen = _difference(look, seen.whole, seen.parts, sizes, seen.draw, tolerance)
     if not seen.is_any:
-        return exact
+        return _exact(seen, dtype)
     if not seen.state and seen.off <= rounding:
         return Finding(evidence=f"{NOT_CHECKED}: rounding alone may change the gradient by {rounding:.1g} of its size")
     if look.draws_outside and not seen.state:
@@ -229,6 +229,13 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
         where, operation = next(iter(seen.draw.replay.not_replayed))
         return Finding(evidence=f"{NOT_CHECKED}: what {operation} draws in {where} cannot be replayed")
     return blame(look, seen, recordings)
+
+
+def _exact(seen: Difference, dtype: torch.dtype) -> Finding:
+    evidence = exact_on(seen.samples) + seen.draw.reservation
+    if seen.off > _WORTH_SAYING:  # which is rounding, as far as can be told
+        evidence += f" to within {seen.tolerance:.2g}, in {str(dtype).removeprefix('torch.')}"
+    return Finding(evidence=evidence)
 
 
 def _values_agree(look: Look, seen: Difference, together: Sequence[int]) -> bool:
