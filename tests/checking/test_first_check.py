@@ -357,6 +357,19 @@ def test_what_bfloat16_cannot_show_is_said() -> None:
     assert re.fullmatch(r"exact \(checked on [35] \+ [13] samples\) to within 0.1, in bfloat16", evidence)
 
 
+def test_autocast_that_no_module_shows_is_no_fault() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            one = torch.func.vmap(lambda x, y: F.cross_entropy(model(x[None])[0], y))
+            return one(batch["x"].float().mean(1), batch["target"]).mean()
+
+    evidence, caught = run(loss_fn)
+    assert evidence.startswith("exact (checked on 5 + 3 samples) to within")
+    assert not caught
+
+
 def test_a_loss_that_counts_its_calls_is_no_fault() -> None:
     assert run(counting()) == ("exact (checked on 5 + 3 samples)", [])
 
