@@ -444,6 +444,12 @@ def with_scales() -> nn.Module:
     return nn.ModuleDict({"net": mlp(), "scales": nn.ParameterList([torch.zeros(()), torch.zeros(())])})
 
 
+def kl_of_weights(weight: Tensor) -> Tensor:
+    """Of Bayesian layers: to a prior, whatever the batch."""
+    deviation = F.softplus(weight)
+    return (0.5 * (weight.square() + deviation.square()) - deviation.log()).sum() + weight.exp().log1p().mean()
+
+
 def normed_weights() -> nn.Module:
     first = nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, SIZE))
     return nn.Sequential(first, nn.Linear(SIZE, CLASSES))
@@ -483,6 +489,7 @@ WRITTEN: dict[str, Row] = {
     "learned weights of two tasks": row("sample mean", with_scales, plain(learned_weights)),
     "a condition at the border": row("sample mean", mlp, plain(at_the_border)),
     "L1 of normed weights": row("sample mean", normed_weights, plain(lambda m, b: classes(m, b) + 0.01 * m[0].weight.abs().sum())),
+    "KL of weights": row("sample mean", mlp, plain(lambda m, b: classes(m, b) + 0.01 * kl_of_weights(m[0].weight))),
     "log-determinant of weights": row("sample mean", mlp, plain(lambda m, b: classes(m, b) - 0.01 * torch.linalg.slogdet(m[0].weight.T @ m[0].weight)[1])),
     "a mean over samples, then one over features": row("sample mean", mlp, plain(lambda m, b: (m(b["x"]) - b["t"]).square().mean(0).sum())),
     "vmap": row("sample mean", mlp, plain(by_samples)),

@@ -320,10 +320,12 @@ def _is_along_first(node: Any) -> bool:
 
 
 _OF_PARAMETERS = re.compile(
-    r"(Abs|Add|Amax|Amin|Bmm|Cat|Clamp|Clone|Diagonal|Div|Dot|Exp|Expand|Linalg(CholeskyEx|Det|Eigh|InvEx|Slogdet|Svd)"
-    r"|LinalgVectorNorm|Log|LogSoftmax|Logsumexp|Max|Maximum|Mean|Min|Minimum|Mm|Mul|Mv|Neg|Norm|Permute|Pow|Reciprocal"
-    r"|Relu|Reshape|ReshapeAlias|Rsqrt|Rsub|Select|Sigmoid|Slice|Softmax|Softplus|Sqrt|Squeeze|Stack|Std|Sub|Sum|T|Tanh"
-    r"|ToCopy|Trace|Transpose|Tril|Triu|UnsafeView|Unsqueeze|Var|View|WeightNormInterface)Backward\d"
+    r"(Abs|Add|Amax|Amin|Bmm|Cat|Clamp|Clone|Cos|Cosh|Cumsum|Diagonal|Digamma|Div|Dot|Elu|Erf|Exp|Expand|Expm1"
+    r"|Lgamma|LinalgCholeskyEx|LinalgDet|LinalgEigh|LinalgInvEx|LinalgSlogdet|LinalgSolveEx|LinalgSolveTriangular"
+    r"|LinalgSvd|LinalgVectorNorm|Log|Log1P|LogSigmoid|LogSoftmax|Logsumexp|Max|Maximum|Mean|Min|Minimum|Mm|Mul|Mv"
+    r"|Neg|Norm|Permute|Pow|Reciprocal|Relu|Reshape|ReshapeAlias|Rsqrt|Rsub|Select|Sigmoid|Sin|Slice|Softmax"
+    r"|Softplus|Sqrt|Squeeze|Stack|Std|Sub|Sum|T|Tanh|ToCopy|Trace|Transpose|TriangularSolve|Tril|Triu|UnsafeView"
+    r"|Unsqueeze|Var|View|WeightNormInterface)Backward\d"
 )
 _PRODUCTS = ("Mm", "Bmm", "Mv", "Dot")
 _MAX_OF_PARAMETERS = 32
