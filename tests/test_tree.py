@@ -383,6 +383,9 @@ ASKED: dict[str, tuple[Any, str, tree.Axes]] = {
     "another dimension": ({"x": X, "w": torch.zeros(3, 5)}, r"\{'w': 1\} if they lie along dim", {"w": 1}),
     "nested": ({"x": X, "v": {"w": W}}, r"axes=\{'v.w': None\}", {"v.w": None}),
     "counted": ({"x": X[:2], "w": W}, r"\{'w': counts\}", {"w": lambda _: torch.tensor([1, 2])}),
+    "counted in the batch": ({"patches": torch.zeros(8, 4), "x": X[:2], "grid": torch.tensor([[1, 2], [2, 3]])},
+                             r"\{'patches': lambda batch: batch\['grid'\]\.prod\(1\)\}",
+                             {"patches": lambda batch: batch["grid"].prod(1)}),
 }  # fmt: skip
 
 

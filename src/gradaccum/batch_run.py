@@ -85,7 +85,6 @@ class BatchRun:
         if randomness == "sample":
             from gradaccum.randomness.sample_draws import SampleDraws  # where it is asked for
 
-            self._check.skip("draws belong to samples, and the check would draw others")
             self.draws = SampleDraws(
                 model,
                 models,

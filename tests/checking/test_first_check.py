@@ -315,13 +315,58 @@ def test_what_is_exact_is_not_blamed(name: str) -> None:
 
 
 def test_a_loss_that_is_another_one_every_time_is_not_checked() -> None:
-    calls = map(float, itertools.count(1))  # an iterator that cannot be copied
+    noise = random.SystemRandom()
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        return cross_entropy(model, batch) * next(calls)
+        return cross_entropy(model, batch) * (1 + noise.random())
 
     evidence, caught = run(loss_fn)
     assert evidence.startswith("not checked: the loss of the same samples is another one")
+    assert not caught
+
+
+def test_a_value_that_is_another_one_in_pieces_is_not_called_exact() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        loss = cross_entropy(model, batch)
+        return loss + loss.detach() ** 2
+
+    found, caught = run(loss_fn)
+    assert re.fullmatch(r"not checked: the loss of 8 samples together and 4 \+ 4 is .*gradients agree", found)
+    assert not caught
+
+
+def test_a_loss_that_is_zero_but_for_rounding_is_exact() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        ratio = (pooled(model, batch) - pooled(model, batch).detach()).exp()
+        return (ratio * (1.7 - ratio.detach() * 1.7 + 0.1 * torch.tensor([1.0, -1.0, 3.0, -3.0]))).mean()
+
+    assert run(loss_fn)[0] == "exact (checked on 5 + 3 samples)"
+
+
+def test_what_bfloat16_cannot_show_is_said() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        x = batch["x"].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return (F.cross_entropy(model(x.mean(1)), batch["target"]) + 9).log()
+
+    evidence, _ = run(loss_fn)
+    assert re.fullmatch(r"exact \(checked on [35] \+ [13] samples\) to within 0.1, in bfloat16", evidence)
+
+
+def test_autocast_that_no_module_shows_is_no_fault() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            one = torch.func.vmap(lambda x, y: F.cross_entropy(model(x[None])[0], y))
+            return one(batch["x"].float().mean(1), batch["target"]).mean()
+
+    evidence, caught = run(loss_fn)
+    assert evidence.startswith("exact (checked on 5 + 3 samples) to within")
     assert not caught
 
 
@@ -336,6 +381,20 @@ def test_dropout_of_pairs_that_are_told_is_no_fault() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what is not checked
+@pytest.mark.parametrize("options", [{}, {"lockstep": True}, {"randomness": "sample"}])
+def test_draws_of_a_loss_over_the_batch_are_no_fault(options: dict[str, Any]) -> None:
+    def batch_loss(outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(F.dropout(outputs + torch.randn_like(outputs), 0.2), batch["target"])
+
+    body = nn.Sequential(nn.Linear(FEATURES, 6), nn.Dropout(0.3), nn.Linear(6, CLASSES))
+    optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+    step = ga.TrainStep(
+        body, optimizer, forward=pooled, batch_loss=batch_loss, micro_batch_size=8, **options
+    )  # fmt: skip
+    assert step(make_batch()).micro_batches == 3
+    assert step._accumulation.plan_line.evidence.startswith("exact (checked on 5 + 3 samples)")
+
+
 def test_what_cannot_be_checked_is_said() -> None:
     def even(model: nn.Module, batch: Batch) -> Tensor:
         assert len(batch["x"]) == ROWS // 3, "odd sizes are not for me"

@@ -630,8 +630,8 @@ def test_counts_that_are_the_same_on_these_rows_are_all_named(model: Both) -> No
 
 def test_a_loss_that_is_right_is_not_explained_away(model: Both) -> None:
     found, _ = diagnose(model, aux, make_batch())
-    assert (found.kind, found.instead) == ("unknown", ())
-    assert "not the same twice" in found.what
+    assert (found.kind, found.instead) == ("state", ())
+    assert "from the same state" in found.what
 
 
 def test_runs_leave_no_gradient_behind(model: Both) -> None:

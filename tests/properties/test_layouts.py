@@ -64,10 +64,11 @@ def test_a_plan_and_ready_micro_batches(name: str) -> None:
     assert off(taken_gradient(model), right) < EXACT
 
 
-@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if not layout.needs_split])
+@names
 def test_an_audit(name: str) -> None:
     layout = LAYOUTS[name]
-    report = ga.audit(Net(), layout.loss_fn, layout.make(), micro_batch_size=3)
+    split = layout.split() if layout.needs_split else None
+    report = ga.audit(Net(), layout.loss_fn, layout.make(), micro_batch_size=3, split=split)
     assert report.exact, report
 
 

@@ -1,5 +1,6 @@
 """Micro-batches that are ready run as they are."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -94,3 +95,13 @@ def test_what_is_no_list_of_micro_batches(batch: Any, message: str) -> None:
         make(squares)[1].backward(batch)
     with pytest.raises(ga.WindowError, match="samples=3: it counts the samples"):
         ga.split_as_given(3)  # type: ignore[arg-type]
+
+
+def test_the_plan_line_says_that_nothing_is_joined(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = ga.TrainStep(model, optimizer, lambda m, x: m(x).square().mean(), split=ga.split_as_given())
+    with caplog.at_level(logging.INFO, "gradaccum"):
+        step([torch.randn(4, 3), torch.randn(3, 3)])
+    line = next(one for one in caplog.messages if one.startswith("batch"))
+    assert "not checked: ready micro-batches run as they are, and are not joined" in line

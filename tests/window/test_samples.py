@@ -77,7 +77,7 @@ def test_a_batch_size_asks_for_what_it_cannot_count(name: str) -> None:
     message = r"batch_size= counts samples.*could only be guessed.*samples=lambda"
     with pytest.raises(ga.LossError, match=message) as caught:
         next(iter(Setup(batch_size=4).accumulator.over([ANYTHING[name]] * 2)))
-    assert "split=" not in str(caught.value), "it is no option of an accumulator"
+    assert "split=" not in str(caught.value), "which an accumulator does not have"
     setup = Setup(batch_size=4, samples=lambda _: 2)
     for some, _ in zip(pictures(2, 2), setup.accumulator.over([ANYTHING[name]] * 2), strict=True):
         update = setup.accumulator.backward(setup.loss(some))

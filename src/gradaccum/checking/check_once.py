@@ -38,12 +38,6 @@ class CheckOnce:
         if not self._is_due:
             accumulation.plan_line.evidence = f'{NOT_CHECKED}: check="off"'
 
-    def skip(self, why: str) -> None:
-        """Leaves the check out; the plan line says why."""
-        if self._is_due:
-            self._is_due = False
-            self._accumulation.plan_line.evidence = f"{NOT_CHECKED}: {why}"
-
     def before_run(self, batch: Any, pieces: Sequence[Rows] | None) -> None:
         """Holds a few rows of a batch in pieces against the same rows together, if that is due.
 

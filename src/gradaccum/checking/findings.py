@@ -1,7 +1,7 @@
 """What a look found, in words: who is to blame for a difference, and what can be done about it.
 
 a layer     a module's outputs depend on who shares its micro-batch, though its inputs do not     a warning
-a state     forwards leave another buffer, parameter or attribute behind                          a warning
+a state     forwards leave another buffer, parameter or attribute behind, or the loss function    a warning
 a backward  values add up and the gradients that the loss hands out agree, parameters' do not     a warning
 the loss    nothing of these                                                                      an error
 """
@@ -33,11 +33,13 @@ class Finding:
         evidence: for the plan line.
         error: to be raised: the loss does not add up.
         warning: to be given: a layer, a state or a backward depends on how the batch is cut.
+        is_value_off: no gradient differs, and the value of the loss does: by chance perhaps, as another cut may show.
     """
 
     evidence: str
     error: GradAccumError | None = None
     warning: str | None = None
+    is_value_off: bool = False
 
     @property
     def is_fault(self) -> bool:
@@ -106,6 +108,8 @@ def blame(look: Look, seen: Difference, recordings: tuple[Recording, Recording] 
     if recordings is not None and _is_in_the_backward(look, seen, recordings):
         return _finding_of_backward(look, seen)
     error = loss_fault(look, seen.whole, seen.parts, seen.sizes, seen.samples, seen.off, seen.tolerance, seen.draw)
+    if error is None:
+        return _finding_of_own_state(seen)
     return Finding(evidence="not exact: the loss does not add up", error=error)
 
 
@@ -187,6 +191,21 @@ def _finding_of_state(look: Look, seen: Difference, states: Mapping[int, list[st
     return Finding(evidence=f"not exact: {places[0]} changes with every micro-batch", warning=text)
 
 
+def _finding_of_own_state(seen: Difference) -> Finding:
+    text = (
+        "The loss function keeps something from one call to the next that is no module's buffer (a centre, an average, "
+        "a queue, a counter): it moves once for a whole batch, and once for each micro-batch of it. On "
+        f"{seen.cut} the gradient differs by {seen.off:.2g}. {_MOVED_ONCE}"
+    )
+    return Finding(evidence="not exact: what the loss function keeps moves with every micro-batch", warning=text)
+
+
+_MOVED_ONCE = (
+    "No option has a state advance once an update. Change it outside of the forward, once an update (after "
+    "train_step(batch), with what the micro-batches have left), or not at all while training."
+)
+
+
 def _remedy_of_state(module: nn.Module) -> str:
     if isinstance(module, _BatchNorm):
         return (
@@ -199,10 +218,7 @@ def _remedy_of_state(module: nn.Module) -> str:
             "update: keep the network in .eval() mode for all forwards but one, or the update is another one than the "
             "whole batch's."
         )
-    return (
-        "No option has a state advance once an update. Change it outside of the forward, once an update (after "
-        "train_step(batch), with what the micro-batches have left), or not at all while training."
-    )
+    return _MOVED_ONCE
 
 
 def _finding_of_backward(look: Look, seen: Difference) -> Finding:

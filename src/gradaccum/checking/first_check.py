@@ -36,13 +36,14 @@ from gradaccum.checking.side_difference import (
 )
 from gradaccum.checking.step_to_check import StepToCheck
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
-from gradaccum.split.asked import part_to_check, rows_in, smallest_pieces
+from gradaccum.split.asked import joins_rows, part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows
 from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.plan_line import NOT_CHECKED, exact_on
 
 _MOST_ROWS = 8
 _MOST_ROUNDING = 0.1  # of a gradient: where rounding may change as much, nothing can be said
+_WORTH_SAYING = 1e-3  # of a gradient: what differs by more than this is not called exact without a word
 _LONGEST_ERROR = 120
 # Unequal pieces first: equal ones hide counts that are wrong. Then such that pairs stay pairs, then equal ones.
 _CUTS = {
@@ -120,9 +121,10 @@ def _look_at(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) 
             raised = raised or f"pieces of {' + '.join(map(str, sizes))} samples raise {_in_short(error)}"
             continue
         found = _compared(look, whole, parts, sizes)
-        if not (found.is_fault and 1 in look.samples(sizes) and not runs_single):
+        # A single sample, which training does not run, may be a case of its own: BatchNorm, or squeeze(). Gradients of
+        # a few samples may agree by chance, where the same ones are clipped, or chosen: the loss's value shows it.
+        if not (found.is_fault and 1 in look.samples(sizes) and not runs_single) and not found.is_value_off:
             return found
-        # A single sample, which training does not run, may be a case of its own: BatchNorm, or squeeze().
     if found is not None and len(look.atoms) < 4 <= rows_in(step.split, part_to_check(step.split, batch)):
         return _look_at_pairs(step, batch, planned)
     return found or Finding(evidence=f"{NOT_CHECKED}: {raised}")
@@ -137,6 +139,8 @@ def _look_at_pairs(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Fi
 def _chosen(step: StepToCheck, batch: Any, planned: Sequence[Rows], rows: int) -> Look:
     """Rows of the batch, evenly spread, on the device; samples that a split keeps together stay together."""
     device = next(step.models[0].parameters()).device
+    if not joins_rows(step.split):
+        raise CannotLook("ready micro-batches run as they are, and are not joined")
     if not type(step.split).__module__.startswith("gradaccum."):
         # A split of the user's own may know rows of its batch only: its first micro-batch is looked at, where it is.
         if step.options.batch_loss is not None or step.options.is_lockstep or num_rows(planned[0]) < rows:
@@ -201,9 +205,8 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
             break
         again = look.run(together, draw=draw), look.run(sizes, draw=draw)
         seen = _difference(look, *again, sizes, draw, TOLERANCE[dtype])
-    exact = Finding(evidence=exact_on(seen.samples) + seen.draw.reservation)
     if not seen.is_any:
-        return exact
+        return _exact(seen, dtype) if _values_agree(look, seen, together) else _of_another_value(seen)
     recordings = Recording(), Recording()
     repeated = look.run(together, draw=seen.draw, recording=recordings[0])
     off_by_itself = difference(repeated.gradients, seen.whole.gradients)
@@ -217,7 +220,7 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
     tolerance = max(TOLERANCE[dtype], min(rounding, _MOST_ROUNDING))
     seen = _difference(look, seen.whole, seen.parts, sizes, seen.draw, tolerance)
     if not seen.is_any:
-        return exact
+        return _exact(seen, dtype)
     if not seen.state and seen.off <= rounding:
         return Finding(evidence=f"{NOT_CHECKED}: rounding alone may change the gradient by {rounding:.1g} of its size")
     if look.draws_outside and not seen.state:
@@ -226,6 +229,30 @@ def _compared(look: Look, whole: Side, parts: Side, sizes: Sequence[int]) -> Fin
         where, operation = next(iter(seen.draw.replay.not_replayed))
         return Finding(evidence=f"{NOT_CHECKED}: what {operation} draws in {where} cannot be replayed")
     return blame(look, seen, recordings)
+
+
+def _exact(seen: Difference, dtype: torch.dtype) -> Finding:
+    evidence = exact_on(seen.samples) + seen.draw.reservation
+    if seen.off > _WORTH_SAYING:  # which is rounding, as far as can be told
+        evidence += f" to within {seen.tolerance:.2g}, in {str(dtype).removeprefix('torch.')}"
+    return Finding(evidence=evidence)
+
+
+def _values_agree(look: Look, seen: Difference, together: Sequence[int]) -> bool:
+    """Whether the loss of the pieces is that of the rows together, but for rounding and draws."""
+    off, size = abs(seen.parts.loss - seen.whole.loss), abs(seen.whole.loss)
+    if off <= seen.tolerance * size or look.draws_tensors or look.draws_outside:
+        return True
+    recording = Recording()
+    look.run(together, recording=recording)
+    dtype = lowest_precision({*dtypes_of(look.step.models), *recording.dtypes})
+    nudged = look.run(together, nudge=LAST_BIT[dtype])
+    return off <= max(TOLERANCE[dtype] * size, MORE_THAN_MEASURED[dtype] * abs(nudged.loss - seen.whole.loss))
+
+
+def _of_another_value(seen: Difference) -> Finding:
+    why = f"the loss of {seen.cut} is {seen.whole.loss:.4g} and {seen.parts.loss:.4g}, though their gradients agree"
+    return Finding(evidence=f"{NOT_CHECKED}: {why}", is_value_off=True)
 
 
 def _difference(look: Look, whole: Side, parts: Side, sizes: Sequence[int], draw: Draw, tolerance: float) -> Difference:

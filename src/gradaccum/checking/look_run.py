@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradaccum import tree
+from gradaccum.checking.held_state import CannotLook
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.no_trace import Watched, no_trace
 from gradaccum.checking.pieces import Piece, copied, planned_pieces, whole
@@ -36,10 +37,6 @@ from gradaccum.window.options import Options
 from gradaccum.window.parameters import named_parameters
 from gradaccum.window.snapshot import RandomState
 from gradaccum.window.weights import weights_by_name
-
-
-class CannotLook(Exception):
-    """Why a batch cannot be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +124,12 @@ class Look:
         with self.running(draw=draw, recording=recording) as (around, split):
             if nudge:
                 _nudge(step.models, nudge)
-            options = replace(step.options, loss_fn=around(step.options.loss_fn), forward=around(step.options.forward))
+            options = replace(
+                step.options,
+                loss_fn=around(step.options.loss_fn),
+                forward=around(step.options.forward),
+                batch_loss=self._around_batch_loss(step.options.batch_loss),
+            )
             accumulation = Accumulation(step.models, step.optimizers, Options(), is_look=True)
             runner = choose_runner(options, step.model, step.models, split=split, ranks=None)
             batch = copied(self.batch)
@@ -147,6 +149,23 @@ class Look:
             return Side(gradients=gradients, loss=float(loss.value), state=self._watched.changed())
 
     _watched: Watched = field(init=False)
+    _replay: RandomReplay | None = None  # of the run that is going on
+
+    def _around_batch_loss(self, batch_loss: Any) -> Any:
+        """Draws of the loss over the whole batch are the same on every side, whatever forwards have drawn before."""
+        if batch_loss is None:
+            return None
+
+        def call(outputs: Any, batch: Any) -> Any:
+            self._rewind(torch_too=self._replay is None, outside=True)
+            if self._replay is not None:
+                self._replay.begin_loss(whole(self.rows))
+            try:
+                return batch_loss(outputs, batch)
+            finally:
+                self._note_draws(watches_torch=self._replay is None)
+
+        return call
 
     @contextmanager
     def running(
@@ -160,9 +179,10 @@ class Look:
             if step.coupled_batch_norms() and all(one.running_mean is not None for one in batch_norms(step.models)):
                 held.enter_context(frozen(step.models))
             replay: RandomReplay | None = None
+            self._replay = None
             if draw.replay is not None:
                 named = {watched.names[key]: module for key, module in watched.modules.items()}
-                replay = RandomReplay(draw.replay, named, is_alike=draw.is_alike)
+                replay = self._replay = RandomReplay(draw.replay, named, is_alike=draw.is_alike)
                 held.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels draw where nobody sees it
                 held.enter_context(replay)
             if recording is not None:

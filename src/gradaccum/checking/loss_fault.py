@@ -14,7 +14,7 @@ from torch import Tensor
 from gradaccum.checking.look_run import Draw, Look, Side
 from gradaccum.checking.loss_errors import loss_error
 from gradaccum.checking.pieces import copied
-from gradaccum.checking.remedies import remedies
+from gradaccum.checking.remedies import Diagnosis, remedies
 from gradaccum.checking.root_runs import Run, make_run
 from gradaccum.errors import LossError
 from gradaccum.tree import to_device
@@ -34,8 +34,8 @@ def loss_fault(
     off: float,
     tolerance: float,
     draw: Draw,
-) -> LossError:
-    """The error for a loss that does not add up.
+) -> LossError | None:
+    """The error for a loss that does not add up; None where it does if each piece starts from the same state.
 
     Args:
         look: the rows at hand.
@@ -50,7 +50,7 @@ def loss_fault(
     if look.step.options.loss_fn is not None:
         explained = _explained(look, sizes, tolerance, draw)
         if explained is not None:
-            return explained
+            return None if explained[0].kind == "state" else explained[1]
     pieces = " + ".join(map(str, samples))
     return LossError(
         f"The loss does not add up over micro-batches: it is {whole.loss:.6g} for {sum(samples)} samples together, and "
@@ -76,8 +76,8 @@ def _advice(look: Look) -> str:
     )
 
 
-def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -> LossError | None:
-    """The error with what the loss is; None where its roots cannot be had."""
+def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -> tuple[Diagnosis, LossError] | None:
+    """What the loss is, and the error that says so; None where its roots cannot be had."""
     step = look.step
     parameters = [one for _, one in named_parameters(step.models) if one.requires_grad]
 
@@ -100,7 +100,8 @@ def _explained(look: Look, sizes: Sequence[int], tolerance: float, draw: Draw) -
     with suppress(Exception):  # whatever the user's code raises here, it is no answer to what it is
         parts = [run(piece) for piece in pieces]
         together = run(everything)
-        return loss_error(together, parts, remedies(together, parts, run, tolerance=max(tolerance, _FINEST)))
+        found = remedies(together, parts, run, tolerance=max(tolerance, _FINEST))
+        return found, loss_error(together, parts, found)
     return None
 
 

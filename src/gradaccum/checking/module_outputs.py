@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import tree
 
@@ -39,7 +40,7 @@ class Forward:
 
 @dataclass(slots=True)
 class Recording:
-    """The forwards of one run, in the order in which they began."""
+    """The forwards of one run, in the order in which they began, and the dtypes that it computed in."""
 
     forwards: list[Forward] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -59,7 +60,6 @@ class Recording:
             forward = self.forwards[-1]
             outputs = _tensors(output)
             forward.calls.append(ModuleCall(id(module), _copies(_tensors(args)), _copies(outputs)))
-            self.dtypes.update(one.dtype for one in outputs)
             if id(module) in roots:
                 for one in outputs:
                     if one.requires_grad:
@@ -67,9 +67,26 @@ class Recording:
 
         handle = register_module_forward_hook(returned)
         try:
-            yield
+            with _Dtypes(self.dtypes):
+                yield
         finally:
             handle.remove()
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes the floats that operations return: autocast may be on where no module is, or inside of a vmap."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, found: set[torch.dtype]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if isinstance(returned, Tensor) and returned.is_floating_point():
+            self._found.add(returned.dtype)
+        return returned
 
 
 def first_difference(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradaccum.checking.adding_up import Cut, declared_difference, solved_shares
+from gradaccum.checking.adding_up import Cut, declared_difference, difference, solved_shares
 from gradaccum.checking.batch_counts import BatchCount, id_columns, rows_code
 from gradaccum.checking.readings import (
     A_SUM,
@@ -53,7 +53,8 @@ class Diagnosis:
 
     Attributes:
         kind: "sum", "weight" (a mean over another count), "terms" (several means), "groups" (samples that belong
-            together), "batch_loss" (a function of the whole batch), or "unknown".
+            together), "batch_loss" (a function of the whole batch), "state" (it adds up where every piece starts from
+            what was there before the first one), or "unknown".
         what: what was seen, in one sentence; "" where nothing fits.
         instead: what to type, the best first: each was tried on these rows and was right. One entry may have several
             lines, all of them needed: ``return ...`` for the loss function, ``weights=...`` and ``split=...`` for
@@ -154,13 +155,11 @@ def _by_counts(look: _Look) -> Diagnosis | None:
     found = look.readings(look.parts)
     if not all(found):
         return None
+    if all(readings[0].kind == DECLARED for readings in found):
+        return Diagnosis(kind="state", what=_NOT_TWICE)
     if len(look.parts) > 1:
         return _terms(look, found)
     [part], [readings] = look.parts, found
-    if readings[0].kind == DECLARED:
-        return Diagnosis(
-            kind="unknown", what="Run again, the loss adds up as it was returned: it is not the same twice"
-        )
     first = readings[0]
     lines = [f"return {filled_in(one, part, look.whole)}" for one in readings if one.line][:_MOST_LINES]
     if first.kind == A_SUM:
@@ -172,7 +171,7 @@ def _by_counts(look: _Look) -> Diagnosis | None:
     return Diagnosis(kind="weight", what=what, instead=tuple(lines))
 
 
-_NOT_TWICE = "Run again, the loss adds up as it was returned: it is not the same twice"
+_NOT_TWICE = "Run from the same state each time, the pieces add up as they were returned"
 
 
 def _terms(look: _Look, found: Sequence[Sequence[Reading]]) -> Diagnosis:
@@ -262,7 +261,7 @@ def _by_groups(look: _Look) -> Diagnosis | None:
         if fitting and groups < fitting[0][0]:
             break  # groups of groups fit as well
         found = _readings_in_groups(look, code, ids)
-        if all(found):
+        if all(any(one.line or one.kind == DECLARED for one in readings) for readings in found):
             entry = [f"split=ga.split_by_samples(groups=lambda batch: {code})"]
             if not all(readings[0].kind == DECLARED for readings in found):
                 entry[:0] = _returned(look, found)
@@ -276,7 +275,8 @@ def _by_groups(look: _Look) -> Diagnosis | None:
 
 def _returned(look: _Look, found: Sequence[Sequence[Reading]]) -> list[str]:
     if len(look.parts) == 1:
-        return [f"return {filled_in(found[0][0], look.parts[0], look.whole)}"]
+        typed = next(one for one in found[0] if one.line)
+        return [f"return {filled_in(typed, look.parts[0], look.whole)}"]
     return _terms(look, found).instead[0].split("\n")
 
 
@@ -328,9 +328,12 @@ def _by_shares(look: _Look) -> Diagnosis | None:
     shares: list[float] = []
     for cut in look.cuts:
         for part in look.parts:
-            solved, left = solved_shares(part.of(cut.whole), [part.of(one) for one in cut.parts])
+            whole, parts = part.of(cut.whole), [part.of(one) for one in cut.parts]
+            solved, left = solved_shares(whole, parts)
             is_one_sum &= left <= _SLACK * look.tolerance
-            is_mean &= is_one_sum and abs(sum(solved) - 1) <= _SLACK * look.tolerance
+            # A logarithm of a mean, or a maximum, has such gradients too, but not such a value, or no share of some.
+            is_mean &= is_one_sum and abs(sum(solved) - 1) <= _SLACK * look.tolerance and min(solved) > look.tolerance
+            is_mean &= difference(whole, parts, solved).value <= _SLACK * look.tolerance
             shares = shares or solved
     if is_mean:
         samples = [len(one.rows) for one in look.cuts[0].parts]
@@ -341,11 +344,14 @@ def _by_shares(look: _Look) -> Diagnosis | None:
         name = expression(look.parts[0], look.whole)
         return Diagnosis(kind="weight", what=what, untried=(f"return ga.Loss.mean({name}, over=count)",))
     if look.cuts and _only_gradients_differ(look):
-        what = "The values add up and the gradients do not: something in the backward does not know its share"
+        what = (
+            "The values add up and the gradients do not: a detached coefficient is another one for each piece, "
+            "or something in the backward does not know its share"
+        )
         return Diagnosis(kind="unknown", what=what)
     if is_one_sum:
         what = "The loss is a function of a sum over all samples (a root or a ratio of it, say)"
-        return Diagnosis(kind="batch_loss", what=what, untried=(_OF_SUMS,))
+        return Diagnosis(kind="batch_loss", what=what, untried=(_OF_SUMS, _OF_OUTPUTS))
     what = "The loss couples samples: no weights of the pieces' gradients give the whole's"
     return Diagnosis(kind="batch_loss", what=what, untried=(_OF_OUTPUTS, _OF_SUMS))
 

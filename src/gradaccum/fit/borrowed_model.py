@@ -16,7 +16,7 @@ from __future__ import annotations
 import builtins
 import random
 import sys
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradaccum.memory.live_bytes import storages_in
 from gradaccum.window.snapshot import RandomState
 
-_CONTAINERS = (dict, OrderedDict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 # Buffers up to here are copied: the kernels of BatchNorm write theirs without saying so. Larger ones (a quantised
 # model's frozen weights) are watched, and saved when an operation writes them.
 _MOST_COPIED_BYTES = 16 * 2**20

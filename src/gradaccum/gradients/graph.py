@@ -20,11 +20,15 @@ _TRANSPOSITIONS = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackwar
 
 
 class Use(NamedTuple):
-    """One operation that reads a leaf: as the input at ``position``, perhaps with its last two dimensions exchanged."""
+    """One operation that reads a leaf: as the input at ``position``, perhaps with its last two dimensions exchanged.
+
+    ``between`` are the nodes of transpositions and casts on the way.
+    """
 
     node: Any
     position: int
     is_transposed: bool
+    between: tuple[Any, ...] = ()
 
 
 class Graph:
@@ -71,22 +75,22 @@ class Graph:
     def uses_of(self, leaf: Any) -> list[Use] | None:
         """Every operation that reads a leaf, transposed or cast perhaps; None where its way there is another one."""
         uses: list[Use] = []
-        ways: list[tuple[Any, bool]] = [(leaf, False)]
+        ways: list[tuple[Any, bool, tuple[Any, ...]]] = [(leaf, False, ())]
         num_dims = self.leaves[leaf].dim()
         while ways:
-            read, is_transposed = ways.pop()
+            read, is_transposed, between = ways.pop()
             if read in self.roots:
                 return None
             for node, position in self.readers[read]:
                 kind = type(node).__name__
                 if kind == _CAST:
-                    ways.append((node, is_transposed))
+                    ways.append((node, is_transposed, (*between, node)))
                 elif kind in _TRANSPOSITIONS:
                     if not _exchanges_last_two(node, kind, num_dims):
                         return None
-                    ways.append((node, not is_transposed))
+                    ways.append((node, not is_transposed, (*between, node)))
                 else:
-                    uses.append(Use(node, position, is_transposed))
+                    uses.append(Use(node, position, is_transposed, between))
         return uses
 
 
@@ -108,6 +112,28 @@ def _exchanges_last_two(node: Any, kind: str, num_dims: int) -> bool:
 def signed(number: int) -> int:
     """A number that a node has saved: torch shows some of them as if they were unsigned, -1 as 2**64 - 1."""
     return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def has_hook_before(node: Any) -> bool:
+    """Whether a node has a hook by ``Node.register_prehook``."""
+    return _is_one_of_several(node.register_prehook(_nothing))
+
+
+def has_hook_after(node: Any) -> bool:
+    """Whether a node has a hook by ``Node.register_hook``, as ``Module.register_backward_hook`` makes one."""
+    return _is_one_of_several(node.register_hook(_nothing))
+
+
+def _is_one_of_several(handle: Any) -> bool:
+    # Torch has no list of a node's hooks for Python; the handle of one more knows the dict that holds them all (3 us).
+    try:
+        return len(handle.hooks_dict_ref()) > 1
+    finally:
+        handle.remove()
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that changes nothing."""
 
 
 def run_backward(roots: Sequence[Tensor], seeds: Sequence[Tensor], inputs: Sequence[Any] = ()) -> None:

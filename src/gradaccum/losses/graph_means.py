@@ -57,7 +57,7 @@ class Term:
     count: Count | None = None  # what a mean was taken over; for a sum of known losses how many they were
     rows: int | None = None  # elements that were averaged or added up
     first: int | None = None  # how many of them along dimension 0
-    is_sure: bool = True  # whether a sum adds up what belongs to single samples, as far as can be seen
+    is_sure: bool = True  # whether what is added up belongs to single samples, as far as can be seen
     what: str = ""  # what a mean was taken over, in words
     instead: str = ""  # what to type instead of the plain mean
     is_on_host: bool = True  # whether reading its counts waits for no device
@@ -218,7 +218,8 @@ def _reduction(node: Any, name: str, path: tuple[int, ...], factors: tuple[Facto
         instead = "ga.Loss.sum(losses.sum(), over=losses.numel())"
         count, first = math.prod(sizes), sizes[0] if sizes else 1
         kind = "penalty" if is_penalty else "mean"
-        return Term(kind, path, name, factors, count, count, first, True, "elements", instead)
+        is_sure = not _is_of_averages(node)
+        return Term(kind, path, name, factors, count, count, first, is_sure, "elements", instead)
     if name in ("SumBackward0", "SumBackward1", "NansumBackward0"):
         return _sum(node, name, path, factors)
     if name == "DotBackward0":
@@ -266,9 +267,8 @@ def _sum(node: Any, name: str, path: tuple[int, ...], factors: tuple[Factor, ...
             sizes = [int(size) for size in below._saved_self_sym_sizes]
             rows, first = max(rows, math.prod(sizes)), max(first, sizes[0])
         elif not _KEEPS.fullmatch(kind):
-            is_sure = is_sure and not _averages_before(below)
             break
-    return Term("sum", path, name, tuple(found), items, rows, first, is_sure)
+    return Term("sum", path, name, tuple(found), items, rows, first, is_sure and not _is_of_averages(node))
 
 
 def _shape_factor(node: Any, path: tuple[int, ...]) -> Factor:
@@ -294,20 +294,40 @@ def _chain_below(node: Any, path: tuple[int, ...]) -> Iterator[tuple[Any, tuple[
         yield node, path
 
 
+_LINEAR = re.compile(_KEEPS.pattern + r"|(Add|Div|Mean|Mul|Rsub|Sub)Backward[01]")
 _AVERAGES = re.compile(r"(Mean|Var|Std|VarMean|StdMean|Logsumexp|LinalgVectorNorm)Backward\d")
 
 
-def _averages_before(node: Any) -> bool:
-    """Whether what is added up was a function of means or norms, which may have been over the samples."""
-    return bool(_AVERAGES.fullmatch(node.name())) or any(
-        _AVERAGES.fullmatch(below.name()) for below, _ in _chain_below(node, ())
-    )
+def _is_of_averages(node: Any) -> bool:
+    """Whether a mean or a sum is of something that is not linear in means, which may have been over the samples."""
+    ways: list[tuple[Any, bool]] = [(node, True)]
+    for one, is_linear in ways:  # more are appended
+        for below in (parent for parent, _ in one.next_functions if parent is not None):
+            name = below.name()
+            if _AVERAGES.fullmatch(name) and not (is_linear and name.startswith("Mean")) and _is_along_first(below):
+                return True
+            if len(ways) < _MAX_BELOW:
+                ways.append((below, is_linear and bool(_LINEAR.fullmatch(name))))
+    return False
+
+
+def _is_along_first(node: Any) -> bool:
+    """Whether dimension 0, which may be that of the samples, is among those that a node reduces."""
+    dims = getattr(node, "_saved_dim", None)
+    sizes = node.next_functions[0][0]._input_metadata[0].shape
+    listed = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+    return not listed or any(_signed(dim) % max(len(sizes), 1) == 0 for dim in listed)
 
 
 _OF_PARAMETERS = re.compile(
-    r"(Abs|Add|Clamp|Div|Exp|LinalgVectorNorm|Log|LogSoftmax|Mean|Mm|Mul|Neg|Norm|Permute|Pow|Rsub|Select|Sigmoid|Softmax"
-    r"|Softplus|Sqrt|Stack|Sub|Sum|T|Tanh|ToCopy|Transpose|View)Backward\d"
+    r"(Abs|Add|Amax|Amin|Bmm|Cat|Clamp|Clone|Cos|Cosh|Cumsum|Diagonal|Digamma|Div|Dot|Elu|Erf|Exp|Expand|Expm1"
+    r"|Lgamma|LinalgCholeskyEx|LinalgDet|LinalgEigh|LinalgInvEx|LinalgSlogdet|LinalgSolveEx|LinalgSolveTriangular"
+    r"|LinalgSvd|LinalgVectorNorm|Log|Log1P|LogSigmoid|LogSoftmax|Logsumexp|Max|Maximum|Mean|Min|Minimum|Mm|Mul|Mv"
+    r"|Neg|Norm|Permute|Pow|Reciprocal|Relu|Reshape|ReshapeAlias|Rsqrt|Rsub|Select|Sigmoid|Sin|Slice|Softmax"
+    r"|Softplus|Sqrt|Squeeze|Stack|Std|Sub|Sum|T|Tanh|ToCopy|Trace|Transpose|TriangularSolve|Tril|Triu|UnsafeView"
+    r"|Unsqueeze|Var|View|WeightNormInterface)Backward\d"
 )
+_PRODUCTS = ("Mm", "Bmm", "Mv", "Dot")
 _MAX_OF_PARAMETERS = 32
 
 
@@ -324,7 +344,7 @@ def _is_of_parameters(node: Any) -> bool:
         if not inputs:
             return False
         # The other side may be data: what is then computed mostly has an element for each sample.
-        if len(inputs) < len(parents) and (one.name().startswith("Mm") or _numel(one) > _numel(inputs[0])):
+        if len(inputs) < len(parents) and (one.name().startswith(_PRODUCTS) or _numel(one) > _numel(inputs[0])):
             return False
         nodes += inputs
     return True

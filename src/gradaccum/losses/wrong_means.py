@@ -10,6 +10,7 @@ from gradaccum.losses.counted_terms import (
     Read,
     counts_of,
     has_divisor,
+    is_coefficient,
     is_over_all,
     is_plain_sum,
     product,
@@ -123,21 +124,23 @@ def _has_division_by(number: int, read: Read) -> bool:
 def _is_divided_sum(term: Term, samples: int | None) -> bool:
     """Whether a term is a sum, or what may be one, that was divided by a count."""
     if term.kind == "sum":
-        return term.is_sure or has_divisor(term)
+        return term.is_sure or any(not is_coefficient(factor) and not factor.is_shape for factor in term.factors)
     divisors = [factor for factor in term.factors if not factor.multiplies]
     return term.kind == "unknown" and any(samples and not float(one.value) % samples for one in divisors)
 
 
 def not_read(read: Read) -> list[Term]:
     """The terms of which it cannot be seen what they are means over, where the loss has to say so by itself."""
-    if read.how != "plain":
+    if read.how != "plain" or any(term.kind == "far" for term in read.terms):
         return []
-    main = [term for term in read.terms if term.kind != "penalty"]
-    opaque = [term for term in main if term.kind == "opaque"]
-    if opaque:
-        return opaque
-    is_known = any(term.kind == "mean" or _is_divided_sum(term, read.samples) for term in main)
-    return [] if is_known or any(term.kind == "far" for term in main) else main
+    return [term for term in read.terms if term.kind == "opaque" or _may_be_anything(term, read.samples)]
+
+
+def _may_be_anything(term: Term, samples: int | None) -> bool:
+    # A mean over as many features for any number of samples: over batch statistics, it may couple them.
+    if term.kind == "mean":
+        return not term.is_sure and bool(samples) and bool((term.rows or 0) % (samples or 1))
+    return term.kind in ("sum", "unknown") and not _is_divided_sum(term, samples)
 
 
 DIVISOR = "what it was divided by"

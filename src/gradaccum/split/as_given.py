@@ -48,6 +48,7 @@ def split_as_given(samples: Callable[[Any], int] | None = None) -> Split:
 class _AsGiven:
     count: Callable[[Any], int | None]
     unit = "ready micro-batches"
+    joins_rows = False
 
     def rows(self, batch: Any) -> int:
         return sum(self._counts(batch))

@@ -44,3 +44,8 @@ def part_to_check(split: Split, batch: Any) -> Any:
     """What of a batch a check picks its rows from: all of it, unless the split cannot join them."""
     pick = getattr(split, "part_to_check", None)
     return batch if pick is None else pick(batch)
+
+
+def joins_rows(split: Split) -> bool:
+    """Whether a split can put any of its rows into one piece."""
+    return getattr(split, "joins_rows", True)

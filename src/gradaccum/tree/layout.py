@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -281,10 +282,11 @@ def _agreed_rows(parts: Sequence[Part]) -> int | None:
     """The number of samples that all parts go with; None where none has any."""
     certain = [part for part in parts if part.count is not None]
     if certain:
-        odd = next((part for part in certain if part.count != certain[0].count), None)
-        if odd is not None:
-            raise rows_disagree(certain[0], odd)
-        return certain[0].count
+        if all(part.count == certain[0].count for part in certain):
+            return certain[0].count
+        number = Counter(part.count for part in certain).most_common(1)[0][0]
+        first = next(part for part in certain if part.count == number)
+        raise rows_disagree(first, next(part for part in certain if part.count != number), parts=certain)
     lists = [part for part in parts if part.inner]
     lengths = {part.length for part in parts if part.length and not part.inner}
     if not lists:

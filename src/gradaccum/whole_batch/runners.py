@@ -218,6 +218,7 @@ def choose_runner(
     function: Any = options.loss_fn if options.batch_loss is None else options.forward
     run_one: Callable[[Any], Any] = functools.partial(function, model)
     scope: Callable[[], AbstractContextManager[None]] | None = None
+    others: Callable[[], Sequence[nn.Module]] = functools.cache(lambda: closed_over(function, models))
     if isinstance(options.batch_norm, GhostBatch):
         from gradaccum.whole_batch.batch_norm.ghost import Ghosts
 
@@ -226,7 +227,7 @@ def choose_runner(
     elif options.batch_norm == "frozen":
         from gradaccum.whole_batch.batch_norm.layers import frozen
 
-        scope = functools.partial(frozen, models, others=functools.cache(lambda: closed_over(function, models)))
+        scope = functools.partial(frozen, models, others=others)
     if options.batch_loss is not None and options.combine == "sum":
         from gradaccum.whole_batch.outputs import summable
 
@@ -250,6 +251,7 @@ def choose_runner(
         weights=options.weights,
         is_exact=is_exact,
         activations=options.activations,
+        others=others,
     )
     return _scoped(runner, scope)
 

@@ -22,7 +22,7 @@ _MAX_DEPTH = 4
 _MAX_ITEMS = 64
 _CONTAINERS = (list, dict, set, deque)
 _CODE = (type, ModuleType, FunctionType, MethodType, functools.partial)
-_PUTTING = frozenset(["append", "appendleft", "extend", "insert", "add", "update", "setdefault"])
+_PUTTING = frozenset(["__setitem__", "append", "appendleft", "extend", "insert", "add", "update", "setdefault"])
 
 
 @dataclass(slots=True)

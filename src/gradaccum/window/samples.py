@@ -8,6 +8,7 @@ names ``samples=``.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,7 @@ def not_counted(micro_batch: Any) -> LossError:
         tree.rows(micro_batch)
         why = "samples= returned nothing."
     except BatchError as error:
-        why = str(error).split(" Say ")[0]  # what follows is an option of TrainStep
+        why = re.split(" (Cut|Say|In your own loop) ", str(error))[0]  # nothing is cut here
     return LossError(
         f"batch_size= counts samples, and how many this micro-batch has could only be guessed: {why} Pass "
         "samples=lambda micro_batch: ..., which returns their number, or micro_batches= in place of batch_size= and "

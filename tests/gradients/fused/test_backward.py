@@ -246,6 +246,26 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooked_before_the_leaf() -> nn.Module:
+    model: Any = layers().double()  # of another dtype it would have another node
+    model.node = node_of(model[0].weight)  # else the graph's end, and the hook with it
+    model.node.register_prehook(lambda gradients: (2 * gradients[0],))
+    return model
+
+
+def hooked_after_the_product() -> nn.Module:
+    model: Any = layers()
+    model[0].register_backward_hook(lambda _, before, __: tuple(None if one is None else 2 * one for one in before))
+    return model
+
+
+def hooked_transposition(model: Any, x: Tensor) -> Tensor:
+    out = model(x)
+    *_, (transposed, _) = out.grad_fn.next_functions
+    transposed.register_hook(lambda before, _: (3 * before[0],))
+    return out
+
+
 def penalised(model: Any, x: Tensor, *, of_weight: bool = False) -> Tensor:
     """A gradient penalty: the loss contains a gradient."""
     x = x.clone().requires_grad_()
@@ -275,6 +295,9 @@ ASIDE: dict[str, Case] = {
     "orthogonal": Case(make=lambda: parametrizations.orthogonal(nn.Linear(WIDTH, 4)), in_place=NONE),
     "masked": on_matrix(lambda m, x: x @ (m.w * (m.w > 0)), NONE),
     "hook on the weight": Case(make=hooked, in_place=frozenset({"2.weight"})),
+    "hook before the leaf's node": Case(make=hooked_before_the_leaf, in_place=frozenset({"2.weight"})),
+    "hook after the product": Case(make=hooked_after_the_product, in_place=frozenset({"2.weight"})),
+    "hook on the transposition": on_layers(hooked_transposition, frozenset({"0.weight"})),
     "parameter of another class": on_matrix(lambda m, x: x @ m.w, NONE, of_a_kind),
     "gradient penalty": on_layers(penalised),
     "gradient of a weight in the loss": on_layers(lambda m, x: penalised(m, x, of_weight=True)),
@@ -311,7 +334,9 @@ ASIDE: dict[str, Case] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse:UserWarning", "ignore:.*:DeprecationWarning", "ignore:Using a non-full:FutureWarning"
+)
 @pytest.mark.parametrize("name", [*IN_PLACE, *ASIDE])
 def test_the_gradient_is_torchs(name: str) -> None:
     case = (IN_PLACE | ASIDE)[name]
@@ -355,12 +380,8 @@ def run(model: nn.Module, loss: Tensor) -> None:
 def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     model = Tied().double()
     seen: list[Tensor] = []
-    node_fired: list[bool] = []
     weight = model.table.weight
     weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
-    node: Any = weight.expand_as(weight).grad_fn
-    node = node.next_functions[0][0]  # where DistributedDataParallel listens
-    node.register_hook(lambda *_: node_fired.append(True))
     words = torch.tensor([[1, 2, 2]])
     model(words).pow(2).sum().backward()
     expected = seen.pop()
@@ -368,7 +389,22 @@ def test_hooks_fire_once_a_backward_when_the_gradient_is_complete() -> None:
     run(model, model(words).pow(2).sum())
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], expected)
-    assert len(node_fired) == 2
+
+
+def node_of(parameter: Tensor) -> Any:
+    """The leaf's ``AccumulateGrad``."""
+    return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+
+def test_a_hook_on_the_leafs_node_sees_the_gradient() -> None:
+    model: Any = layers()
+    seen: list[Tensor] = []
+    node = node_of(model[0].weight)
+    node.register_hook(lambda _, gradients: seen.append(gradients[0]))
+    gradients = GradientSum(model.named_parameters(), fused=True)
+    gradients.begin()
+    gradients.add((model(torch.randn(ROWS, WIDTH)).square().sum(),), (torch.ones(()),))
+    assert torch.equal(seen[0], model[0].weight.grad)
 
 
 class With(torch.autograd.Function):

@@ -91,6 +91,15 @@ def test_frozen_takes_a_closed_over_network_along() -> None:
     assert_whole(model, twins[0], lambda m, x: F.softplus(twins[1](m(x)[:, 0])).mean())
 
 
+def test_exact_leaves_a_closed_over_network_as_the_whole_batch_does() -> None:
+    model, critic = net(nn.BatchNorm1d), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    twin, other = copy.deepcopy((model, critic))
+    step(model, lambda m, x: F.softplus(critic(m(x)[:, 0])).mean()).backward(X)
+    assert_whole(model, twin, lambda m, x: F.softplus(other(m(x)[:, 0])).mean())
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(critic.state_dict()[name], value, rtol=0, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------ feature hooks
 def with_list(model: Any) -> Any:
     features: list[Tensor] = []
@@ -117,6 +126,12 @@ class Features:
         return m(x).abs().mean() + self.output.square().mean()
 
 
+def with_dict(model: Any) -> Any:
+    features: dict[str, Tensor] = {}
+    model[0].register_forward_hook(lambda module, args, output: features.__setitem__("first", output))
+    return lambda m, x: m(x).abs().mean() + features["first"].square().mean()
+
+
 def with_attribute(model: Any) -> Any:
     def keep(module: Any, args: Any, output: Tensor) -> None:
         module.features = output
@@ -125,7 +140,7 @@ def with_attribute(model: Any) -> Any:
     return lambda m, x: m(x).abs().mean() + m[0].features.square().mean()
 
 
-@pytest.mark.parametrize("make", [with_list, lambda model: Features(model[0]).loss])
+@pytest.mark.parametrize("make", [with_list, with_dict, lambda model: Features(model[0]).loss])
 def test_a_hook_that_shares_what_it_keeps_is_refused_in_lockstep(make: Any) -> None:
     model = net(nn.BatchNorm1d)
     loss_fn = make(model)

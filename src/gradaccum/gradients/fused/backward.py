@@ -10,9 +10,10 @@ to torch: what a parametrisation computes is no leaf, a compiled or custom funct
 backward is no backward of this library.
 
 The engine's promises that would be lost by leaving a leaf out are kept: after the backward each of these leaves gets
-"no gradient" through the engine, with which post-accumulate hooks and hooks on the leaf's node fire as always, once,
-when the gradient is complete. A hook on the parameter itself would have to see the gradient, so such parameters are
-left to torch. What is not seen: a hook on a transposed or cast parameter (``w = weight.t(); w.register_hook(...)``).
+"no gradient" through the engine, with which post-accumulate hooks, and those of torch's own on the leaf's node, fire as
+always, once, when the gradient is complete. A hook on the parameter, or on a node between it and the product, would
+have to see the gradient, so such parameters are left to torch. What is not seen: a hook on a transposed or cast
+parameter (``w = weight.t(); w.register_hook(...)``).
 
 Sources: apex's ``fused_weight_gradient_mlp_cuda`` and Megatron-LM's use of it for the idea; torch's
 ``csrc/autograd/engine.cpp`` (``init_to_execute``) for what inputs do to a backward.
@@ -33,7 +34,7 @@ from torch.autograd.graph import GradientEdge
 from gradaccum.gradients.fused.choice import Choice
 from gradaccum.gradients.fused.parameter_uses import gradient_of
 from gradaccum.gradients.fused.product import Add, GradientMemory, accumulate_dtype_of
-from gradaccum.gradients.graph import Graph, Use, run_backward
+from gradaccum.gradients.graph import Graph, Use, has_hook_after, has_hook_before, run_backward
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -140,7 +141,15 @@ class FusedBackward:
                 return None
             num_rows += math.prod(result.shape[:-1])
             adds.append((use, add))
-        return adds if self._choice.pays(leaf, num_rows) else None
+        return adds if self._choice.pays(leaf, num_rows) and not _may_change_by_hooks(node, uses) else None
+
+
+def _may_change_by_hooks(leaf: Any, uses: Sequence[Use]) -> bool:
+    """Whether hooks on nodes see, or change, the gradient that a use has for a leaf on its way there."""
+    on_the_way = [leaf, *(node for use in uses for node in use.between)]
+    return any(has_hook_after(node) for node in (*on_the_way, *(use.node for use in uses))) or any(
+        has_hook_before(node) for node in on_the_way
+    )
 
 
 def _can_add_to(total: Tensor, leaf: Tensor) -> bool:

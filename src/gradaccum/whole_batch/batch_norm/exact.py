@@ -49,10 +49,19 @@ class Statistics:
 
 
 class Exact:
-    """The statistics of one batch, which is spread over processes where there is ``across_ranks``."""
+    """The statistics of one batch, which is spread over processes where there is ``across_ranks``.
 
-    def __init__(self, models: Sequence[nn.Module], *, across_ranks: AcrossRanks | None = None) -> None:
-        self._layers = Layers(models)
+    ``others`` are networks that the loss runs and does not train.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        *,
+        others: Sequence[nn.Module] = (),
+        across_ranks: AcrossRanks | None = None,
+    ) -> None:
+        self._layers = Layers(models, others=others)
         self._across_ranks = across_ranks
         self._statistics: dict[Any, list[Statistics]] = {}
         self._is_backward = False

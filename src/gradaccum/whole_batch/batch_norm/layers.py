@@ -99,15 +99,16 @@ class Layers:
     """The models' layers during one batch: which of them a call came from, and how often each was called.
 
     A layer adds one to its ``num_batches_tracked`` in every micro-batch and in every run of a checkpoint. It should be
-    one for each call in the forward of the batch, so the counts are set from where they were before.
+    one for each call in the forward of the batch, so the counts are set from where they were before; also those of
+    ``others``, networks that are run and not trained here.
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], *, others: Iterable[nn.Module] = ()) -> None:
         self._by_tensor: dict[int, tuple[str, _BatchNorm]] = {}
         self._counts: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a layer: its count, and what it was before
         self._num_calls: Counter[int] = Counter()
         self.models = list(models)
-        for i, model in enumerate(self.models):
+        for i, model in enumerate([*self.models, *others]):
             for name, module in model.named_modules():
                 if not isinstance(module, _BatchNorm):
                     continue

@@ -51,7 +51,7 @@ class Lockstep:
 
     ``run_one`` makes a micro-batch's loss; or its outputs where there is a ``batch_loss``, which gets the whole batch's
     as ``combination`` joins them, with their graph. ``is_exact`` is whether BatchNorm's statistics are the whole
-    batch's.
+    batch's, also those of ``others``, networks that the loss runs and does not train.
     """
 
     models: Sequence[nn.Module]
@@ -63,6 +63,7 @@ class Lockstep:
     weights: WeightsFunction | None
     is_exact: bool
     activations: Activations
+    others: Callable[[], Sequence[nn.Module]] = tuple
 
     def run(self, accumulation: Accumulation, batch: Any, pieces: Sequence[Rows], *, ran: Ran) -> None:
         """See `Runner`."""
@@ -81,7 +82,7 @@ class Lockstep:
                 return
             refuse_shared_hooks(self.models, self.run_one)
             across = None if ranks is None else shares_of_all(ranks)
-            exact = Exact(self.models, across_ranks=across) if self.is_exact else None
+            exact = Exact(self.models, others=self.others(), across_ranks=across) if self.is_exact else None
             if exact is not None:
                 held.enter_context(exact.held())
             gathers = Gathers(pieces, is_all=ranks is None)
