@@ -328,12 +328,17 @@ class TrainStep(HasCounts):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size."""
-        self._accumulation.load_state_dict(state)
+        """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size.
+
+        Raises:
+            StateError: it is no such state, or of another version.
+        """
+        self._accumulation.check_state(state)
         if self._run.fitting is not None and "sizes" in state:
             self._run.fitting.load_state_dict(state["sizes"])
         if self._run.draws is not None and "draws" in state:
             self._run.draws.load_state_dict(state["draws"])
+        self._accumulation.load_state_dict(state)
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""

@@ -7,6 +7,7 @@ user's. Gradients, outputs and statistics go through the user's group, and only 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,15 @@ from gradaccum.sync.faults import Whereabouts
 from gradaccum.sync.messages import PREFIX, Kind, Message, Outcome, check_fit
 from gradaccum.sync.own_group import own_group
 
+logger = logging.getLogger("gradaccum")
 _OF_A_SUM = 1e-9  # float64 sums of equal numbers on unlike processors; seeds that differ do so in the first digits
+
+
+def name_rank(record: logging.LogRecord) -> bool:
+    """Begins a line of the library's log with the rank of the process, where there are several."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        record.msg = f"rank {dist.get_rank()}: {record.msg}"
+    return True
 
 
 class Ranks:
@@ -48,6 +57,7 @@ class Ranks:
             self.rank += self.size * group.rank()
             self.size *= group.size()
         self._whereabouts: list[Whereabouts] = []
+        logger.addFilter(name_rank)  # once, however many there are
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Exchanges integers, by rank, equally many on every process."""

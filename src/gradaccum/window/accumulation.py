@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,10 +158,14 @@ class Accumulation(OpenWindow):
 
     # ----------------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The counts; refused while a window is open."""
         return self.counts.state_dict(open_micro_batches=self.open_micro_batches, open_samples=self.open_samples)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuses what cannot be loaded, and loads nothing."""
+        self.counts.check(state, open_micro_batches=self.open_micro_batches)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from a state; refused while a window is open."""
         self.counts.load_state_dict(state, open_micro_batches=self.open_micro_batches)

@@ -75,6 +75,10 @@ class OwnLoop:
         # Held while a window is open outside of a pass.
         self._outside = ExitStack()
 
+    def window_size(self, update: int) -> dict[str, int]:
+        """The size of the window of an update, by the name of the option that says so."""
+        return {"batch_size" if self._counts_samples else "micro_batches": self._size.at(update)}
+
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """One pass; see `Accumulator.over`."""
         self._leave_pass()
