@@ -44,6 +44,10 @@ class Ranks:
         groups: see above.
         device: where tensors to be added up lie.
         timeout: seconds that a message may wait for another process; None for what the groups have.
+
+    Attributes:
+        furthest_pass: the largest number of passes over a loader in the messages that were exchanged last.
+        reported: who has failed, and how, by the same messages.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup], device: torch.device, timeout: float | None = None) -> None:
@@ -56,6 +60,7 @@ class Ranks:
         for group in self._groups:
             self.rank += self.size * group.rank()
             self.size *= group.size()
+        self.furthest_pass, self.reported = 0, ""
         self._whereabouts: list[Whereabouts] = []
         logger.addFilter(name_rank)  # once, however many there are
 
@@ -111,6 +116,8 @@ class Ranks:
         numbers = message.to_numbers(num_terms=num_terms, num_uses=num_uses)
         rows = self.exchange(numbers[:PREFIX])
         headers = [Message.from_numbers(row, num_terms=0, num_uses=0) for row in rows]
+        self.reported = ""
+        self.furthest_pass = max(header.passes for header in headers)
         if not any(header.outcome == Outcome.FAILED for header in headers):
             check_fit(headers)
             if not (num_terms or num_uses):
@@ -119,11 +126,11 @@ class Ranks:
                 rows = [row + rest for row, rest in zip(rows, self.exchange(numbers[PREFIX:]), strict=True)]
             return [Message.from_numbers(row, num_terms=num_terms, num_uses=num_uses) for row in rows]
         errors = self.exchange_objects(None if error is None else faults.description(error))
+        failed = [(header.sender, text) for header, text in zip(headers, errors, strict=True) if text]
+        self.reported = "; ".join(f"rank {sender}: {text}" for sender, text in failed)
         if message.outcome != Outcome.FAILED:
-            failed = [(header.sender, text) for header, text in zip(headers, errors, strict=True) if text]
-            reported = "; ".join(f"rank {sender}: {text}" for sender, text in failed)
             raise RankError(
-                f"This process (rank {self.name}) is fine, and another failed. {reported}. "
+                f"This process (rank {self.name}) is fine, and another failed. {self.reported}. "
                 f"{_what_became_of(message, ', '.join(str(sender) for sender, _ in failed))}"
             )
         return headers

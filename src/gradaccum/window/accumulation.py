@@ -80,6 +80,8 @@ class Accumulation(OpenWindow):
             raise
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
+        if self.ranks is not None:
+            self.ranks.half_updates.is_stepping = True
         normaliser.check_totals()
         self.reading.window_complete(len(self._sizes))
         parameters = self._gradients.filled(self._parameters.optimized)
@@ -169,3 +171,5 @@ class Accumulation(OpenWindow):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from a state; refused while a window is open."""
         self.counts.load_state_dict(state, open_micro_batches=self.open_micro_batches)
+        if self.ranks is not None:
+            self.ranks.half_updates.forget()

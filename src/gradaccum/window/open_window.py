@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, without_value
-from gradaccum.sync.detect import is_sharded, refuse_late_group
+from gradaccum.sync.detect import is_sharded, refuse_late_group, total_norm_of_shards
 from gradaccum.sync.messages import Caller
 from gradaccum.window import guards
 from gradaccum.window.loss_reading import LossReading
 from gradaccum.window.loss_scale import refuse_scaled
 from gradaccum.window.options import Options
-from gradaccum.window.over_ranks import OverRanks, over_ranks, total_norm_of_shards
+from gradaccum.window.over_ranks import OverRanks, over_ranks
 from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
