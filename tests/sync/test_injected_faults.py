@@ -124,7 +124,7 @@ class Job:
         self._fault = fault = Fault(plan, rank)
         torch.manual_seed(0)
         self._plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-        model = fully_shard(self._plain) if plan.wrap == "FSDP2" else wrapped(self._plain, plan.wrap)
+        model: Any = fully_shard(self._plain) if plan.wrap == "FSDP2" else wrapped(self._plain, plan.wrap)
         self._model: nn.Module = model
         optimizer = Optimizer(model.parameters(), lr=0.1, momentum=0.9)
         scheduler = Scheduler(optimizer, 2)

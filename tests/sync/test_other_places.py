@@ -67,6 +67,20 @@ def looks_at_a_gradient_alone(rank: int) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def another_order_of_models(rank: int) -> None:
+    """Two models of different shapes, of which one process trains the other one first."""
+    models = make(), nn.Linear(3, 2).double()
+    steps = [ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=2) for model in models]
+    for step in steps:
+        step(rows(0))
+    before = [parameters_of(model) for model in models]
+    said = told(steps[rank], rows(rank))
+    assert "of a TrainStep (model " in said
+    assert "Every process must train the same models, in the same order" in said
+    for model, parameters in zip(models, before, strict=True):
+        assert_same_gradients(parameters_of(model), parameters, tolerance=0.0)
+
+
 def leaves_its_pass_alone(rank: int) -> None:
     """A `break` on one process; a pass later all are in the same one again."""
     model = make()
@@ -244,6 +258,7 @@ def unequal_loaders_with_collectives(rank: int, folder: str) -> None:
 def all_of_them(rank: int, world_size: int, folder: str) -> None:
     saves_alone(rank, folder)
     looks_at_a_gradient_alone(rank)
+    another_order_of_models(rank)
     leaves_its_pass_alone(rank)
     a_loader_fails(rank)
     a_step_fails(rank, folder)
