@@ -20,6 +20,7 @@ from gradaccum.types import Randomness, Rows, Split, num_rows
 from gradaccum.whole_batch.runners import ADVICE, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.profile_ranges import is_profiled, with_forwards
 from gradaccum.window.weights import weights_by_name
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class BatchRun:
                 self.inside(done, len(sizes))
 
         try:
-            self._runner.run(accumulation, batch, pieces, ran=has_run)
+            runner = with_forwards(self._runner) if is_profiled() else self._runner
+            runner.run(accumulation, batch, pieces, ran=has_run)
         except BaseException:
             accumulation.discard()
             raise

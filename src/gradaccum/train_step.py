@@ -204,7 +204,8 @@ class TrainStep(HasCounts):
         if type(progress) is not int:
             check_flag("progress", progress)
         total = progress if not isinstance(progress, bool) else None
-        self._bar = ProgressBar(total=total) if progress is not False else None
+        is_shown = self._accumulation.ranks is None or self._accumulation.ranks.is_first
+        self._bar = ProgressBar(total=total) if progress is not False and is_shown else None
         self._run.inside = None if self._bar is None else self._bar.inside
 
     def __call__(self, batch: Any, *more: Any) -> Update:
@@ -228,6 +229,7 @@ class TrainStep(HasCounts):
             raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
         self._refuse_nested()
+        self._accumulation.clock.called()
         self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ class Ranks:
 
     Attributes:
         furthest_pass: the largest number of passes over a loader in the messages that were exchanged last.
+        waited: seconds in collectives so far, those of an engine's own aside.
         reported: who has failed, and how, by the same messages.
     """
 
@@ -61,6 +63,7 @@ class Ranks:
             self.rank += self.size * group.rank()
             self.size *= group.size()
         self.furthest_pass, self.reported = 0, ""
+        self.waited = 0.0
         self._whereabouts: list[Whereabouts] = []
         logger.addFilter(name_rank)  # once, however many there are
 
@@ -167,12 +170,15 @@ class Ranks:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Context manager in which a collective that fails because another process has gone says which one."""
+        since = time.perf_counter()
         try:
             yield
         except RuntimeError as error:  # c10d's errors are RuntimeErrors of some kind; OutOfMemoryError is one too
             if isinstance(error, (torch.OutOfMemoryError, RankError)):
                 raise
             raise self.fault(error) from error
+        finally:
+            self.waited += time.perf_counter() - since
 
     def fault(self, error: BaseException) -> RankError:
         """The error to raise after a collective has failed."""

@@ -12,7 +12,6 @@ Who decides where a window ends, the user's loop or the batch in hand, is not kn
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from gradaccum.losses.terms import no_gradient
 from gradaccum.types import Update
 from gradaccum.window.loss_scale import check_stays_scaled
 from gradaccum.window.open_window import OpenWindow
+from gradaccum.window.profile_ranges import stage
 from gradaccum.window.stepped import Stepped
 from gradaccum.window.window_result import WindowResult, loss_of, update_of
 
@@ -43,7 +43,8 @@ class Accumulation(OpenWindow):
             result = WindowResult.of(self._sizes, normaliser.correction)
         else:
             flags = {"is_done": is_done, "wants_to_stop": stops}
-            result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
+            with stage("reduce"):
+                result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
         if self.stopping is not None:
             self.stopping.is_heard_of = result.stops
         return result
@@ -92,14 +93,15 @@ class Accumulation(OpenWindow):
         stepped = Stepped(self.optimizers)
         try:
             if normaliser.is_empty:
-                text = "update %d was skipped: the weight of its batch is 0, there is nothing to learn from"
-                logger.warning(text, index)
+                if self.ranks is None or self.ranks.is_first:
+                    text = "update %d was skipped: the weight of its batch is 0, there is nothing to learn from"
+                    logger.warning(text, index)
             elif not parameters:
                 raise no_gradient(self._parameters.optimized)
             else:
-                with stepped:
+                with stage("step"), stepped:
                     grad_norm, skipped = self._updater.apply(parameters, result.correction)
-                if skipped is True:
+                if skipped is True and (self.ranks is None or self.ranks.is_first):
                     logger.warning("update %d was skipped: its gradient is not finite", index)
             update = update_of(
                 normaliser,
@@ -107,7 +109,7 @@ class Accumulation(OpenWindow):
                 index=index,
                 grad_norm=grad_norm,
                 skipped=skipped,
-                seconds=time.perf_counter() - self._started,
+                spent=self.clock.closed(waited=self._waited()),
                 peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
             )
             self.counts.add(*counted)

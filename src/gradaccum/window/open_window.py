@@ -10,7 +10,6 @@ What becomes of the sum is said in `accumulation`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,7 +31,9 @@ from gradaccum.window.over_ranks import OverRanks, over_ranks
 from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
+from gradaccum.window.profile_ranges import in_stage, is_profiled
 from gradaccum.window.run_counts import RunCounts
+from gradaccum.window.seconds import Seconds
 from gradaccum.window.stopping import Stopping
 
 logger = logging.getLogger("gradaccum")
@@ -47,6 +48,7 @@ class OpenWindow:
         open_samples: rows added to the open window so far, as far as they could be seen.
         stopping: whether this run is to save and to leave; None where no signal can ask for it.
         plan_line: says what is to come, and what is known of it.
+        clock: where the time of an update goes.
         reading: reads the losses; ``warns_of_unknown`` as there.
     """
 
@@ -91,6 +93,7 @@ class OpenWindow:
             self.models, self.plan_line, not is_look, watches_state=watches_state, warns_of_unknown=warns_of_unknown
         )
         self.counts = RunCounts()
+        self.clock = Seconds()
 
     @property
     def is_open(self) -> bool:
@@ -101,6 +104,9 @@ class OpenWindow:
     def open_micro_batches(self) -> int:
         """Micro-batches added to the open window so far."""
         return len(self._sizes)
+
+    def _waited(self) -> float:
+        return 0.0 if self.ranks is None else self.ranks.ranks.waited
 
     def device(self) -> torch.device:
         """The device of the first model's first parameter."""
@@ -180,9 +186,14 @@ class OpenWindow:
         if self.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device())
         self.reading.window_begins()
+        for name, function in (("_run_backward", OpenWindow._run_backward), ("push", OpenWindow.push)):
+            if is_profiled():
+                vars(self)[name] = in_stage("backward", function.__get__(self))
+            else:
+                vars(self).pop(name, None)
         if self._updater.loss_scale is not None:
             self._updater.loss_scale.begin(self.device())
-        self._started = time.perf_counter()
+        self.clock.opened(waited=self._waited())
 
     # ------------------------------------------------------------------------------------------------------------- add
 
