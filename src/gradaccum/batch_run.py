@@ -5,6 +5,7 @@ What is shared with other ways to run micro-batches is in `whole_batch`, what fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -104,7 +105,9 @@ class BatchRun:
         if max_rows is None:
             from gradaccum.fit.transaction import Fitting, no_common_size  # where it is asked for
 
-            if accumulation.ranks is None and any(map(is_sharded, models)):
+            ranks = accumulation.ranks  # parts of FSDP2's lie on those that agree on sizes
+            together = ranks.ranks.size if ranks is not None and ranks.runs_collectives else 1
+            if any(map(functools.partial(is_sharded, beyond=together), models)):
                 raise no_common_size()
             self.fitting = Fitting(
                 split,

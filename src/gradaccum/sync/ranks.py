@@ -148,7 +148,7 @@ class Ranks:
             RankError: the models differ, or the parameters that they start from.
         """
         comparable = [parameter for parameter in parameters if parameter.device.type != "mps"]  # mps has no float64
-        checksum = sum(parameter.detach().double().sum().item() for parameter in comparable) if comparable else None
+        checksum = sum(_own_sum(parameter) for parameter in comparable) if comparable else None
         found = self.exchange_objects((Whereabouts.own(self.name), model, checksum))
         self._whereabouts = [whereabouts for whereabouts, _, _ in found]
         if len({theirs for _, theirs, _ in found}) > 1:
@@ -192,6 +192,12 @@ class Ranks:
     def _own_groups(self) -> list[ProcessGroup]:
         with self._watched():
             return [own_group(group, self._timeout) for group in self._groups]
+
+
+def _own_sum(parameter: Tensor) -> float:
+    """What a parameter adds up to; with tensor parallelism this process's part of it."""
+    own: Any = parameter.detach()
+    return (own.to_local() if hasattr(own, "to_local") else own).double().sum().item()
 
 
 def _what_became_of(message: Message, failed: str) -> str:

@@ -57,8 +57,7 @@ class OverRanks:
     """A window's way over all processes, which have the same parameters in the same order.
 
     Attributes:
-        caller: what the user has called, for messages.
-        passes: passes over a loader that were begun.
+        caller: what the user has called, for messages; passes: over a loader, that were begun.
         pieces: micro-batches that every process runs in the open window, where that is agreed on.
         all_are_done: no process had a window of its own when messages were exchanged last.
         half_updates: what is known of the last update on all of them.
@@ -83,6 +82,7 @@ class OverRanks:
         self.runs_collectives = has_users_collectives or any(engine.runs_collectives for engine in engines)
         # In the seed of every backward, to undo an engine's averaging; None where none does.
         self.boost = next((engine.averages_over for engine in engines if engine.runs_collectives), None)
+        self._reduces_shards = any(engine.runs_collectives for engine in engines)
         self.look_at(named)
         self._names: list[str] = []
         self._has_met = False
@@ -98,7 +98,8 @@ class OverRanks:
         self._is_sharded = {id(parameter) for _, parameter in named if hasattr(parameter, "device_mesh")}
         left_alone = {id(parameter) for engine in self._engines for parameter in engine.left_alone}
         self._own = [parameter for _, parameter in named if id(parameter) in left_alone]
-        self._elsewhere = {*self._is_sharded, *left_alone}  # what is not added up here
+        # Not added up here: what FSDP2 shards. Parts of tensor parallelism are, with the same parts of other processes.
+        self._elsewhere = {*(self._is_sharded if self._reduces_shards else ()), *left_alone}
         self._model = zlib.crc32(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
 
     @property
@@ -127,8 +128,8 @@ class OverRanks:
 
     @property
     def shards(self) -> bool:
-        """Whether parameters lie in parts on several processes."""
-        return bool(self._is_sharded)
+        """Whether parameters lie in parts on the processes that train together."""
+        return self._reduces_shards and bool(self._is_sharded)
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
