@@ -163,6 +163,12 @@ def unequal_counts_of_shards(rank: int) -> None:
         step.backward(share)
         for one, expected in zip(sharded, whole, strict=True):
             assert_same_gradients(whole_gradients(one), gradients_of(expected))
+    left = fully_shard(make())
+    left.set_requires_gradient_sync(False)  # as loops by hand do
+    step = ga.TrainStep(left, sgd(left), loss_fn, micro_batch_size=3)
+    assert "set_requires_gradient_sync(True)" in refused(step, share)
+    left.set_requires_gradient_sync(True)
+    assert step.backward(share).weight == 13
     encoder = fully_shard(Encoder())
     register_fsdp_forward_method(encoder, "encode")
     loss_fn(alone := make(), x).backward()

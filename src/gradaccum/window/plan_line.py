@@ -122,12 +122,13 @@ def plan_line(
     """
     count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
     known = [size for size in sizes if size is not None]
+    what = "batch" if ranks is None else "share"  # of the first process; a batch is that of all
     if len(known) < len(sizes):
         batch = count
     elif min(known) == max(known):
-        batch = f"batch {sum(known)} = {count} x {known[0]}"
+        batch = f"{what} {sum(known)} = {count} x {known[0]}"
     else:
-        batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
+        batch = f"{what} {sum(known)} = {count} of {min(known)} to {max(known)}"
     parts = [batch, evidence] if ranks is None else [batch, ranks, evidence]
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
