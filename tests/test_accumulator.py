@@ -274,15 +274,23 @@ def test_a_new_pass_ends_the_one_before() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- states
-def test_a_state_is_counted_on_from() -> None:
+def test_a_state_is_counted_on_from(caplog: pytest.LogCaptureFixture) -> None:
+    """Windows may be of another size from there on, which is said."""
+    caplog.set_level("INFO", logger="gradaccum")
     model, _, before = make_accumulator(micro_batches=3)
     train(before, model, pairs(2, 1, 2, 3))
     state = before.state_dict()
-    assert state == {"updates": 2, "micro_batches": 4, "samples": 8}
+    assert state == {"updates": 2, "micro_batches": 4, "samples": 8, "version": 1, "window": {"micro_batches": 3}}
+    before.load_state_dict(state)
+    assert "the state was saved with" not in caplog.text
     model, _, after = make_accumulator(micro_batches=2)
     after.load_state_dict(state)
+    said = "the state was saved with micro_batches=3, and this run goes on with micro_batches=2 from update 3 on"
+    assert said in caplog.text
+    make_accumulator(batch_size=lambda update: 10 * update)[2].load_state_dict(state)
+    assert "goes on with batch_size=30 from update 3 on" in caplog.text
     assert [update.index for update in train(after, model, pairs(5, 1))] == [3]
-    assert after.state_dict() == {"updates": 3, "micro_batches": 6, "samples": 14}
+    assert (after.updates, after.micro_batches, after.samples) == (3, 6, 14)
 
 
 def test_no_state_in_mid_window() -> None:

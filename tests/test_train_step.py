@@ -126,7 +126,7 @@ def test_an_error_inside_a_batch_leaves_nothing_behind(at: int, error: type[Base
     with pytest.raises(error, match="mine"):
         train_step((X, Y))
     assert_no_gradients(model)
-    assert train_step.state_dict() == {"updates": 0, "micro_batches": 0, "samples": 0}
+    assert train_step.state_dict() == {"updates": 0, "micro_batches": 0, "samples": 0, "version": 1}
     assert train_step((X, Y)).index == 1
 
 
@@ -199,9 +199,30 @@ def test_a_state_is_counted_on_from_with_another_size() -> None:
     _, _, resumed = make_step(micro_batch_size=13)
     resumed.load_state_dict(copy.deepcopy(train_step.state_dict()))
     assert resumed((X, Y)).index == 2
-    assert resumed.state_dict() == {"updates": 2, "micro_batches": 5, "samples": 26}
+    assert resumed.state_dict() == {"updates": 2, "micro_batches": 5, "samples": 26, "version": 1}
     with pytest.raises(ga.StateError, match=r"no count of updates"):
         resumed.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": 2}, "is of version 2, and this version of gradaccum reads up to 1"),
+        ({"version": "1.0"}, "is of version '1.0'"),
+        ({"sizes": {"best": 4}}, "the search for a micro-batch size has no fastest, caps, searched_rows; .*holds best"),
+        ({"sizes": None}, "it is a NoneType that holds nothing"),
+        ({"draws": {"seed": 1}}, "the draws by sample has no steps_by_hand"),
+    ],
+)
+def test_a_state_of_another_version_is_named_and_nothing_of_it_loaded(changed: dict[str, Any], message: str) -> None:
+    _, _, before = make_step(micro_batch_size="auto", randomness="sample")
+    before((X, Y))
+    _, _, step = make_step(micro_batch_size="auto", randomness="sample")
+    with pytest.raises(ga.StateError, match=message):
+        step.load_state_dict({**before.state_dict(), **changed})
+    assert step.updates == 0
+    step.load_state_dict(before.state_dict())
+    assert step.updates == 1
 
 
 @pytest.mark.parametrize("call", ["update", "backward"])

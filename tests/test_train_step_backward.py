@@ -58,7 +58,7 @@ def test_it_makes_no_update() -> None:
     assert_same_number(loss.value.item(), squares(model, (X, Y)).item())
     assert_same_gradients(parameters_of(model), before, tolerance=0.0)
     assert not optimizer.state
-    assert train_step.state_dict() == {"updates": 0, "micro_batches": 0, "samples": 0}
+    assert train_step.state_dict() == {"updates": 0, "micro_batches": 0, "samples": 0, "version": 1}
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients_of(model).values()))
     assert norm > 0.01, "it is not clipped"
 

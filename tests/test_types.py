@@ -87,7 +87,7 @@ def test_it_is_true_also_when_skipped_and_equal_to_itself_only(trained: ga.Updat
 def test_as_dict_has_plain_numbers_and_leaves_out_what_is_none(trained: ga.Update) -> None:
     numbers = trained.as_dict()
     assert set(numbers) == {"index", "loss", "weight", "grad_norm", "skipped", "samples", "micro_batches",
-                            "micro_batch_size", "seconds"}  # fmt: skip
+                            "micro_batch_size", "seconds", "compute_seconds", "waiting_seconds"}  # fmt: skip
     assert all(type(value) in (int, float, bool) for value in numbers.values())
     assert numbers["loss"] == trained.loss.item()
     assert numbers["grad_norm"] == trained.grad_norm.item()  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from gradaccum.window.samples import SamplesFunction
 from gradaccum.window.update_windows import UpdateWindow
 from gradaccum.window.weights import WeightsFunction
 from gradaccum.window.window_size import Schedule, WindowSize, check_tail
+
+logger = logging.getLogger("gradaccum")
 
 Item = TypeVar("Item")
 
@@ -206,9 +209,23 @@ class Accumulator(HasCounts):
         return self._loop.discard()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, in samples and updates; model, optimizer, scheduler and scaler have states of their own."""
-        return self._accumulation.state_dict()
+        """The counters, in samples and updates, and how large windows are.
+
+        Model, optimizer, scheduler and scaler have states of their own.
+        """
+        return {**self._accumulation.state_dict(), "window": self._loop.window_size(self.updates + 1)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on counting where ``state_dict()`` was taken."""
+        """Goes on counting where ``state_dict()`` was taken, perhaps with windows of another size, which is logged.
+
+        Raises:
+            StateError: it is no such state, or of another version, or a window is open.
+        """
         self._accumulation.load_state_dict(state)
+        before, now = state.get("window"), self._loop.window_size(self.updates + 1)
+        if before is not None and before != now:
+            logger.info(
+                "the state was saved with %s, and this run goes on with %s from update %d on",
+                *(", ".join(f"{name}={size}" for name, size in one.items()) for one in (before, now)),
+                self.updates + 1,
+            )

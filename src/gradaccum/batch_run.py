@@ -5,6 +5,7 @@ What is shared with other ways to run micro-batches is in `whole_batch`, what fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,6 +21,7 @@ from gradaccum.types import Randomness, Rows, Split, num_rows
 from gradaccum.whole_batch.runners import ADVICE, RunnerOptions, choose_runner
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.compiled import any_number_of_rows
+from gradaccum.window.profile_ranges import is_profiled, with_forwards
 from gradaccum.window.weights import weights_by_name
 
 if TYPE_CHECKING:
@@ -102,7 +104,9 @@ class BatchRun:
         if max_rows is None:
             from gradaccum.fit.transaction import Fitting, no_common_size  # where it is asked for
 
-            if accumulation.ranks is None and any(map(is_sharded, models)):
+            ranks = accumulation.ranks  # parts of FSDP2's lie on those that agree on sizes
+            together = ranks.ranks.size if ranks is not None and ranks.runs_collectives else 1
+            if any(map(functools.partial(is_sharded, beyond=together), models)):
                 raise no_common_size()
             self.fitting = Fitting(
                 split,
@@ -165,7 +169,8 @@ class BatchRun:
                 self.inside(done, len(sizes))
 
         try:
-            self._runner.run(accumulation, batch, pieces, ran=has_run)
+            runner = with_forwards(self._runner) if is_profiled() else self._runner
+            runner.run(accumulation, batch, pieces, ran=has_run)
         except BaseException:
             accumulation.discard()
             raise

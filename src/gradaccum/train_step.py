@@ -208,7 +208,8 @@ class TrainStep(HasCounts):
         if type(progress) is not int:
             check_flag("progress", progress)
         total = progress if not isinstance(progress, bool) else None
-        self._bar = ProgressBar(total=total) if progress is not False else None
+        is_shown = self._accumulation.ranks is None or self._accumulation.ranks.is_first
+        self._bar = ProgressBar(total=total) if progress is not False and is_shown else None
         self._run.inside = None if self._bar is None else self._bar.inside
 
     def __call__(self, batch: Any, *more: Any) -> Update:
@@ -232,6 +233,7 @@ class TrainStep(HasCounts):
             raise MisuseError(_in_one(batch, *more))
         refuse_closures(self._accumulation.optimizers)
         self._refuse_nested()
+        self._accumulation.clock.called()
         self._accumulation.leave_if_agreed()
         with self._accumulation.with_others():
             try:
@@ -332,12 +334,17 @@ class TrainStep(HasCounts):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size."""
-        self._accumulation.load_state_dict(state)
+        """Goes on counting where ``state_dict()`` was taken, perhaps with another micro-batch size.
+
+        Raises:
+            StateError: it is no such state, or of another version.
+        """
+        self._accumulation.check_state(state)
         if self._run.fitting is not None and "sizes" in state:
             self._run.fitting.load_state_dict(state["sizes"])
         if self._run.draws is not None and "draws" in state:
             self._run.draws.load_state_dict(state["draws"])
+        self._accumulation.load_state_dict(state)
 
     def close(self) -> None:
         """Ends the progress bar where it stands."""

@@ -184,6 +184,12 @@ class Update:
         micro_batches: how many the batch was run in.
         micro_batch_size: rows of the largest one; None where the library could not see them.
         seconds: wall time from the first micro-batch to the update, data loading included.
+        data_seconds: this process's, since the update before, until data were there: in ``over()`` what its loader
+            took; with `TrainStep` all that the loop did between two calls. None for a first update, and outside of a
+            pass.
+        waiting_seconds: of ``seconds``, what this process waited for messages and sums of others, but for what FSDP2
+            exchanges inside of forwards and backwards; 0 on one process. Who waits least is who is waited for.
+        compute_seconds: the rest of ``seconds``, without what a loader took in them.
         peak_bytes: largest memory allocated on the device during the update; None where nothing measured it.
         noise_scale: gradient noise scale in samples, averaged over about the last 200 updates; infinite where the
             averages show no gradient, only noise; None where ``noise_scale=True`` was not given, or nothing was seen.
@@ -199,6 +205,9 @@ class Update:
     micro_batches: int
     micro_batch_size: int | None
     seconds: float
+    data_seconds: float | None = None
+    compute_seconds: float | None = None
+    waiting_seconds: float | None = None
     peak_bytes: int | None = None
     noise_scale: float | None = field(init=False)
     _later: dict[str, Callable[[], Any]] = field(repr=False)
@@ -230,7 +239,8 @@ class Update:
             ...     model, torch.optim.SGD(model.parameters()), lambda model, x: model(x).mean(), micro_batch_size=2
             ... )
             >>> sorted(train_step(torch.ones(4, 2)).as_dict())
-            ['index', 'loss', 'micro_batch_size', 'micro_batches', 'samples', 'seconds', 'skipped', 'weight']
+            ['compute_seconds', 'index', 'loss', 'micro_batch_size', 'micro_batches', 'samples', 'seconds', 'skipped',
+            'waiting_seconds', 'weight']
         """
         numbers: dict[str, float] = {}
         for name in self.__dataclass_fields__:

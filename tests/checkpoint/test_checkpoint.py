@@ -20,7 +20,7 @@ from oracle import assert_same_gradients
 from ranks import SRC, TESTS, results_of
 from wrapping import full_tensor, wrapped
 
-SECONDS = 120
+SECONDS = 300
 
 
 class Parts:

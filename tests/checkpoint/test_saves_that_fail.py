@@ -61,11 +61,15 @@ def fails_and_goes_on(rank: int, world_size: int, folder: str, how: str) -> list
     # A file is put where the folder was to be, after the checkpoint had looked.
     step, checkpoint = job(root / "taken", how)
     failing, other = job(root / "state", how, failing=Failing(1))
+    third, refusing = job(root / "refused", how)
+    if rank == 1:  # what cannot be saved is in one process's optimizer alone
+        optimizer = refusing._objects["optimizer"]
+        optimizer.param_groups[0]["note"] = Failing
     dist.barrier()
     if rank == 0:
         (root / "taken").write_text("")
     dist.barrier()
-    for saving, training in ((checkpoint, step), (other, failing)):
+    for saving, training in ((checkpoint, step), (other, failing), (refusing, third)):
         training(torch.randn(4, 4))
         begun = time.monotonic()
         with pytest.raises(ga.StateError) as raised:
@@ -81,7 +85,8 @@ def test_all_hear_of_it_and_go_on(tmp_path: Path, how: str) -> None:
     for said in results_of(fails_and_goes_on, 2, str(tmp_path), how):
         assert "is a file, and checkpoints are kept in a folder" in said[0]
         assert "rank 1: KeyError: 'moments'" in said[2]
-        assert said[1] == said[3] == 2
+        assert "['param_groups'][0]['note'] is a" in said[4]
+        assert said[1] == said[3] == said[5] == 2
     assert not list((tmp_path / "state").glob("*"))
 
 

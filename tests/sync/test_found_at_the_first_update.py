@@ -163,6 +163,12 @@ def unequal_counts_of_shards(rank: int) -> None:
         step.backward(share)
         for one, expected in zip(sharded, whole, strict=True):
             assert_same_gradients(whole_gradients(one), gradients_of(expected))
+    left = fully_shard(make())
+    left.set_requires_gradient_sync(False)  # as loops by hand do
+    step = ga.TrainStep(left, sgd(left), loss_fn, micro_batch_size=3)
+    assert "set_requires_gradient_sync(True)" in refused(step, share)
+    left.set_requires_gradient_sync(True)
+    assert step.backward(share).weight == 13
     encoder = fully_shard(Encoder())
     register_fsdp_forward_method(encoder, "encode")
     loss_fn(alone := make(), x).backward()
@@ -215,6 +221,7 @@ def test_right_or_refused(tmp_path: Any) -> None:
 
 def under_fsdp2(rank: int, world_size: int) -> bool:
     replicas_of_a_group(rank)
+    parts_of_a_group(rank)
     x = rows(13)
     alone, model = make(), make()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -270,6 +277,44 @@ def replicas_of_a_group(rank: int) -> None:
     half = parallelize_module(make(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     with pytest.raises(ga.UnsupportedError, match="over 2 of 4 processes"):
         ga.TrainStep(half, sgd(half), loss_fn, micro_batch_size=3)
+    with pytest.raises(ga.UnsupportedError, match="which holds other parts of the same parameters"):
+        ga.TrainStep(half, sgd(half), loss_fn, micro_batch_size=3, process_group=mesh)
+    with pytest.raises(ga.WindowError, match="with tensor parallelism"):
+        ga.TrainStep(half, sgd(half), loss_fn, process_group=mesh["dp"])
+
+
+def parts_of_a_group(rank: int) -> None:
+    """Data x tensor parallel without FSDP2: parts are added up with the same parts; one norm, one decision to skip."""
+    x = rows(13)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    share = x[:4] if mesh["dp"].get_local_rank() == 0 else x[4:]
+    alone = make()
+    loss_fn(alone, x).backward()
+    expected = gradients_of(alone)
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.01)
+    optimizer = sgd(alone)
+    optimizer.step()
+    for size in (3, 13):
+        model = parallelize_module(make(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        step = ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=size, process_group=mesh["dp"], clip_norm=0.01)
+        step.backward(share)
+        assert_same_gradients(whole_gradients(model), expected)
+        model.zero_grad()
+        update = step(share)
+        assert update.samples == 13
+        assert abs(update.grad_norm.item() - norm.item()) < 1e-12 * norm.item()
+        for parameter, stepped in zip(model.parameters(), alone.parameters(), strict=True):
+            whole: Any = parameter
+            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            torch.testing.assert_close(whole, stepped, rtol=0, atol=1e-12)
+    # In one's own loop, with fewer micro-batches on the processes of one share.
+    model = parallelize_module(make(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    accumulator = ga.Accumulator(model, sgd(model), micro_batches=3, process_group=mesh["dp"], clip_norm=0.01)
+    for batch in accumulator.over(share.split(4)):
+        accumulator.backward(loss_fn(model, batch))
+    assert accumulator.updates == 1
+    whole = model[0].weight  # type: ignore[index]
+    torch.testing.assert_close(whole.full_tensor(), alone[0].weight, rtol=0, atol=1e-12)
 
 
 def test_one_norm_under_fsdp2_and_tensor_parallelism() -> None:

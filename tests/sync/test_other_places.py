@@ -67,6 +67,20 @@ def looks_at_a_gradient_alone(rank: int) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def another_order_of_models(rank: int) -> None:
+    """Two models of different shapes, of which one process trains the other one first."""
+    models = make(), nn.Linear(3, 2).double()
+    steps = [ga.TrainStep(model, sgd(model), loss_fn, micro_batch_size=2) for model in models]
+    for step in steps:
+        step(rows(0))
+    before = [parameters_of(model) for model in models]
+    said = told(steps[rank], rows(rank))
+    assert "of a TrainStep (model " in said
+    assert "Every process must train the same models, in the same order" in said
+    for model, parameters in zip(models, before, strict=True):
+        assert_same_gradients(parameters_of(model), parameters, tolerance=0.0)
+
+
 def leaves_its_pass_alone(rank: int) -> None:
     """A `break` on one process; a pass later all are in the same one again."""
     model = make()
@@ -87,6 +101,8 @@ def leaves_its_pass_alone(rank: int) -> None:
     assert "rank 0 closes the window of update 5, in pass 2 over its loader" in said, said
     assert "rank 1 closes the window of update 5, in pass 3 over its loader" in said
     assert "has left its pass" in said
+    train(None)  # all have heard of it, and are in the same pass again
+    assert accumulator.updates == 8
 
 
 def a_loader_fails(rank: int) -> None:
@@ -128,16 +144,18 @@ class Scheduler(torch.optim.lr_scheduler.StepLR):
 
     def step(self, *args: Any) -> None:
         if self.fails:
+            self.fails = False
             raise ValueError("no such rate")
         super().step(*args)
 
 
-def a_step_fails(rank: int) -> None:
+def a_step_fails(rank: int, folder: str) -> None:
     """The others hear of it in the same update, which they have made; nobody goes on with other parameters."""
     for what in ("optimizer", "scheduler", "own loop"):
         model = make()
         optimizer = Failing(model.parameters(), lr=0.1)
         scheduler = Scheduler(optimizer, 5)
+        named = "accumulator" if what == "own loop" else "train_step"
         if rank == 1:
             (scheduler if what == "scheduler" else optimizer).fails = True
         step: Any
@@ -153,6 +171,9 @@ def a_step_fails(rank: int) -> None:
             def update(k: int, step: Any = step) -> None:
                 step(rows(rank, k))
 
+        objects: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, named: step}
+        checkpoint = ga.Checkpoint(Path(folder) / what, **objects)
+        checkpoint.save()
         if rank == 1:
             with pytest.raises((torch.OutOfMemoryError, ValueError)):
                 update(0)
@@ -164,12 +185,29 @@ def a_step_fails(rank: int) -> None:
             assert "Update 1 has been made on this process, and failed on rank 1" in said
             assert "no update was made" not in said
             assert step.updates == 1
-        if what == "scheduler":
-            continue  # both are at the same place
-        said = told(update, 1)
-        assert "update 1" in said
-        assert "update 2" in said
-        assert "an update failed on one" in said
+        # Their parameters or rates differ: none goes on, until a state of both has been loaded.
+        before = parameters_of(model)
+        for _ in range(2):
+            said = told(update, 1)
+            assert "Update 1 has been made on some processes and not on others" in said
+            assert "rank 1: " in said
+        assert "Update 1 has been made on some" in told(checkpoint.save)
+        assert_same_gradients(parameters_of(model), before, tolerance=0.0)
+        checkpoint.load()
+        assert step.updates == 0
+        update(2)
+        assert step.updates == 1
+
+
+def a_step_fails_everywhere(rank: int) -> None:
+    """In the same way on all processes: none has stepped, and all can go on."""
+    model = make()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    optimizer.fails = True
+    step = ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=2)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(rows(rank))
+    assert step(rows(rank)).index == 1
 
 
 def other_collectives_in_between(rank: int) -> None:
@@ -220,9 +258,11 @@ def unequal_loaders_with_collectives(rank: int, folder: str) -> None:
 def all_of_them(rank: int, world_size: int, folder: str) -> None:
     saves_alone(rank, folder)
     looks_at_a_gradient_alone(rank)
+    another_order_of_models(rank)
     leaves_its_pass_alone(rank)
     a_loader_fails(rank)
-    a_step_fails(rank)
+    a_step_fails(rank, folder)
+    a_step_fails_everywhere(rank)
     other_collectives_in_between(rank)
     unequal_loaders_with_collectives(rank, folder)
 

@@ -208,6 +208,16 @@ def test_it_goes_on_inside_a_window_bit_by_bit(tmp_path: Any) -> None:
         assert torch.equal(gradient, expected[name])  # type: ignore[arg-type]
 
 
+def test_a_state_of_another_version() -> None:
+    window = ga.Window(nn.Linear(2, 1).parameters())
+    state = window.state_dict()
+    with pytest.raises(ga.StateError, match="of a Window is of version 2"):
+        window.load_state_dict({**state, "version": 2})
+    del state["sums"]
+    with pytest.raises(ga.StateError, match="of a Window has no sums"):
+        window.load_state_dict(state)
+
+
 def test_a_state_of_other_parameters() -> None:
     window, other = ga.Window(model_of()), ga.Window(nn.Linear(5, 4))
     window.weigh(torch.zeros((), dtype=torch.double, requires_grad=True) * 1, over=1).backward()

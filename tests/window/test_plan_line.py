@@ -27,6 +27,12 @@ def test_the_plan_line(sizes: list[int | None], evidence: str, updates: int | No
     assert plan_line(sizes, evidence=evidence, updates_per_epoch=updates) == line
 
 
+def test_of_several_processes_it_is_a_share() -> None:
+    ranks = "2 ranks, DDP, reduced once an update"
+    line = plan_line([5, 5], evidence="not checked", updates_per_epoch=None, ranks=ranks)
+    assert line == f"share 10 = 2 micro-batches x 5 | {ranks} | not checked"
+
+
 def test_what_was_checked_is_named() -> None:
     assert exact_on([5, 3]) == "exact (checked on 5 + 3 samples)"
 

@@ -65,7 +65,7 @@ class CheckOnce:
         accumulation.leave_to_check(
             was_checked=not found.evidence.startswith(NOT_CHECKED), has_warned=found.warning is not None
         )
-        if found.warning is not None:
+        if found.warning is not None and (accumulation.ranks is None or accumulation.ranks.is_first):
             warnings.warn(found.warning, GradAccumWarning, stacklevel=user_stack_level())
 
     def _halves(self, batch: Any) -> Sequence[Rows]:

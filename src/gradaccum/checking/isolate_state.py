@@ -8,8 +8,6 @@ words of its own.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -19,21 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradaccum.checking.compare import Buffers
+from gradaccum.checking.one_look import one_look
 from gradaccum.fit.borrowed_model import on_copies
 
 
 @contextmanager
 def isolated_state(models: Sequence[nn.Module], *, cast: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
     """Context manager in which models run on copies of their tensors, as they are or ``cast`` to another dtype."""
-    logger = logging.getLogger("gradaccum")
+    is_compiled = any(type(module).__name__ == "OptimizedModule" for model in models for module in model.modules())
     with ExitStack() as stack:
+        stack.enter_context(one_look(runs_eagerly=is_compiled))
         stack.enter_context(on_copies(models, cast=cast))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.callback(setattr, logger, "disabled", logger.disabled)
-        logger.disabled = True
-        if any(type(module).__name__ == "OptimizedModule" for model in models for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

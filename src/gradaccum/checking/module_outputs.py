@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaccum import tree
+from gradaccum.checking.one_look import is_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Recording:
         roots = {id(model) for model in models}
 
         def returned(module: nn.Module, args: Any, output: Any) -> None:
-            if not self.forwards:
+            if not self.forwards or not is_within():
                 return
             forward = self.forwards[-1]
             outputs = _tensors(output)

@@ -14,10 +14,8 @@ write without saying so, in tensors of more than 16 MiB.
 
 from __future__ import annotations
 
-import logging
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradaccum.checking.held_state import HeldState, is_numpys_generator
+from gradaccum.checking.one_look import is_within, one_look
 from gradaccum.fit.borrowed_model import SavedBeforeWriting, remember
 from gradaccum.memory.live_bytes import tensors_in
 from gradaccum.window.snapshot import RandomState
@@ -100,6 +100,10 @@ class Watched:
                 for hook in list(hooks.values()):
                     self._held.add(hook, "")
 
+    def has(self, parameter: Tensor) -> bool:
+        """Whether a parameter is one of what is put back."""
+        return id(parameter) in self._remembered
+
     def _add_parameter(self, parameter: nn.Parameter) -> None:
         if id(parameter) in self._remembered:
             return
@@ -150,33 +154,32 @@ def no_trace(models: Sequence[nn.Module], functions: Sequence[Any]) -> Iterator[
     Raises:
         StepsInside: an optimizer is about to step in it.
     """
-    logger = logging.getLogger("gradaccum")
     with ExitStack() as undone:
+        undone.enter_context(one_look(runs_eagerly=True))
         undone.callback(torch.clear_autocast_cache)  # casts of what is put back
         undone.callback(RandomState.now().restore)
         undone.callback(random.setstate, random.getstate())
         numpy: Any = sys.modules.get("numpy")
         if numpy is not None:
             undone.callback(numpy.random.set_state, numpy.random.get_state())
-        undone.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        undone.callback(setattr, logger, "disabled", logger.disabled)
-        logger.disabled = True
-        if "torch._dynamo" in sys.modules:
-            undone.enter_context(torch.compiler.set_stance("force_eager"))
-        undone.callback(register_optimizer_step_pre_hook(_refuse_step).remove)
         watched = Watched(models, functions, undone)
 
         def met(module: nn.Module, _: Any) -> None:
-            if id(module) not in watched.modules:
+            if id(module) not in watched.modules and is_within():
                 watched.add(module, "")
 
+        def steps(optimizer: Any, *_: Any) -> None:
+            # A device's backward runs in a thread of torch's: an optimizer that steps in there is known by what it has.
+            if is_within() or any(map(watched.has, _parameters_of(optimizer))):
+                raise StepsInside(f"{type(optimizer).__name__} steps inside of it")
+
+        undone.callback(register_optimizer_step_pre_hook(steps).remove)
         undone.callback(register_module_forward_pre_hook(met).remove)
         yield watched
 
 
-def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    raise StepsInside(f"{type(optimizer).__name__} steps inside of it")
+def _parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

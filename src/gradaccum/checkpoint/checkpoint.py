@@ -27,6 +27,7 @@ from gradaccum.checkpoint.together import Together, reason_of
 from gradaccum.errors import StateError
 from gradaccum.sync.messages import Kind
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.stopping import Stopping
 
 logger = logging.getLogger("gradaccum")
@@ -121,6 +122,7 @@ class Checkpoint:
         renamed, and neither loaded nor removed any more.
 
         Raises:
+            RankError: an update failed on one process alone, so there is no state of all of them.
             StateError: a window is open, whose gradients would be lost; a state holds what could not be loaded again;
                 another run saves into the folder; or the files could not be written.
         """
@@ -134,6 +136,9 @@ class Checkpoint:
             state.update((name, self._state_of(name)) for name in self._objects if name not in shards)
             return random_state()
 
+        over_ranks = self._over_ranks()
+        if over_ranks is not None:
+            over_ranks.refuse_after_half_update()
         self._together = Together(self._ranks(), updates=updates)
         state[_RANDOM] = self._together.everywhere(collect, doing="Saving")
         self._together.on_first(lambda: self._look_for_another_run(updates), doing="Saving")
@@ -175,7 +180,7 @@ class Checkpoint:
         if shards:
             from gradaccum.checkpoint.sharded import load
 
-            self._together.everywhere(lambda: load(chosen, shards), doing=f"Loading {chosen}")
+            load(chosen, shards, self._together)
         self._together.everywhere(lambda: self._load_states(chosen, state, shards), doing=f"Loading {chosen}")
         restore_random_state(state[_RANDOM], rank=self._together.rank, world_size=self._together.size)
         updates = files.updates_of(chosen)
@@ -221,7 +226,7 @@ class Checkpoint:
         partial = self._together.on_first(lambda: files.partial_path(self._path, updates), doing="Saving")
         try:
             self._together.on_first(lambda: _begin_folder(state, partial), doing="Saving")
-            self._together.everywhere(lambda: save(partial, shards), doing="Saving")
+            save(partial, shards, self._together)
             sums = _sums(partial, self._together)
             return self._together.on_first(lambda: files.publish(partial, updates, sums), doing="Saving")
         except BaseException:
@@ -329,8 +334,11 @@ class Checkpoint:
 
     def _ranks(self) -> Ranks | None:
         """Returns the processes that train together, which save together; None where nothing says so."""
-        over_ranks = getattr(self._accumulation(), "ranks", None)
+        over_ranks = self._over_ranks()
         return None if over_ranks is None else over_ranks.ranks
+
+    def _over_ranks(self) -> OverRanks | None:
+        return getattr(self._accumulation(), "ranks", None)
 
     def _sharded(self) -> dict[str, Any]:
         """Returns sharded models and their optimizers by name."""

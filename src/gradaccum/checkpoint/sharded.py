@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gradaccum.checkpoint.plain_data import as_plain_data
+from gradaccum.checkpoint.together import Together
 from gradaccum.errors import StateError
 
 _INDEX = ".metadata"
@@ -42,28 +43,43 @@ _OF_THE_INDEX = {
 }
 
 
-def save(partial: Path, sharded: Mapping[str, Any]) -> None:
+def save(partial: Path, sharded: Mapping[str, Any], together: Together) -> None:
     """Writes shards into the folder ``partial``. Every rank has to call it.
+
+    What may fail on one rank alone is a step of its own, before torch's collectives, in which the others would wait.
 
     Args:
         partial: a folder that is there.
         sharded: one model and the optimizers of its parameters.
+        together: the processes.
 
     Raises:
-        StateError: there is another number of models, or what could not be loaded again.
+        StateError: there is another number of models, or what could not be loaded again; or it failed on some rank.
     """
-    model, optimizers = _split(sharded)
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    state = {"model": model_state, "optimizer": _with_numbers(optimizer_state, "optimizer")}
-    dcp.save(state, checkpoint_id=partial)
+    state: dict[str, Any] = {}
+
+    def collect() -> None:
+        model_state, optimizer_state = get_state_dict(*_split(sharded))
+        state.update(model=model_state, optimizer=_with_numbers(optimizer_state, "optimizer"))
+
+    together.everywhere(collect, doing="Saving")
+    together.everywhere(lambda: dcp.save(state, checkpoint_id=partial), doing="Saving")
 
 
-def load(path: Path, sharded: Mapping[str, Any]) -> None:
-    """Loads what `save` has written, on any number of ranks. Every rank has to call it."""
-    model, optimizers = _split(sharded)
-    state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers), strict=True))
-    dcp.load(state, storage_reader=_Reader(path), planner=_Planner())
-    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+def load(path: Path, sharded: Mapping[str, Any], together: Together) -> None:
+    """Loads what `save` has written, on any number of ranks. Every rank has to call it; see there."""
+    doing = f"Loading {path}"
+    state: dict[str, Any] = {}
+
+    def collect() -> None:
+        state.update(zip(("model", "optimizer"), get_state_dict(*_split(sharded)), strict=True))
+
+    def put() -> None:
+        set_state_dict(*_split(sharded), model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    together.everywhere(collect, doing=doing)
+    together.everywhere(lambda: dcp.load(state, storage_reader=_Reader(path), planner=_Planner()), doing=doing)
+    together.everywhere(put, doing=doing)
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -36,6 +36,7 @@ from typing import Any
 
 from gradaccum.fit.size_contest import Contest, equal, filled, next_larger, next_smaller
 from gradaccum.fit.size_model import Times
+from gradaccum.window.run_counts import check_state
 
 _SAME = 1.03  # times that are closer than this are not told apart
 _WORTH_ANOTHER_LOOK = 1.20
@@ -158,7 +159,12 @@ class SizeSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with what another run has found."""
+        """Goes on with what another run has found.
+
+        Raises:
+            StateError: it is no such state.
+        """
+        check_state(state, "fastest", "caps", "searched_rows", of="the search for a micro-batch size")
         self.fastest = state["fastest"]
         self.caps = {int(length): int(cap) for length, cap in state["caps"].items()}
         self._lost, self._searched_rows = state.get("lost"), state["searched_rows"]

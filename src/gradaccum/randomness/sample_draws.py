@@ -37,6 +37,7 @@ from gradaccum.split.asked import rows_in, samples_in
 from gradaccum.types import Rows, Split, num_rows
 from gradaccum.window.accumulation import Accumulation
 from gradaccum.window.guards import user_stack_level
+from gradaccum.window.run_counts import check_state
 from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.snapshot import RandomState
 
@@ -100,7 +101,12 @@ class SampleDraws:
         return {"seed": self.fix_seed(), "steps_by_hand": self._steps_by_hand}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on with the draws of the run that ``state_dict()`` is of."""
+        """Goes on with the draws of the run that ``state_dict()`` is of.
+
+        Raises:
+            StateError: it is no such state.
+        """
+        check_state(state, "seed", "steps_by_hand", of="the draws by sample")
         self._seed, self._steps_by_hand = int(state["seed"]), int(state["steps_by_hand"])
 
     # --------------------------------------------------------------------------------------- what the runner is made of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from gradaccum.errors import UnsupportedError
@@ -51,7 +51,7 @@ def detect(
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not wrapped and (sync == "never" or not several):
         return None
-    if not wrapped and any(map(is_sharded, models)):  # whatever process_group= says: what lies in parts is not added up
+    if not wrapped and process_group is None and any(map(is_sharded, models)):
         return _check_one_model_over_all(models)
     if sync == "never":
         raise UnsupportedError(
@@ -63,6 +63,8 @@ def detect(
     given = groups_of(process_group, world)
     if not wrapped and math.prod(one.size() for one in given) == 1:
         return None
+    if not wrapped:
+        _check_parts_are_elsewhere(models, given)
     found = [_engine(model, sync, given) for model in models]
     groups = {_or_world(several, world) for _, several in found}
     if wrapped and process_group is not None and any(_members(one) != _members(given) for one in groups):
@@ -106,9 +108,10 @@ def _members(groups: Sequence[ProcessGroup]) -> list[list[int]]:
     return sorted(dist.get_process_group_ranks(group) for group in groups)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of a model lie in parts on several processes."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+def is_sharded(model: nn.Module, *, beyond: int = 0) -> bool:
+    """Whether parameters of a model lie in parts on several processes, or on more than so many."""
+    meshes: list[Any] = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
+    return any(mesh is not None and mesh.size() > beyond for mesh in meshes)
 
 
 def _check_one_model_over_all(models: Sequence[nn.Module]) -> None:
@@ -125,8 +128,25 @@ def _check_one_model_over_all(models: Sequence[nn.Module]) -> None:
         raise UnsupportedError(
             f"The model has tensor-parallel parameters over {min(sizes)} of {dist.get_world_size()} processes, and "
             "which of the others have data of their own is not known: gradients would be added up over the wrong "
-            "ones. Wrap it in fully_shard(model, mesh=...) over the data-parallel dimension, or pass "
-            'sync="never" and add gradients up in before_step.'
+            'ones. Pass process_group=mesh["dp"], the data-parallel dimension of their mesh, or wrap it in '
+            "fully_shard(model, mesh=...) over that."
+        )
+
+
+def _check_parts_are_elsewhere(models: Sequence[nn.Module], groups: Sequence[ProcessGroup]) -> None:
+    """Checks that none of the processes that add up hold parts of the same parameter.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    own = dist.get_rank()
+    adding = {rank for group in groups for rank in dist.get_process_group_ranks(group)} - {own}
+    meshes: list[Any] = [getattr(p, "device_mesh", None) for model in models for p in model.parameters()]
+    shared = adding & {rank for mesh in meshes if mesh is not None for rank in mesh.mesh.flatten().tolist()}
+    if shared:
+        raise UnsupportedError(
+            f"process_group= names rank {min(shared)}, which holds other parts of the same parameters as this one "
+            f'(rank {own}): different parts would be added up. Pass the data-parallel dimension alone: mesh["dp"].'
         )
 
 
@@ -181,3 +201,10 @@ def _engine(
 
     engine = FSDP2(model, sync)
     return engine, engine.process_groups
+
+
+def total_norm_of_shards(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
+    """The norm over all gradients together, of which each process has a part."""
+    from gradaccum.sync.fsdp2 import total_norm  # for models that have shards: it takes 0.3 s to import
+
+    return total_norm(parameters, order)

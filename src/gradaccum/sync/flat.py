@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     room: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in parameters:
         kind = (parameter.device, _dtype_of_gradient(parameter))
-        num_bytes = parameter.numel() * kind[1].itemsize
+        num_bytes = local_part(parameter).numel() * kind[1].itemsize
         if kind not in by_kind or room[kind] < num_bytes:
             by_kind.setdefault(kind, []).append([])
             room[kind] = BUCKET_BYTES
@@ -91,13 +92,14 @@ def _dtype_of_gradient(parameter: nn.Parameter) -> torch.dtype:
 
 def _start_reducing(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float | Tensor | None) -> Callable[[], None]:
     """Fills a bucket and starts its reduction; returns what waits for it and puts its parts in the gradients' place."""
-    flat = torch.zeros(sum(p.numel() for p in bucket), dtype=_dtype_of_gradient(bucket[0]), device=bucket[0].device)
+    parts = [local_part(parameter) for parameter in bucket]
+    flat = torch.zeros(sum(p.numel() for p in parts), dtype=_dtype_of_gradient(bucket[0]), device=bucket[0].device)
     views: list[Tensor] = []
-    for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+    for own, part in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
         # Autograd's layout, the parameter's own (channels last, say), without gaps or elements that share memory.
-        strides = torch.empty_like(parameter, device="meta").stride()
-        views.append(part.as_strided(parameter.shape, strides))
-    present = [(view, p.grad) for view, p in zip(views, bucket, strict=True) if p.grad is not None]
+        strides = torch.empty_like(own, device="meta").stride()
+        views.append(part.as_strided(own.shape, strides))
+    present = [(view, _local_gradient(p)) for view, p in zip(views, bucket, strict=True) if p.grad is not None]
     if present:  # sparse gradients are here where another process has them dense
         gradients = [gradient.to_dense() if gradient.is_sparse else gradient for _, gradient in present]
         torch._foreach_copy_([view for view, _ in present], gradients)
@@ -108,9 +110,36 @@ def _start_reducing(ranks: Ranks, bucket: Sequence[nn.Parameter], factor: float 
     def finish() -> None:
         wait()
         for parameter, view in zip(bucket, views, strict=True):
-            parameter.grad = view
+            parameter.grad = _like(parameter, view)
 
     return finish
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter: with tensor parallelism a part of it."""
+    whole: Any = parameter
+    return whole.detach().to_local() if hasattr(whole, "to_local") else parameter
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    """What this process has of a gradient, cut as the parameter is; tensor parallelism may leave sums to be made."""
+    gradient: Any = parameter.grad
+    if not hasattr(gradient, "to_local"):
+        return gradient
+    placements: Any = getattr(parameter, "placements")  # noqa: B009 - of DTensors alone
+    return gradient.redistribute(placements=placements).to_local()
+
+
+def _like(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """The local part of a gradient as the parameter's kind of tensor."""
+    if not hasattr(parameter, "to_local"):
+        return values
+    from torch.distributed.tensor import DTensor  # takes 0.3 s to import, and is there where there is one
+
+    whole: Any = parameter
+    return DTensor.from_local(
+        values, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _on(factor: float | Tensor, tensor: Tensor) -> float | Tensor:

@@ -85,7 +85,17 @@ class FSDP2(Engine):
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
-        """Context manager in which `prepare` decides when gradients are reduced, and outputs are kept."""
+        """Context manager in which `prepare` decides when gradients are reduced, and outputs are kept.
+
+        Raises:
+            UnsupportedError: a loop by hand has switched their reduction off.
+        """
+        if self._sync != "last" and not all(getattr(group, "reduce_grads", True) for group in self._groups):
+            raise UnsupportedError(
+                "The model has set_requires_gradient_sync(False), left from a loop by hand: FSDP2 would keep whole "
+                "gradients and bring none to its parameters, so that no update could be made. Call "
+                'model.set_requires_gradient_sync(True), or pass sync="last", which sets it by itself.'
+            )
         with ExitStack() as held:
             held.callback(self._outputs.clear)
             held.callback(self._model.register_forward_hook(self._keep_outputs).remove)

@@ -181,7 +181,10 @@ def _what(message: Message) -> tuple[int, ...]:
 
 def _advice(one: Message, other: Message) -> str:
     if one.caller != other.caller and Caller.CHECKPOINT in (one.caller, other.caller):
-        return "Every process has to call save() and load(), at the same update: not inside of `if rank == 0`."
+        text = "Every process has to call save() and load(), at the same update: not inside of `if rank == 0`."
+        if one.passes or other.passes:
+            text += " With loaders of unequal length write `for window in accumulator.windows(loader):` around it."
+        return text
     if one.model != other.model:
         return "Every process must train the same models, in the same order."
     if one.passes != other.passes:

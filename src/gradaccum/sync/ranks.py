@@ -7,7 +7,9 @@ user's. Gradients, outputs and statistics go through the user's group, and only 
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +25,15 @@ from gradaccum.sync.faults import Whereabouts
 from gradaccum.sync.messages import PREFIX, Kind, Message, Outcome, check_fit
 from gradaccum.sync.own_group import own_group
 
+logger = logging.getLogger("gradaccum")
 _OF_A_SUM = 1e-9  # float64 sums of equal numbers on unlike processors; seeds that differ do so in the first digits
+
+
+def name_rank(record: logging.LogRecord) -> bool:
+    """Begins a line of the library's log with the rank of the process, where there are several."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        record.msg = f"rank {dist.get_rank()}: {record.msg}"
+    return True
 
 
 class Ranks:
@@ -35,6 +45,11 @@ class Ranks:
         groups: see above.
         device: where tensors to be added up lie.
         timeout: seconds that a message may wait for another process; None for what the groups have.
+
+    Attributes:
+        furthest_pass: the largest number of passes over a loader in the messages that were exchanged last.
+        waited: seconds in collectives so far, those of an engine's own aside.
+        reported: who has failed, and how, by the same messages.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup], device: torch.device, timeout: float | None = None) -> None:
@@ -47,7 +62,10 @@ class Ranks:
         for group in self._groups:
             self.rank += self.size * group.rank()
             self.size *= group.size()
+        self.furthest_pass, self.reported = 0, ""
+        self.waited = 0.0
         self._whereabouts: list[Whereabouts] = []
+        logger.addFilter(name_rank)  # once, however many there are
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Exchanges integers, by rank, equally many on every process."""
@@ -101,6 +119,8 @@ class Ranks:
         numbers = message.to_numbers(num_terms=num_terms, num_uses=num_uses)
         rows = self.exchange(numbers[:PREFIX])
         headers = [Message.from_numbers(row, num_terms=0, num_uses=0) for row in rows]
+        self.reported = ""
+        self.furthest_pass = max(header.passes for header in headers)
         if not any(header.outcome == Outcome.FAILED for header in headers):
             check_fit(headers)
             if not (num_terms or num_uses):
@@ -109,11 +129,11 @@ class Ranks:
                 rows = [row + rest for row, rest in zip(rows, self.exchange(numbers[PREFIX:]), strict=True)]
             return [Message.from_numbers(row, num_terms=num_terms, num_uses=num_uses) for row in rows]
         errors = self.exchange_objects(None if error is None else faults.description(error))
+        failed = [(header.sender, text) for header, text in zip(headers, errors, strict=True) if text]
+        self.reported = "; ".join(f"rank {sender}: {text}" for sender, text in failed)
         if message.outcome != Outcome.FAILED:
-            failed = [(header.sender, text) for header, text in zip(headers, errors, strict=True) if text]
-            reported = "; ".join(f"rank {sender}: {text}" for sender, text in failed)
             raise RankError(
-                f"This process (rank {self.name}) is fine, and another failed. {reported}. "
+                f"This process (rank {self.name}) is fine, and another failed. {self.reported}. "
                 f"{_what_became_of(message, ', '.join(str(sender) for sender, _ in failed))}"
             )
         return headers
@@ -128,7 +148,7 @@ class Ranks:
             RankError: the models differ, or the parameters that they start from.
         """
         comparable = [parameter for parameter in parameters if parameter.device.type != "mps"]  # mps has no float64
-        checksum = sum(parameter.detach().double().sum().item() for parameter in comparable) if comparable else None
+        checksum = sum(_own_sum(parameter) for parameter in comparable) if comparable else None
         found = self.exchange_objects((Whereabouts.own(self.name), model, checksum))
         self._whereabouts = [whereabouts for whereabouts, _, _ in found]
         if len({theirs for _, theirs, _ in found}) > 1:
@@ -150,12 +170,15 @@ class Ranks:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Context manager in which a collective that fails because another process has gone says which one."""
+        since = time.perf_counter()
         try:
             yield
         except RuntimeError as error:  # c10d's errors are RuntimeErrors of some kind; OutOfMemoryError is one too
             if isinstance(error, (torch.OutOfMemoryError, RankError)):
                 raise
             raise self.fault(error) from error
+        finally:
+            self.waited += time.perf_counter() - since
 
     def fault(self, error: BaseException) -> RankError:
         """The error to raise after a collective has failed."""
@@ -169,6 +192,12 @@ class Ranks:
     def _own_groups(self) -> list[ProcessGroup]:
         with self._watched():
             return [own_group(group, self._timeout) for group in self._groups]
+
+
+def _own_sum(parameter: Tensor) -> float:
+    """What a parameter adds up to; with tensor parallelism this process's part of it."""
+    own: Any = parameter.detach()
+    return (own.to_local() if hasattr(own, "to_local") else own).double().sum().item()
 
 
 def _what_became_of(message: Message, failed: str) -> str:

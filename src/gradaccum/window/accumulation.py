@@ -12,7 +12,6 @@ Who decides where a window ends, the user's loop or the batch in hand, is not kn
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from gradaccum.losses.terms import no_gradient
 from gradaccum.types import Update
 from gradaccum.window.loss_scale import check_stays_scaled
 from gradaccum.window.open_window import OpenWindow
+from gradaccum.window.profile_ranges import stage
 from gradaccum.window.stepped import Stepped
 from gradaccum.window.window_result import WindowResult, loss_of, update_of
 
@@ -43,7 +43,8 @@ class Accumulation(OpenWindow):
             result = WindowResult.of(self._sizes, normaliser.correction)
         else:
             flags = {"is_done": is_done, "wants_to_stop": stops}
-            result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
+            with stage("reduce"):
+                result = self.ranks.settle(normaliser, parameters, sizes=self._sizes, **flags)
             if self._noise_scale is not None and not self._is_for_user and not result.is_over:
                 self._noise_scale.add_up(self.ranks.ranks)
         if self.stopping is not None:
@@ -82,6 +83,8 @@ class Accumulation(OpenWindow):
             raise
 
     def _close(self, normaliser: Normaliser, result: WindowResult) -> Update:
+        if self.ranks is not None:
+            self.ranks.half_updates.is_stepping = True
         normaliser.check_totals()
         self.reading.window_complete(len(self._sizes))
         parameters = self._gradients.filled(self._parameters.optimized)
@@ -92,14 +95,15 @@ class Accumulation(OpenWindow):
         stepped = Stepped(self.optimizers)
         try:
             if normaliser.is_empty:
-                text = "update %d was skipped: the weight of its batch is 0, there is nothing to learn from"
-                logger.warning(text, index)
+                if self.ranks is None or self.ranks.is_first:
+                    text = "update %d was skipped: the weight of its batch is 0, there is nothing to learn from"
+                    logger.warning(text, index)
             elif not parameters:
                 raise no_gradient(self._parameters.optimized)
             else:
-                with stepped:
+                with stage("step"), stepped:
                     grad_norm, skipped = self._updater.apply(parameters, result.correction)
-                if skipped is True:
+                if skipped is True and (self.ranks is None or self.ranks.is_first):
                     logger.warning("update %d was skipped: its gradient is not finite", index)
             noise_scale = self._noise_scale
             if noise_scale is not None:
@@ -111,7 +115,7 @@ class Accumulation(OpenWindow):
                 index=index,
                 grad_norm=grad_norm,
                 skipped=skipped,
-                seconds=time.perf_counter() - self._started,
+                spent=self.clock.closed(waited=self._waited()),
                 noise_scale=_nothing if noise_scale is None else noise_scale.reader(),
                 peak_bytes=torch.cuda.max_memory_allocated(self.device()) if self.device().type == "cuda" else None,
             )
@@ -170,11 +174,17 @@ class Accumulation(OpenWindow):
         counts = self.counts.state_dict(open_micro_batches=self.open_micro_batches, open_samples=self.open_samples)
         return counts if self._noise_scale is None else {**counts, "noise_scale": self._noise_scale.state_dict()}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuses what cannot be loaded, and loads nothing."""
+        self.counts.check(state, open_micro_batches=self.open_micro_batches)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting from a state; refused while a window is open."""
         self.counts.load_state_dict(state, open_micro_batches=self.open_micro_batches)
         if self._noise_scale is not None and "noise_scale" in state:
             self._noise_scale.load_state_dict(state["noise_scale"])
+        if self.ranks is not None:
+            self.ranks.half_updates.forget()
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ object that several can follow, and that is handed on where it is passed to anot
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -55,6 +56,8 @@ class Follower:
 class LookingAhead(Generic[Item]):
     """The items of a stream, for one ``for`` loop; a loop over a pass that has ended is a new pass.
 
+    ``data_seconds`` is the time that reading the stream has taken so far.
+
     Nothing is asked for twice, and nothing further ahead than a follower looks. An error of the stream is raised in
     the place of the item that failed, after the ones before it have been handed out.
     """
@@ -66,6 +69,7 @@ class LookingAhead(Generic[Item]):
         self._followers = [follower]
         self._ahead: deque[Item] = deque() if ahead is None else ahead
         self._is_exhausted = False
+        self.data_seconds = 0.0
         self._error: BaseException | None = None
         self._held = ExitStack()
         self._is_over = False
@@ -220,6 +224,7 @@ class LookingAhead(Generic[Item]):
         assert self._iterator is not None, "the stream is opened with the first item"
         while len(self._ahead) < count and not self._is_exhausted:
             waiting = list(self._ahead) if self._current is END else [self._current, *self._ahead]
+            since = time.perf_counter()
             try:
                 self._ahead.append(self._reading.next(self._iterator, waiting, self._parameters))
             except StopIteration:
@@ -228,6 +233,8 @@ class LookingAhead(Generic[Item]):
                 raise
             except Exception as error:  # noqa: BLE001 - raised again in its place
                 self._is_exhausted, self._error = True, error
+            finally:
+                self.data_seconds += time.perf_counter() - since
 
     def _end(self, *, completely: bool) -> None:
         if self._is_over:

@@ -10,7 +10,6 @@ What becomes of the sum is said in `accumulation`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,18 +22,20 @@ from gradaccum.errors import MisuseError, UnsupportedError
 from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, weighs_nothing
 from gradaccum.losses.terms import as_terms, without_value
-from gradaccum.sync.detect import is_sharded, refuse_late_group
+from gradaccum.sync.detect import is_sharded, refuse_late_group, total_norm_of_shards
 from gradaccum.sync.messages import Caller
 from gradaccum.window import guards
 from gradaccum.window.loss_reading import LossReading
 from gradaccum.window.loss_scale import refuse_scaled
 from gradaccum.window.noise_scale import NoiseScale
 from gradaccum.window.options import Options
-from gradaccum.window.over_ranks import OverRanks, over_ranks, total_norm_of_shards
+from gradaccum.window.over_ranks import OverRanks, over_ranks
 from gradaccum.window.parameter_hooks import ParameterHooks
 from gradaccum.window.parameters import Parameters
 from gradaccum.window.plan_line import PlanLine
+from gradaccum.window.profile_ranges import stage
 from gradaccum.window.run_counts import RunCounts
+from gradaccum.window.seconds import Seconds
 from gradaccum.window.stopping import Stopping
 
 logger = logging.getLogger("gradaccum")
@@ -49,6 +50,7 @@ class OpenWindow:
         open_samples: rows added to the open window so far, as far as they could be seen.
         stopping: whether this run is to save and to leave; None where no signal can ask for it.
         plan_line: says what is to come, and what is known of it.
+        clock: where the time of an update goes.
         reading: reads the losses; ``warns_of_unknown`` as there.
     """
 
@@ -94,6 +96,7 @@ class OpenWindow:
         )
         self.counts = RunCounts()
         self._noise_scale = self._measured_noise_scale(options)
+        self.clock = Seconds()
 
     @property
     def is_open(self) -> bool:
@@ -104,6 +107,9 @@ class OpenWindow:
     def open_micro_batches(self) -> int:
         """Micro-batches added to the open window so far."""
         return len(self._sizes)
+
+    def _waited(self) -> float:
+        return 0.0 if self.ranks is None else self.ranks.ranks.waited
 
     def device(self) -> torch.device:
         """The device of the first model's first parameter."""
@@ -191,7 +197,7 @@ class OpenWindow:
             self._updater.loss_scale.begin(self.device())
         if self._noise_scale is not None:
             self._noise_scale.begin()
-        self._started = time.perf_counter()
+        self.clock.opened(waited=self._waited())
 
     # ------------------------------------------------------------------------------------------------------------- add
 
@@ -256,7 +262,8 @@ class OpenWindow:
     def push(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Runs the backward of outputs whose gradients are known, seeded and scaled already."""
         if outputs:
-            self._gradients.add(tuple(outputs), tuple(gradients), reads=True)
+            with stage("backward"):
+                self._gradients.add(tuple(outputs), tuple(gradients), reads=True)
 
     def count(self, samples: int | None) -> None:
         """Counts a micro-batch that went into the window."""

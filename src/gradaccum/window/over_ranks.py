@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaccum import tree
 from gradaccum.errors import RankError, UnsupportedError
-from gradaccum.losses.loss import Loss, Weight
+from gradaccum.losses.loss import Weight
 from gradaccum.losses.normaliser import Normaliser, Number
 from gradaccum.norms import combined, norms
 from gradaccum.sync import faults, flat
@@ -33,8 +32,9 @@ from gradaccum.sync.detect import detect
 from gradaccum.sync.engine import Engine
 from gradaccum.sync.messages import Caller, Kind, Message, Outcome
 from gradaccum.sync.ranks import Ranks
+from gradaccum.window.half_updates import HalfUpdates
 from gradaccum.window.options import Options
-from gradaccum.window.shares import Share, added_shares, term_of
+from gradaccum.window.shares import Share, added_shares, roots_of, term_of
 from gradaccum.window.stopping import Stopped
 from gradaccum.window.window_result import WindowResult
 
@@ -53,21 +53,14 @@ def over_ranks(
     return OverRanks(*found, named, caller, has_users_collectives=options.collectives or exchanges)
 
 
-def total_norm_of_shards(parameters: Sequence[nn.Parameter], order: float) -> Tensor:
-    """The norm over all gradients together, of which each process has a part."""
-    from gradaccum.sync.fsdp2 import total_norm  # for models that have shards: it takes 0.3 s to import
-
-    return total_norm(parameters, order)
-
-
 class OverRanks:
     """A window's way over all processes, which have the same parameters in the same order.
 
     Attributes:
-        caller: what the user has called, for messages.
-        passes: passes over a loader that were begun.
+        caller: what the user has called, for messages; passes: over a loader, that were begun.
         pieces: micro-batches that every process runs in the open window, where that is agreed on.
         all_are_done: no process had a window of its own when messages were exchanged last.
+        half_updates: what is known of the last update on all of them.
     """
 
     def __init__(
@@ -89,10 +82,12 @@ class OverRanks:
         self.runs_collectives = has_users_collectives or any(engine.runs_collectives for engine in engines)
         # In the seed of every backward, to undo an engine's averaging; None where none does.
         self.boost = next((engine.averages_over for engine in engines if engine.runs_collectives), None)
+        self._reduces_shards = any(engine.runs_collectives for engine in engines)
         self.look_at(named)
         self._names: list[str] = []
         self._has_met = False
         self._update = 0
+        self.half_updates = HalfUpdates()
         self._is_among_collectives = False  # others may be inside of a forward or backward, and read no message
         self.pieces = 0
         self.all_are_done = False
@@ -103,7 +98,8 @@ class OverRanks:
         self._is_sharded = {id(parameter) for _, parameter in named if hasattr(parameter, "device_mesh")}
         left_alone = {id(parameter) for engine in self._engines for parameter in engine.left_alone}
         self._own = [parameter for _, parameter in named if id(parameter) in left_alone]
-        self._elsewhere = {*self._is_sharded, *left_alone}  # what is not added up here
+        # Not added up here: what FSDP2 shards. Parts of tensor parallelism are, with the same parts of other processes.
+        self._elsewhere = {*(self._is_sharded if self._reduces_shards else ()), *left_alone}
         self._model = zlib.crc32(repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named]).encode())
 
     @property
@@ -132,8 +128,8 @@ class OverRanks:
 
     @property
     def shards(self) -> bool:
-        """Whether parameters lie in parts on several processes."""
-        return bool(self._is_sharded)
+        """Whether parameters lie in parts on the processes that train together."""
+        return self._reduces_shards and bool(self._is_sharded)
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:
@@ -161,12 +157,17 @@ class OverRanks:
         """
         if isinstance(error, (RankError, Stopped)):
             return
+        if self.half_updates.is_stepping:
+            self.half_updates.failed(self._update, f"rank {self.ranks.name}: {faults.description(error)}")
         faults.report(self.ranks.name, faults.description(error))
         # Not where everybody is being stopped.
         if (is_between or not self._is_among_collectives) and isinstance(error, Exception):
             with suppress(RankError):  # they have gone as well
-                self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+                messages = self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
                 faults.withdraw()
+                if all(message.outcome == Outcome.FAILED for message in messages):  # in the same way: none has stepped
+                    self.half_updates.forget()
+        self.half_updates.is_stepping = False
 
     @contextmanager
     def trained_with(self, caller: Caller | None = None) -> Iterator[None]:
@@ -208,8 +209,9 @@ class OverRanks:
                 "process's own samples, and weights= divides by what all processes have. Leave weights= out: the loss "
                 "says what it is a mean over."
             )
+        self._is_among_collectives = self.half_updates.is_stepping = False
+        self.refuse_after_half_update()
         self._update = update
-        self._is_among_collectives = False
         self._meet()
         expected = None
         if self.runs_collectives or totals is not None:
@@ -243,7 +245,7 @@ class OverRanks:
         """
         roots = [output for engine in self._engines for output in engine.take_outputs()]
         if self._has_users_collectives:
-            roots += _roots_of(made)
+            roots += roots_of(made)
         if roots:
             torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
@@ -296,7 +298,25 @@ class OverRanks:
         Raises:
             RankError: the optimizer, the scheduler or ``before_step`` failed on another process.
         """
-        self._agree(Kind.STEPPED)
+        try:
+            self._agree(Kind.STEPPED)
+        except RankError as error:
+            self.half_updates.failed(self._update, self.ranks.reported or str(error))
+            raise
+        finally:
+            self.half_updates.is_stepping = False
+
+    def refuse_after_half_update(self) -> None:
+        """Refuses to go on, and lets the others know, where an update was made on some processes only.
+
+        Raises:
+            RankError: it was.
+        """
+        error = self.half_updates.error
+        if error is not None:
+            with suppress(RankError):
+                self._agree(Kind.FAILURE, outcome=Outcome.FAILED, error=error)
+            raise error
 
     def rows_before(self, rows: int) -> tuple[int, list[int]]:
         """Where this process's rows are among those of all, and how many each process has.
@@ -313,21 +333,13 @@ class OverRanks:
         return self._added_totals(own)
 
     def agree(self, is_out_of_memory: bool) -> bool:
-        """Whether any process ran out of memory in its attempt at a window.
-
-        Raises:
-            RankError: another process failed otherwise.
-        """
+        """Whether any process ran out of memory in its attempt at a window."""
         outcome = Outcome.OUT_OF_MEMORY if is_out_of_memory else Outcome.FINE
         messages = self._agree(Kind.LOOKING_FOR_A_SIZE, outcome=outcome)
         return any(message.outcome == Outcome.OUT_OF_MEMORY for message in messages)
 
     def share_findings(self, finding: Any) -> list[Any]:
-        """What every process found in its look at a few rows, by rank.
-
-        Raises:
-            RankError: another process failed.
-        """
+        """What every process found in its look at a few rows, by rank."""
         self._meet()
         self._agree(Kind.LOOKING_AT_A_FEW_ROWS)
         return self.ranks.exchange_objects(finding)
@@ -349,9 +361,12 @@ class OverRanks:
             passes=self.passes,
             **fields,
         )
-        if kind != Kind.CLOSING_A_WINDOW:
-            return self.ranks.agree(message, error=error)
-        return self.ranks.agree(message, num_terms=len(self._names), num_uses=len(self._named), error=error)
+        layout = {"num_terms": len(self._names), "num_uses": len(self._named)} if kind == Kind.CLOSING_A_WINDOW else {}
+        try:
+            return self.ranks.agree(message, **layout, error=error)
+        except RankError:  # all have heard of it: they may begin the same pass next
+            self.passes = max(self.passes, self.ranks.furthest_pass)
+            raise
 
     def _added_totals(self, own: Mapping[str, Weight]) -> dict[str, Any]:
         """Adds up numbers by name, of which each process may have others; waits for the device if they lie there."""
@@ -383,9 +398,3 @@ class OverRanks:
         for names in self.ranks.exchange_objects(list(share)):
             self._names += [name for name in names if name not in self._names]
         return self._exchange_shares(share, reduced_here, sizes, **flags)
-
-
-def _roots_of(made: Any) -> list[Tensor]:
-    several = list(made.values()) if isinstance(made, dict) else [made]
-    found = [one.root if isinstance(one, Loss) else one for one in several]
-    return [tensor for tensor in tree.tensors(found) if tensor.requires_grad]

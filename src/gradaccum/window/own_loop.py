@@ -60,11 +60,13 @@ class OwnLoop:
         self._any_rows = any_number_of_rows(self._accumulation.models)
         self._tail = tail
         self._weights = weights
-        self._bar = PassBar(is_wanted=progress)
+        is_shown = accumulation.ranks is None or accumulation.ranks.is_first
+        self._bar = PassBar(is_wanted=progress, is_shown=is_shown)
         self._pass: weakref.ref[LookingAhead[Any]] | None = None
         self._target = 1
         self._target_of_all: int | None = None
         self._updates_before_pass = 0
+        self._data_seconds = 0.0  # what the pass had taken for reading at the update before
         # The micro-batch that over() has handed out last: rows, whether it is the last, what its means are over.
         self._samples: int | None = None
         self._counted: dict[str, Weight] | None = None
@@ -74,6 +76,10 @@ class OwnLoop:
         self._unused_of: Any = None
         # Held while a window is open outside of a pass.
         self._outside = ExitStack()
+
+    def window_size(self, update: int) -> dict[str, int]:
+        """The size of the window of an update, by the name of the option that says so."""
+        return {"batch_size" if self._counts_samples else "micro_batches": self._size.at(update)}
 
     def over(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
         """One pass; see `Accumulator.over`."""
@@ -152,6 +158,7 @@ class OwnLoop:
         """A pass begins: calls by hand are errors until it ends."""
         self._leave_pass(items)
         self._pass = weakref.ref(items)
+        self._data_seconds = items.data_seconds
         self._updates_before_pass = self._accumulation.counts.updates
         self._outside.close()
         self._accumulation.read_all_graphs()
@@ -231,6 +238,7 @@ class OwnLoop:
         expected = self._size.expected(samples, target=target)
         if self._bar.is_due or self._accumulation.plan_line.is_due(expected.sizes):
             self._tell(expected.sizes)
+        self._accumulation.clock.data = items.data_seconds - self._data_seconds
         self._accumulation.open(totals=totals, first_share=share, samples=expected.samples)
 
     def _tell(self, sizes: Sequence[int | None]) -> None:
@@ -252,6 +260,10 @@ class OwnLoop:
         return target
 
     def _close(self) -> Update | None:
+        current = self._active_pass()
+        if current is not None:
+            self._accumulation.clock.data = current.data_seconds - self._data_seconds
+            self._data_seconds = current.data_seconds
         update = self._passes.close()
         self._outside.close()
         if update is not None:

@@ -30,8 +30,10 @@ from gradaccum.losses.meaning import SampleMeans, means_in
 from gradaccum.losses.normaliser import SINGLE, Normaliser
 from gradaccum.losses.terms import as_terms
 from gradaccum.window.left_to_the_loop import left_to_the_loop, multiply_gradients
+from gradaccum.window.run_counts import VERSION, check_state
 from gradaccum.window.window_result import WindowResult, loss_of
 
+_IN_STATE = ("windows", "last_total", "last_micro_batches", "sizes", "backwards", "sums", "gradients")
 _ROUNDING = 1e-5  # of sums of fp32 class weights; a real mismatch is a whole item's weight
 
 
@@ -227,6 +229,7 @@ class Window:
                 "window cannot be saved: its gradients are without them. Save after the backward."
             )
         return {
+            "version": VERSION,
             "windows": self._settled,
             "last_total": self._last_total,
             "last_micro_batches": self._last_count,
@@ -242,8 +245,9 @@ class Window:
         """Goes on with the window of which ``state_dict()`` was taken, which takes the place of an open one.
 
         Raises:
-            StateError: it is a state of other parameters.
+            StateError: it is a state of other parameters, of another version, or none.
         """
+        check_state(state, *_IN_STATE, of="a Window")
         gradients = state["gradients"]
         parameters = self._gradients.parameters
         shapes = None if gradients is None else [None if g is None else g.shape for g in gradients]

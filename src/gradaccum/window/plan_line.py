@@ -75,10 +75,18 @@ class PlanLine:
             self.waits = True
             if not reads_loss:
                 self.tell()
-        if coupled and is_split:
-            warn_of_batch_norms(coupled, micro_batches=len(sizes))
+        is_told = is_split
+        if self._ranks is not None:  # all see the same layers, and a process's share is a micro-batch at least
+            is_told = is_split or any(not isinstance(module, nn.SyncBatchNorm) for module in self._batch_norms())
+        if coupled and is_told and (self._ranks is None or self._ranks.is_first):
+            warn_of_batch_norms(
+                coupled, micro_batches=len(sizes), processes=1 if self._ranks is None else self._ranks.ranks.size
+            )
         self._is_logged = self._is_logged or is_final
-        self._has_seen_split = is_split
+        self._has_seen_split = is_told
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [one for model in self._models for one in model.modules() if isinstance(one, _BatchNorm)]
 
     def tell(self, evidence: str = "") -> None:
         """Logs the line that waits, with what is known by now."""
@@ -114,12 +122,13 @@ def plan_line(
     """
     count = f"{len(sizes)} micro-batch{'es' if len(sizes) > 1 else ''}"
     known = [size for size in sizes if size is not None]
+    what = "batch" if ranks is None else "share"  # of the first process; a batch is that of all
     if len(known) < len(sizes):
         batch = count
     elif min(known) == max(known):
-        batch = f"batch {sum(known)} = {count} x {known[0]}"
+        batch = f"{what} {sum(known)} = {count} x {known[0]}"
     else:
-        batch = f"batch {sum(known)} = {count} of {min(known)} to {max(known)}"
+        batch = f"{what} {sum(known)} = {count} of {min(known)} to {max(known)}"
     parts = [batch, evidence] if ranks is None else [batch, ranks, evidence]
     if updates_per_epoch is not None:
         parts.append(f"{updates_per_epoch} update{'s' if updates_per_epoch != 1 else ''} an epoch")
@@ -136,13 +145,16 @@ def coupled_batch_norms(models: Sequence[nn.Module]) -> list[str]:
     ]
 
 
-def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int) -> None:
+def warn_of_batch_norms(names: Sequence[str], *, micro_batches: int, processes: int = 1) -> None:
     """Says which layers make the gradient another than the whole batch's."""
+    each = f"each of the {micro_batches} micro-batches"
+    if processes > 1:
+        each = f"each micro-batch ({micro_batches} here, and those of {processes - 1} more processes)"
     shown = ", ".join(names[:_MAX_SHOWN]) + (f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else "")
     warnings.warn(
-        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise each "
-        f"of the {micro_batches} micro-batches with its own statistics, not the batch's, so the gradient is not the "
-        f"whole batch's, and running statistics advance {micro_batches} times an update. With ga.TrainStep: "
+        f"{len(names)} BatchNorm layer{'s' if len(names) > 1 else ''} in training mode ({shown}) will normalise "
+        f"{each} with its own statistics, not the batch's, so the gradient is not the whole batch's, and running "
+        f"statistics advance {micro_batches} time{'s' if micro_batches > 1 else ''} an update. With ga.TrainStep: "
         'batch_norm="exact" takes the whole batch\'s statistics, "frozen" the running ones (for fine-tuning), '
         "ga.GhostBatch(n) those of fixed groups. Otherwise freeze them (module.eval()), or use GroupNorm or LayerNorm.",
         BatchNormWarning,

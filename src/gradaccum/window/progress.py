@@ -73,11 +73,11 @@ class ProgressBar:
 
 
 class PassBar:
-    """The bar of one pass after another, if one is wanted."""
+    """The bar of one pass after another, if one is wanted, and shown by this of several processes."""
 
-    def __init__(self, *, is_wanted: bool) -> None:
+    def __init__(self, *, is_wanted: bool, is_shown: bool = True) -> None:
         check_flag("progress", is_wanted)
-        self._is_wanted = is_wanted
+        self._is_wanted = is_wanted and is_shown
         if is_wanted:
             tqdm_of_notebooks_too()  # said now, and not when the first pass begins
         self._bar: ProgressBar | None = None

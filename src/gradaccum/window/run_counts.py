@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gradaccum.errors import StateError
 
 _NAMES = ("updates", "micro_batches", "samples")
+VERSION = 1
+"""Of the states of this package's objects; one that does not say is as this."""
+
+
+def check_state(state: Any, *names: str, of: str) -> None:
+    """Checks that a state is of a version that is known here, and holds what it should.
+
+    Raises:
+        StateError: it does not.
+    """
+    held: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
+    version = held.get("version", VERSION)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise StateError(
+            f"The state of {of} is of version {version!r}, and this version of gradaccum reads up to {VERSION}. What "
+            "it holds may mean something else, so nothing was loaded. Go on with the version that saved it."
+        )
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise StateError(
+            f"The state of {of} has no {', '.join(missing)}; it is a {type(state).__name__} that holds "
+            f"{', '.join(map(str, held)) or 'nothing'}. It was saved from another object, or by another version. Load "
+            "what its own state_dict() returned, or begin without."
+        )
 
 
 class HasCounts:
@@ -46,7 +71,7 @@ class RunCounts:
             self.updates + 1, self.micro_batches + micro_batches, self.samples + samples
         )  # fmt: skip
 
-    def state_dict(self, *, open_micro_batches: int, open_samples: int) -> dict[str, int]:
+    def state_dict(self, *, open_micro_batches: int, open_samples: int) -> dict[str, Any]:
         """The counts.
 
         Raises:
@@ -55,21 +80,24 @@ class RunCounts:
         if open_micro_batches:
             raise StateError(
                 f"A window is open, with {open_micro_batches} micro-batches ({open_samples} samples) added "
-                "up and not applied; a state saved now would lose their gradients. Save right after an update."
+                "up and not applied; a state saved now would lose their gradients. Save right after an update, or "
+                "throw them away before: accumulator.discard()."
             )
-        return {name: getattr(self, name) for name in _NAMES}
+        return {**{name: getattr(self, name) for name in _NAMES}, "version": VERSION}
 
-    def load_state_dict(self, state: Mapping[str, int], *, open_micro_batches: int) -> None:
-        """Goes on counting from a state.
+    @staticmethod
+    def check(state: Mapping[str, Any], *, open_micro_batches: int) -> None:
+        """Checks that a state can be loaded.
 
         Raises:
-            StateError: it is not one, or a window is open.
+            StateError: it is not one, or of another version, or a window is open.
         """
         if open_micro_batches:
             raise StateError(
                 f"A window is open, with {open_micro_batches} micro-batches added up; loading would mix them into "
                 "the first update of another run. Load before training starts."
             )
+        check_state(state, of="the counts")
         held = state if isinstance(state, Mapping) else {}
         missing = [name for name in _NAMES if type(held.get(name)) is not int or held[name] < 0]
         if missing:
@@ -78,4 +106,8 @@ class RunCounts:
                 f"{', '.join(map(str, held)) or 'none of them'}. Load what state_dict() of an Accumulator or a "
                 "TrainStep returned."
             )
+
+    def load_state_dict(self, state: Mapping[str, Any], *, open_micro_batches: int) -> None:
+        """Goes on counting from a state; see `check`."""
+        self.check(state, open_micro_batches=open_micro_batches)
         self.updates, self.micro_batches, self.samples = (state[name] for name in _NAMES)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradaccum import tree
 from gradaccum.errors import LossError
+from gradaccum.losses.loss import Loss
 from gradaccum.losses.normaliser import Number
 from gradaccum.sync.messages import Message, TermKind, TermShare
 from gradaccum.sync.ranks import Ranks
@@ -82,3 +85,10 @@ def _added_on_device(ranks: Ranks, names: Sequence[str], share: Share) -> Tensor
                 mine[2 * i + place] = number.to(wide)
     ranks.add_up(mine)
     return mine
+
+
+def roots_of(made: Any) -> list[Tensor]:
+    """What the backward of a loss, of several by name, or of outputs begins with."""
+    several = list(made.values()) if isinstance(made, dict) else [made]
+    found = [one.root if isinstance(one, Loss) else one for one in several]
+    return [tensor for tensor in tree.tensors(found) if tensor.requires_grad]

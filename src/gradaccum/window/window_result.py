@@ -12,6 +12,7 @@ from gradaccum.losses.loss import Loss
 from gradaccum.losses.normaliser import SINGLE, Normaliser, Number
 from gradaccum.sync.messages import Message
 from gradaccum.types import Update
+from gradaccum.window.seconds import Spent
 
 
 class WindowResult(NamedTuple):
@@ -65,7 +66,7 @@ def update_of(
     index: int,
     grad_norm: Tensor | None,
     skipped: bool | Tensor,
-    seconds: float,
+    spent: Spent,
     peak_bytes: int | None,
     noise_scale: Callable[[], float | None],
 ) -> Update:
@@ -83,7 +84,7 @@ def update_of(
         samples=result.samples,
         micro_batches=result.micro_batches,
         micro_batch_size=result.largest,
-        seconds=seconds,
+        **spent._asdict(),
         peak_bytes=peak_bytes,
         _later=later,
     )
