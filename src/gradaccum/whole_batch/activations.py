@@ -1,4 +1,6 @@
-"""Where the activations of a batch in lockstep wait for the backward: in the host's memory, or not at all.
+"""Where activations wait for the backward: in the host's memory, or not at all.
+
+One after another, they are one micro-batch's; in lockstep, the whole batch's.
 
 Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
 wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
@@ -19,22 +21,32 @@ transformer layer. Where blocks nest, that level is taken with the least, counte
     blocks + layers outside of blocks + layers of the largest block
 
 Layers over the batch meet nobody while they are run again: they take what their forward had got (`batch_norm.exact`).
+Other state is the same in both runs: random draws by torch, and buffers here. The second run gets copies of what the
+first one found, so spectral norm computes the same weight again and running statistics advance once. Buffers of more
+than `ALWAYS_COPIED` elements are taken to stay as they are. Layers of Transformers that can checkpoint themselves are
+told to, since they leave their key-value caches out then, which a second run would append to.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaccum.errors import UnsupportedError
+from gradaccum.types import Activations
+from gradaccum.window.snapshot import ALWAYS_COPIED
+
+logger = logging.getLogger("gradaccum")
 
 MIN_BYTES = 1 << 16
 AHEAD_BYTES = 1 << 28  # on their way back before they are wanted: a few layers' worth
@@ -77,13 +89,14 @@ class HostMemory:
         self._transfer = transfer
         self._min_bytes = min_bytes
         self._ahead_bytes = ahead_bytes
-        self._stay = {
-            tensor.untyped_storage().data_ptr()  # of memory that stays taken, so that its address says what it is
+        stay = [
+            tensor.untyped_storage()
             for model in models
             for tensors in (model.parameters(), model.buffers())
             for tensor in tensors
             if tensor.layout is torch.strided
-        }
+        ]
+        self._stay = {id(storage): storage for storage in stay}  # alive, so that no id is used twice
         self._copied: WeakKeyDictionary[UntypedStorage, WeakValueDictionary[Any, Kept]] = WeakKeyDictionary()
         self._order: list[weakref.ref[Kept]] = []
 
@@ -97,7 +110,7 @@ class HostMemory:
             return tensor
         storage = tensor.untyped_storage()
         # An expanded tensor is larger than its memory: a copy would be, too.
-        if not self._min_bytes <= tensor.nbytes <= storage.nbytes() or storage.data_ptr() in self._stay:
+        if not self._min_bytes <= tensor.nbytes <= storage.nbytes() or id(storage) in self._stay:
             return tensor
         copies = self._copied.setdefault(storage, WeakValueDictionary())
         key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -184,22 +197,102 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Context manager in which these modules keep only their inputs, and run again in the backward."""
-    from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+def recomputed(models: Sequence[nn.Module], *, is_exact: bool = False) -> Iterator[None]:
+    """Context manager in which the blocks of the models keep only their inputs, and run again in the backward.
 
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        # On the instance, past hooks, which stay outside. Not noted as the micro-batch's: set before any runs.
-        block.__dict__["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    With ``is_exact`` BatchNorm layers are `batch_norm.exact`'s, which knows them by their buffers.
+
+    Raises:
+        UnsupportedError: there are no blocks.
+    """
+    blocks = set(find_blocks(models))
+    with ExitStack() as undone:
+        for module in dict.fromkeys(module for model in models for module in model.modules()):
+            run = functools.partial(_checkpointed, module, is_exact)
+            if hasattr(module, "gradient_checkpointing"):  # of Transformers; models look at theirs, too
+                undone.enter_context(_set(module, gradient_checkpointing=True, _gradient_checkpointing_func=run))
+            elif module in blocks:
+                # On the instance, past hooks, which stay outside.
+                undone.enter_context(_set(module, forward=functools.partial(run, module.forward)))
+        yield
+
+
+@contextmanager
+def waiting(
+    models: Sequence[nn.Module], activations: Activations, device: torch.device, *, transfer: Transfer | None = None
+) -> Iterator[None]:
+    """Context manager in which micro-batches run forward and backward with their activations where they are to wait.
+
+    Raises:
+        UnsupportedError: they are to be recomputed, and the models have no blocks.
+    """
+    with ExitStack() as held:
+        if activations == "recompute":
+            held.enter_context(recomputed(models))
+        elif activations == "host":
+            memory = host_memory(models, device, transfer)
+            held.enter_context(nullcontext() if memory is None else memory.held())
+        yield
+
+
+def host_memory(
+    models: Sequence[nn.Module], device: torch.device, transfer: Transfer | None = None
+) -> HostMemory | None:
+    """The host as a place for what is saved on a device; None where it is the device."""
+    if transfer is None and device.type == "cuda":
+        transfer = CudaTransfer(device)
+    if transfer is None:
+        logger.info('activations="host" changes nothing here: the model is on the %s already', device.type)
+        return None
+    return HostMemory(models, transfer)
+
+
+@contextmanager
+def _set(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of an instance for a while; not by ``setattr``, which lockstep takes for a micro-batch's own."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.__dict__["forward"]
-            else:
-                block.__dict__["forward"] = forward
+        for name in attributes:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+
+
+def _checkpointed(block: nn.Module, is_exact: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+
+    again = _BuffersOfBefore(block, is_exact)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+
+
+class _BuffersOfBefore:
+    """Context manager in which a block has copies of the buffers that it had when this was made.
+
+    Copies take their places: written back instead, what autograd has saved of the buffers would have changed. It may be
+    entered more than once, as a graph may be read before its backward.
+    """
+
+    def __init__(self, block: nn.Module, is_exact: bool) -> None:
+        self._before = [
+            (module, name, buffer.detach().clone())
+            for module in block.modules()
+            if not (is_exact and isinstance(module, _BatchNorm))
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() <= ALWAYS_COPIED
+        ]
+        self._own: list[Tensor | None] = []
+
+    def __enter__(self) -> None:
+        self._own = [module._buffers[name] for module, name, _ in self._before]
+        for module, name, before in self._before:
+            module._buffers[name] = before.clone()
+
+    def __exit__(self, *raised: object) -> None:
+        for (module, name, _), buffer in zip(self._before, self._own, strict=True):
+            module._buffers[name] = buffer
+        self._own = []
 
 
 def _outermost(module: nn.Module) -> list[nn.Module]:
