@@ -230,7 +230,7 @@ class Stateful(nn.Module):
         return self.head(x)
 
 
-def updated(model: nn.Module, batch: tuple[Tensor, Tensor], **options: Any) -> dict[str, Tensor]:
+def updated(model: nn.Module, batch: Any, **options: Any) -> dict[str, Tensor]:
     """State after two updates, with random draws from the same seed."""
     torch.manual_seed(0)
     step = ga.TrainStep(model, sgd(model), options.pop("loss_fn", classes_loss), **options)
@@ -300,9 +300,19 @@ def test_models_of_transformers_leave_their_caches_out(kind: str) -> None:
         model = make(config).double()
         options: dict[str, Any] = {"loss_fn": loss_fn, "micro_batch_size": 2, "check": "off"}
         states[activations] = updated(model, batch, activations=activations, **options)
-        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert not any("forward" in vars(module) for module in model.modules())
     for name, expected in states["device"].items():
         torch.testing.assert_close(states["recompute"][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_cache_that_is_not_empty_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    ids = torch.randint(50, (2, 5))
+    cache = model(ids).past_key_values
+    with recomputed([model]), pytest.raises(ga.UnsupportedError, match="cache has 5 tokens before its own"):
+        model(ids, past_key_values=cache)
 
 
 def test_no_blocks_are_an_error_at_construction() -> None:

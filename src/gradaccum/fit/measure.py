@@ -12,14 +12,16 @@ from torch import Tensor
 from gradaccum.fit.borrowed_model import SavedBeforeWriting, borrowed, sharing_memory
 from gradaccum.fit.probe import Probe, sizes_to_accumulate
 from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.ways import Way
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.live_bytes import measured_peak
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 
+_ALONE = Way()
 _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 
 
-def measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+def measure(workload: Workload, found: SizeModel, *, max_seconds: float, way: Way = _ALONE) -> None:
     """Adds to ``found`` what its sizes take, the smallest first, as long as they should fit and time is left."""
     run = _Measurement(workload=workload, found=found, max_seconds=max_seconds)
     saved = SavedBeforeWriting([t for model in workload.models for t in [*model.parameters(), *model.buffers()]])
@@ -27,7 +29,7 @@ def measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None
     def own(tensor: Tensor) -> Tensor:  # a loss function may write its micro-batch
         return tensor.detach().to(workload.device, copy=True).requires_grad_(tensor.requires_grad)
 
-    with borrowed(workload.models, workload.optimizers, sharing_memory):
+    with borrowed(workload.models, workload.optimizers, sharing_memory), way.held(workload):
         with measured_peak(workload.device) as meter:
             probe = Probe(workload, workload.device, found, own, meter)
             with saved:

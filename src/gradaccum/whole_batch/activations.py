@@ -23,13 +23,13 @@ transformer layer. Where blocks nest, that level is taken with the least, counte
 Layers over the batch meet nobody while they are run again: they take what their forward had got (`batch_norm.exact`).
 Other state is the same in both runs: random draws by torch, and buffers here. The second run gets copies of what the
 first one found, so spectral norm computes the same weight again and running statistics advance once. Buffers of more
-than `ALWAYS_COPIED` elements are taken to stay as they are. Layers of Transformers that can checkpoint themselves are
-told to, since they leave their key-value caches out then, which a second run would append to.
+than `ALWAYS_COPIED` elements are taken to stay as they are. Layers of Transformers get no key-value cache, which a
+second run would append to.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +51,7 @@ logger = logging.getLogger("gradaccum")
 MIN_BYTES = 1 << 16
 AHEAD_BYTES = 1 << 28  # on their way back before they are wanted: a few layers' worth
 _MAX_LOOKED_AT = 64
+_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})  # parameters of Transformers' layers
 
 
 class Transfer(Protocol):
@@ -85,8 +86,10 @@ class HostMemory:
         *,
         min_bytes: int = MIN_BYTES,
         ahead_bytes: int = AHEAD_BYTES,
+        types: Sequence[type[Tensor]] = (Tensor, nn.Parameter),
     ) -> None:
         self._transfer = transfer
+        self._types = types
         self._min_bytes = min_bytes
         self._ahead_bytes = ahead_bytes
         stay = [
@@ -106,7 +109,7 @@ class HostMemory:
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept for a saved tensor."""
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        if tensor.layout is not torch.strided or type(tensor) not in self._types:
             return tensor
         storage = tensor.untyped_storage()
         # An expanded tensor is larger than its memory: a copy would be, too.
@@ -205,23 +208,20 @@ def recomputed(models: Sequence[nn.Module], *, is_exact: bool = False) -> Iterat
     Raises:
         UnsupportedError: there are no blocks.
     """
-    blocks = set(find_blocks(models))
     with ExitStack() as undone:
-        for module in dict.fromkeys(module for model in models for module in model.modules()):
-            run = functools.partial(_checkpointed, module, is_exact)
-            if hasattr(module, "gradient_checkpointing"):  # of Transformers; models look at theirs, too
-                undone.enter_context(_set(module, gradient_checkpointing=True, _gradient_checkpointing_func=run))
-            elif module in blocks:
-                # On the instance, past hooks, which stay outside.
-                undone.enter_context(_set(module, forward=functools.partial(run, module.forward)))
+        for block in find_blocks(models):
+            # On the instance, past hooks, which stay outside.
+            undone.enter_context(_set(block, forward=_Again(block, is_exact)))
         yield
 
 
 @contextmanager
 def waiting(
-    models: Sequence[nn.Module], activations: Activations, device: torch.device, *, transfer: Transfer | None = None
+    models: Sequence[nn.Module], activations: Activations, device: torch.device, *, memory: HostMemory | None = None
 ) -> Iterator[None]:
     """Context manager in which micro-batches run forward and backward with their activations where they are to wait.
+
+    The host is that of the device, or ``memory``.
 
     Raises:
         UnsupportedError: they are to be recomputed, and the models have no blocks.
@@ -230,21 +230,17 @@ def waiting(
         if activations == "recompute":
             held.enter_context(recomputed(models))
         elif activations == "host":
-            memory = host_memory(models, device, transfer)
+            memory = host_memory(models, device) if memory is None else memory
             held.enter_context(nullcontext() if memory is None else memory.held())
         yield
 
 
-def host_memory(
-    models: Sequence[nn.Module], device: torch.device, transfer: Transfer | None = None
-) -> HostMemory | None:
+def host_memory(models: Sequence[nn.Module], device: torch.device) -> HostMemory | None:
     """The host as a place for what is saved on a device; None where it is the device."""
-    if transfer is None and device.type == "cuda":
-        transfer = CudaTransfer(device)
-    if transfer is None:
-        logger.info('activations="host" changes nothing here: the model is on the %s already', device.type)
-        return None
-    return HostMemory(models, transfer)
+    if device.type == "cuda":
+        return HostMemory(models, CudaTransfer(device))
+    logger.info('activations="host" changes nothing here: the model is on the %s already', device.type)
+    return None
 
 
 @contextmanager
@@ -260,11 +256,36 @@ def _set(module: nn.Module, **attributes: Any) -> Iterator[None]:
         module.__dict__.update(before)
 
 
-def _checkpointed(block: nn.Module, is_exact: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+class _Again:
+    """The forward of a block, of which only the inputs are kept."""
 
-    again = _BuffersOfBefore(block, is_exact)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+    def __init__(self, block: nn.Module, is_exact: bool) -> None:
+        self._block, self._forward, self._is_exact = block, block.forward, is_exact
+        names = enumerate(inspect.signature(block.forward).parameters)
+        self._caches = {key for at, name in names if name in _CACHES for key in (at, name)}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+
+        given = {at: value for at, value in (*enumerate(args), *kwargs.items()) if at in (self._caches | _CACHES)}
+        for at, value in given.items():
+            if hasattr(value, "get_seq_length"):
+                given[at] = self._without(value)
+        args = tuple(given.get(at, value) for at, value in enumerate(args))
+        kwargs = {name: given.get(name, value) for name, value in kwargs.items()}
+        again = _BuffersOfBefore(self._block, self._is_exact)
+        return checkpoint(
+            self._forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs
+        )
+
+    def _without(self, cache: Any) -> None:
+        length = cache.get_seq_length()
+        if length:
+            raise UnsupportedError(
+                f'activations="recompute" runs a {type(self._block).__name__} again in the backward, and its key-value '
+                f"cache has {length} tokens before its own: the second run would append to it once more, and without "
+                'it the model is another one. Use activations="host", or leave the cache out.'
+            )
 
 
 class _BuffersOfBefore:
