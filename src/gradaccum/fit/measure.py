@@ -23,7 +23,7 @@ _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 
 def measure(workload: Workload, found: SizeModel, *, max_seconds: float, way: Way = _ALONE) -> None:
     """Adds to ``found`` what its sizes take, the smallest first, as long as they should fit and time is left."""
-    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds)
+    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds, way=way)
     saved = SavedBeforeWriting([t for model in workload.models for t in [*model.parameters(), *model.buffers()]])
 
     def own(tensor: Tensor) -> Tensor:  # a loss function may write its micro-batch
@@ -44,6 +44,7 @@ class _Measurement:
     workload: Workload
     found: SizeModel
     max_seconds: float
+    way: Way
     start: float = field(default_factory=time.perf_counter)
     last: tuple[int, float] = (1, 0.0)  # the size that was run last, and its seconds
 
@@ -61,9 +62,9 @@ class _Measurement:
                 found.sizes.append(between)
 
     def take_times(self, probe: Probe) -> None:
-        """Times the sizes that have been run and fit, small ones first."""
+        """Times the sizes that have been run and fit, small ones first; of other ways, which have less time, last."""
         found = self.found
-        for size in sorted(found.sizes):
+        for size in sorted(found.sizes, reverse=self.way != _ALONE):
             is_whole = size == found.rows
             peak = found.whole if is_whole else found.peaks.get(size)
             if peak is None or (found.memory is not None and found.resident_bytes + peak > found.memory):
