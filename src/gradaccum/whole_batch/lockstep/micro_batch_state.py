@@ -56,7 +56,7 @@ def carry_thread_state(device: torch.device) -> Callable[[Callable[[], Result]],
     def run(function: Callable[[], Result]) -> Result:
         # Has torch set this thread's number of OpenMP threads to that of `torch.set_num_threads`. It does so before its
         # own parallel loops, not before oneDNN's: a convolution would start as many as there are cores, and wait for
-        # them: batch_norm="exact" took 1.5 to 1.6 of the processor time of "micro" instead of 1.3 (32 channels, 2 cores).
+        # them: "exact" took 1.5 to 1.6 of the processor time of "micro" instead of 1.3 (32 channels, two cores).
         torch.get_num_threads()
         torch._GLOBAL_DEVICE_CONTEXT.device_context = device_context
         with ExitStack() as held:
