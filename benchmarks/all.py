@@ -67,6 +67,7 @@ RUNS = (
     Run(name="lockstep", quick="--rounds 2"),
     Run(name="first_check", quick="--rounds 1"),
     Run(name="chunked_head", quick="--quick --rounds 1"),
+    Run(name="ways", quick="--quick", needs=("transformers",)),
     Run(name="sample_randomness", quick="--quick --rounds 1"),
     Run(name="trainers", quick='--kinds "masked LM" --heads Bert', needs=("transformers",)),
     Run(name="precision"),

@@ -4,9 +4,10 @@
                                       [--samples 16] [--chunk 64] [--rounds 5] [--json FILE]
 
 An embedding, blocks of two layers and a head train on cross entropy. The batch runs in one piece and in pieces of one
-sample; each with the head in one piece, in chunks by this library, and in chunks by torch (2.13). An update without the
-optimizer's step is timed; peak memory, counted in a run of its own, is what the update takes besides what is there
-before: gradients, activations, temporaries. Gradients are compared with those of the batch in one piece.
+sample; each with the head in one piece, in chunks by this library, in chunks by torch (2.13), and in chunks with the
+blocks recomputed. An update without the optimizer's step is timed; peak memory, counted in a run of its own, is what
+the update takes besides what is there before: gradients, activations, temporaries. Gradients are compared with those of
+the batch in one piece.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ def main() -> None:
         for name, loss in losses(arguments.chunk).items():
             step = ga.TrainStep(model, optimizer, loss, micro_batch_size=size)
             loops[f"{pieces}, {name}"] = lambda step=step: step(batch)
+        options: dict[str, Any] = {"micro_batch_size": size, "activations": "recompute"}
+        again = ga.TrainStep(model, optimizer, losses(arguments.chunk)["chunks"], **options)
+        loops[f"{pieces}, chunks, recomputed"] = lambda step=again: step(batch)
 
     gradients = {name: gradient_of(model, optimizer, loop) for name, loop in loops.items()}
     whole = next(iter(gradients.values()))

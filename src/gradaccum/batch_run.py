@@ -69,6 +69,7 @@ class BatchRun:
                 'batch ("sample"), the same however the batch is cut, or torch\'s next numbers ("torch").'
             )
         self._accumulation, self._split, self._max_rows = accumulation, split, max_rows
+        self._model, self._models, self._options = model, models, options
         self._weights = options.weights
         self.inside: Callable[[int, int], None] | None = None
         to_check = StepToCheck(
@@ -112,7 +113,7 @@ class BatchRun:
                 split,
                 accumulation,
                 by_time=options.batch_loss is None and not options.is_lockstep,
-                advice=ADVICE if options.is_lockstep else "",
+                advise=self._advise,
                 agree=bool if accumulation.ranks is None else accumulation.ranks.agree,
             )
 
@@ -138,6 +139,27 @@ class BatchRun:
             batch,
             lambda pieces, ran: self._run_pieces(batch, pieces, totals=totals, ran=ran, is_final=fitting.is_settled),
         )
+
+    def _advise(self, batch: Any) -> str:
+        """What to do where not even a single sample of a batch fits."""
+        options = self._options
+        if options.is_lockstep:
+            return ADVICE
+        if self._accumulation.ranks is not None:  # others would not run what is tried here
+            return ""
+        from gradaccum.fit.planner import first_that_fits
+        from gradaccum.fit.workload import Workload
+
+        workload = Workload.checked(
+            self._model,
+            options.loss_fn,
+            batch,
+            forward=options.forward,
+            batch_loss=options.batch_loss,
+            optimizer=self._accumulation.optimizers,
+            split=self._split,
+        )
+        return first_that_fits(workload)
 
     def _run_pieces(
         self,

@@ -119,8 +119,8 @@ class ReplayError(GradAccumError, RuntimeError):
 class DoesNotFitError(GradAccumError, MemoryError):
     """One sample alone runs out of memory, so no micro-batch size can help.
 
-    Remedy: `ga.chunked_head`, ``torch.utils.checkpoint`` or FSDP2: a sample cannot be cut. See `ga.plan` for what
-    takes the memory.
+    Remedy: Type the line that the message names: ``activations="recompute"``, `ga.chunked_head`. Where it names none,
+    FSDP2 or shorter samples: a sample cannot be cut. `ga.plan` says what takes the memory.
     """
 
 

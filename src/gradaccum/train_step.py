@@ -68,8 +68,8 @@ class TrainStep(HasCounts):
             samples. Running statistics advance once an update.
         lockstep: runs the micro-batches side by side, so that `gather` in the model's code sees the whole batch. Each
             then draws random numbers from a stream of its own, seeded from the CPU's.
-        activations: in lockstep the activations of the whole batch wait for the backward: on the "device", on the
-            "host", or not at all: "recompute" runs the model's repeated blocks again.
+        activations: where those of a micro-batch, in lockstep of the whole batch, wait for the backward: on the
+            "device", on the "host", or not at all: "recompute" runs the model's repeated blocks again.
         weights: ``weights(batch)`` counts what the means of the loss are taken over: a number for one loss, a dict by
             name for several terms. It is called with the whole batch and with each micro-batch. Needed where several
             terms are means over different things.

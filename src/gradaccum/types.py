@@ -17,7 +17,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 Activations = Literal["device", "host", "recompute"]
 Randomness = Literal["torch", "sample"]
-"""Where the activations of a batch in lockstep wait for the backward."""
+"""Where activations wait for the backward."""
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""

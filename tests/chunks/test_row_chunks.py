@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradaccum as ga
+from gradaccum.gradients.fused.backward import FusedBackward
+from gradaccum.gradients.fused.choice import choice_of
+from gradaccum.gradients.graph import read_graph
 from gradaccum.memory.live_bytes import LiveBytes
 from oracle import EXACT, SINGLE
 
@@ -465,3 +468,34 @@ def test_in_single_precision() -> None:
     chunks = ga.chunked(lambda rows, labels: loss(head, rows, labels), hidden, labels, size=7)
     found = gradients(chunks, [hidden, *head.parameters()])
     assert_close([one.double() for one in found], wanted, SINGLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_are_added_where_the_window_adds_up(dtype: torch.dtype) -> None:
+    """In one pass, with the factor of the backward; what has several factors is left to torch."""
+    torch.manual_seed(0)
+    head, criterion = nn.Linear(8, 50, bias=False).to(dtype), ga.criterion(nn.CrossEntropyLoss())
+    head.weight.grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden, labels = torch.randn(3, 7, 8, dtype=dtype), torch.randint(50, (3, 7))
+    fused = FusedBackward([head.weight], choice_of(True))  # type: ignore[arg-type]
+    rows, expected = hidden.double(), head.weight.detach().double().requires_grad_()
+    for factor in (1.0, 0.5, 3.0):
+        loss = ga.chunked(lambda rows, labels: criterion(head(rows), labels), hidden, labels, size=4)
+        before = head.weight.grad
+        graph = read_graph([loss.root])
+        plan = fused.plan([loss.root], None, graph)
+        assert plan is not None
+        assert list(plan.in_place) == [head.weight]
+        assert fused.run((loss.root,), (torch.full_like(loss.root, factor),), None, graph)
+        assert before is None or head.weight.grad is before
+        whole = F.cross_entropy((rows @ expected.t()).flatten(0, 1), labels.flatten(), reduction="sum")
+        (factor * whole).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == head.weight.grad_dtype
+    rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (0.05, 0.1)
+    torch.testing.assert_close(head.weight.grad.double(), expected.grad, rtol=rtol, atol=atol)
+    terms = ga.chunked(
+        lambda rows, labels: {"a": criterion(head(rows), labels), "b": criterion(head(rows), labels)},
+        hidden, labels, size=4,
+    )  # fmt: skip
+    assert fused.plan([term.root for term in terms.values()], None, read_graph([terms["a"].root])) is None

@@ -72,6 +72,18 @@ def costs() -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("name", TEXTS)
+def test_one_sample_too_large_is_the_result_on_file(name: str) -> None:
+    loops = results("chunked_head")["loops"]
+    ways = (
+        "whole batch, one piece",
+        *(f"pieces of one, {way}" for way in ("one piece", "chunks", "chunks, recomputed")),
+    )
+    for way in ways:
+        peak, ratio = loops[way]["peak_bytes"] / 2**20, loops[way]["processor_ratio"]
+        assert f"|{peak:,.0f}|{ratio:.2f}|" in TEXTS[name], way
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_the_costs_are_the_results_on_file(name: str) -> None:
     rows = re.findall(r"^\|.*\| (\d\.\d\d) \| \*\*(\d\.\d\d)\*\* \|", TEXTS[name], re.MULTILINE)
     assert rows == [(f"{textbook:.2f}", f"{ours:.2f}") for textbook, ours in costs()]

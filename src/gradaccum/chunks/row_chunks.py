@@ -279,6 +279,14 @@ class _Held:
     def __init__(self, gradients: list[list[Tensor | None]]) -> None:
         self._gradients: list[list[Tensor | None]] | None = gradients
 
+    def take_one(self, i: int) -> Tensor | None:
+        """Takes the gradient of an input out, of the only term."""
+        if self._gradients is None:
+            return None  # the backward itself will say that it has run before
+        (gradients,) = self._gradients
+        gradient, gradients[i] = gradients[i], None
+        return gradient
+
     def take(self) -> list[list[Tensor | None]]:
         gradients, self._gradients = self._gradients, None
         if gradients is None:
@@ -296,6 +304,7 @@ class _HandOver(Function):
     @staticmethod
     def forward(ctx: Any, held: _Held, totals: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.held = held
+        ctx.take_gradient = held.take_one  # for `gradients.fused`, which adds it where the window adds up
         ctx.set_materialize_grads(False)
         return tuple(total.clone() for total in totals)
 

@@ -30,11 +30,16 @@ def run_plan(target: str, *, memory: str | None, estimate: bool, device: str | N
     )
     fits = plan.micro_batch_size is not None
     notes = (words.memory(plan), *(f"Note: {note}" for note in plan.notes))
+    of_ways = [tuple(Cell(text=line.strip()) for line in words.ways(plan))] if words.ways(plan) else []
     page = Page(
         title=f"{_TITLE}: {target}",
         table=_table(plan),
         lead=Cell(text=plan.advice, tone=Tone.GOOD if fits else Tone.BAD),
-        sections=(*_own_size(plan, job.micro_batch_size), tuple(Cell(text=note, tone=Tone.QUIET) for note in notes)),
+        sections=(
+            *of_ways,
+            *_own_size(plan, job.micro_batch_size),
+            tuple(Cell(text=note, tone=Tone.QUIET) for note in notes),
+        ),
     )
     show_page(page, html)
     return fits

@@ -11,10 +11,12 @@ import torch
 from gradaccum.fit.borrowed_model import borrowed
 from gradaccum.fit.probe import Probe
 from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.ways import Way, WorkCounter
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.fakes import AsOnCuda, WithWorkspaces, fake_input, fake_mode, fake_of
 from gradaccum.memory.live_bytes import LiveBytes
 
+_ALONE = Way()
 _CUDA_BLOCK_BYTES = 512
 _OFF_THE_LINE = 0.01  # by how much a size in the middle may be, for the line to be taken as straight
 _AS_EXPECTED = 0.001
@@ -31,8 +33,10 @@ def is_cuda_elsewhere(device: torch.device, target: torch.device) -> bool:
     return target.type == "cuda" and device.type == "cpu"
 
 
-def estimate(workload: Workload, found: SizeModel, *, target: torch.device) -> None:
+def estimate(workload: Workload, found: SizeModel, *, target: torch.device, way: Way = _ALONE) -> None:
     """Adds to ``found`` the peaks of a few sizes, and of all where memory turns out not to be affine in the size.
+
+    And the work of a sample, where there is a budget to be fitted into.
 
     Fake tensors are on the workload's device and stand for those of ``target``. Sizes about which the budget decides
     are run as well. What the model raises when it is shown tensors without data passes through.
@@ -42,11 +46,22 @@ def estimate(workload: Workload, found: SizeModel, *, target: torch.device) -> N
     own = functools.partial(fake_input, mode=mode, device=device)
     kernels = AsOnCuda() if is_cuda_elsewhere(device, target) else nullcontext()
     meter = LiveBytes(rounded_to=block_bytes(target))
-    with borrowed(workload.models, workload.optimizers, stand_in), mode, WithWorkspaces(), kernels, meter:
+    with (
+        borrowed(workload.models, workload.optimizers, stand_in),
+        mode,
+        WithWorkspaces(),
+        kernels,
+        meter,
+        way.held(workload, is_fake=True),
+    ):
         probe = Probe(workload, target, found, own, meter)
-        _take_peaks(found, probe, probe.warm_up())
+        accumulated = probe.warm_up()
+        _take_peaks(found, probe, accumulated)
         if found.memory is not None:
             _correct_the_largest(found, probe, found.memory)
+            with WorkCounter() as work:
+                probe.run(accumulated[0])
+            found.work = work.count / accumulated[0]
 
 
 def _take_peaks(found: SizeModel, probe: Probe, accumulated: Sequence[int]) -> None:

@@ -12,22 +12,24 @@ from torch import Tensor
 from gradaccum.fit.borrowed_model import SavedBeforeWriting, borrowed, sharing_memory
 from gradaccum.fit.probe import Probe, sizes_to_accumulate
 from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.ways import Way
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.live_bytes import measured_peak
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 
+_ALONE = Way()
 _FOR_PEAKS = 0.6  # of the time, at most: the rest is for timing
 
 
-def measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+def measure(workload: Workload, found: SizeModel, *, max_seconds: float, way: Way = _ALONE) -> None:
     """Adds to ``found`` what its sizes take, the smallest first, as long as they should fit and time is left."""
-    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds)
+    run = _Measurement(workload=workload, found=found, max_seconds=max_seconds, way=way)
     saved = SavedBeforeWriting([t for model in workload.models for t in [*model.parameters(), *model.buffers()]])
 
     def own(tensor: Tensor) -> Tensor:  # a loss function may write its micro-batch
         return tensor.detach().to(workload.device, copy=True).requires_grad_(tensor.requires_grad)
 
-    with borrowed(workload.models, workload.optimizers, sharing_memory):
+    with borrowed(workload.models, workload.optimizers, sharing_memory), way.held(workload):
         with measured_peak(workload.device) as meter:
             probe = Probe(workload, workload.device, found, own, meter)
             with saved:
@@ -42,6 +44,7 @@ class _Measurement:
     workload: Workload
     found: SizeModel
     max_seconds: float
+    way: Way
     start: float = field(default_factory=time.perf_counter)
     last: tuple[int, float] = (1, 0.0)  # the size that was run last, and its seconds
 
@@ -59,9 +62,9 @@ class _Measurement:
                 found.sizes.append(between)
 
     def take_times(self, probe: Probe) -> None:
-        """Times the sizes that have been run and fit, small ones first."""
+        """Times the sizes that have been run and fit, small ones first; of other ways, which have less time, last."""
         found = self.found
-        for size in sorted(found.sizes):
+        for size in sorted(found.sizes, reverse=self.way != _ALONE):
             is_whole = size == found.rows
             peak = found.whole if is_whole else found.peaks.get(size)
             if peak is None or (found.memory is not None and found.resident_bytes + peak > found.memory):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from gradaccum.errors import WindowError
 from gradaccum.fit.size_model import Curve, in_words
+from gradaccum.fit.ways import FittingWay
 from gradaccum.report.plots import Mark, Panel, Series, draw
 
 _WIDTH = 80
 _CURVE_POINTS = 100
+_MOST_WAYS = 3
 _X_LABEL = "samples in a micro-batch"
 HEADS = ("micro-batch", "pieces", "peak", "fits", "seconds", "samples/s")
 
@@ -66,6 +68,8 @@ class Plan:
         largest_micro_batch_size: the largest that fits; None where none does.
         rows: one for each size looked at, small ones first.
         breakdown: what the peak is made of.
+        ways: every way that fits, those that cost least first: micro-batches alone, and with chunks of the head,
+            recomputed blocks, activations on the host. Empty where the batch fits in one piece, or there is no budget.
         notes: what to know of how this came about.
     """
 
@@ -77,6 +81,7 @@ class Plan:
     largest_micro_batch_size: int | None
     rows: tuple[Row, ...]
     breakdown: Breakdown
+    ways: tuple[FittingWay, ...] = ()
     notes: tuple[str, ...] = ()
     _curve: Curve = field(repr=False)
 
@@ -94,7 +99,7 @@ class Plan:
     def advice(self) -> str:
         """What to do, in a few sentences: nothing, take a size, or something else than accumulation."""
         if self.micro_batch_size is None:
-            return _nothing_fits(self)
+            return f"{_nothing_fits(self)}{_first_way(self)}"
         return (_whole_fits if self.whole_batch_fits else _a_size_fits)(self, self.row(self.micro_batch_size))
 
     def peak_bytes(self, micro_batch_size: int) -> int:
@@ -140,8 +145,10 @@ class Plan:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + mark
             for row, mark in zip(rows, marks, strict=True)
         ]
-        paragraphs = [memory(self), self.advice, *(f"Note: {note}" for note in self.notes)]
-        return "\n\n".join([title(self), "\n".join(lines), *(textwrap.fill(one, _WIDTH) for one in paragraphs)])
+        above, below = [memory(self), self.advice], [f"Note: {note}" for note in self.notes]
+        filled = [[textwrap.fill(one, _WIDTH) for one in paragraphs] for paragraphs in (above, below)]
+        found = ["\n".join(ways(self))] if ways(self) else []
+        return "\n\n".join([title(self), "\n".join(lines), *filled[0], *found, *filled[1]])
 
 
 def title(plan: Plan) -> str:
@@ -174,6 +181,35 @@ def memory(plan: Plan) -> str:
     fixed = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items() if size > 0)
     step = f" The optimizer's step needs {in_words(parts.optimizer_step)} for a moment." if parts.optimizer_step else ""
     return f"Memory: {fixed}; and {in_words(parts.activations_per_sample)} a sample.{step}"
+
+
+def ways(plan: Plan) -> list[str]:
+    """The cheapest ways that fit, two lines each: what it costs, what to type; none where there is no choice."""
+    best = list(plan.ways[:_MOST_WAYS])
+    if len(best) < (1 if plan.micro_batch_size is None else 2):
+        return []
+    lines = [line for way in best for line in (_way(way, best[0]), f"    {way.line}")]
+    return ["Ways that fit, the cheapest first:", *lines]
+
+
+def _way(way: FittingWay, best: FittingWay) -> str:
+    if way.seconds is not None:
+        cost = f"{way.seconds:.3g} s an update, measured"
+        if best.seconds and way is not best:
+            cost += f", {way.seconds / best.seconds:.2f} of the first"
+    elif way.work is not None:
+        cost = f"estimated {way.work:.2f} of the time, by products"
+    else:
+        cost = "not timed"
+    copies = ", and copies" if way.copies and way.seconds is None else ""
+    return f"  {way.words}: {in_words(way.peak_bytes)}, {cost}{copies}"
+
+
+def _first_way(plan: Plan) -> str:
+    if not plan.ways:
+        return ""
+    way = next(iter(plan.ways))
+    return f" The first way that fits is {way.words}, with {_of_budget(plan, way.peak_bytes)}: {way.line}"
 
 
 def _a_size_fits(plan: Plan, chosen: Row) -> str:

@@ -17,7 +17,8 @@ from gradaccum.errors import UnsupportedError, WindowError
 from gradaccum.fit.estimate import block_bytes, estimate, is_cuda_elsewhere
 from gradaccum.fit.measure import measure
 from gradaccum.fit.plan_result import Breakdown, Plan, Row
-from gradaccum.fit.size_model import SizeModel
+from gradaccum.fit.size_model import SizeModel, in_words
+from gradaccum.fit.ways import FittingWay, Way, explored, ways_besides
 from gradaccum.fit.workload import Workload
 from gradaccum.memory.available import available_bytes
 from gradaccum.memory.fakes import can_be_faked
@@ -29,6 +30,7 @@ from gradaccum.window.option_names import explains_arguments
 logger = logging.getLogger(__name__)
 
 MEASURE, ESTIMATE = "measure", "estimate"
+_ALONE = Way()
 _MOST_SIZES = 12
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 _PREFIXES = {
@@ -56,6 +58,9 @@ def plan(
 ) -> Plan:
     """Finds out what fits into memory, and what is fastest.
 
+    Where the batch does not fit in one piece, micro-batches are planned with chunks of the head, with recomputed blocks
+    and with activations on the host as well, as far as the model has such, and ``plan.ways`` has those that fit.
+
     The peak of an update is a fixed part (parameters, gradients, optimizer state) and what a micro-batch of n samples
     adds, which is affine in n: a few sizes give the rest. Model, buffers, optimizer, gradients and random state are
     left as they were.
@@ -76,7 +81,7 @@ def plan(
         device: for estimates, the device to estimate for, such as "cuda" on a machine that has none; by default the
             model's own, and "cuda" for a model on the meta device.
         dataset_size: samples of an epoch, to tell its updates.
-        max_seconds: about how long to measure.
+        max_seconds: about how long to measure; half of it goes to other ways than micro-batches, where there are some.
 
     Raises:
         WindowError: a size or an option that is none.
@@ -123,7 +128,12 @@ def plan(
         try:
             found = _size_model(elsewhere, target, sizes, memory=budget, looks_between=looks_between)
             estimate(elsewhere, found, target=target)
-            return _assembled(found, target, method, [*notes, *note], dataset_size)
+
+            def estimate_way(sizes: SizeModel, way: Way) -> None:
+                estimate(elsewhere, sizes, target=target, way=way)
+
+            ways, of_ways = _ways(elsewhere, found, target, estimate_way)
+            return _assembled(found, target, method, [*notes, *note, *of_ways], dataset_size, ways)
         except Exception as error:  # noqa: BLE001  # anything may come of tensors without data; a real mistake comes again
             failure, reason = error, (str(error) or repr(error)).splitlines()[0]
         logger.info("no estimate is possible, measuring instead: %s", reason)
@@ -134,8 +144,49 @@ def plan(
             f"passed, its forward needs tensors with data, and the model has to be made for real. {' '.join(notes)}"
         ) from failure
     found = _size_model(workload, workload.device, sizes, memory=budget, looks_between=looks_between)
-    _measure(workload, found, max_seconds=max_seconds)
-    return _assembled(found, workload.device, MEASURE, notes, dataset_size)
+    others = ways_besides(workload, workload.device)
+    _measure(workload, found, max_seconds=max_seconds / 2 if others else max_seconds)
+
+    def measure_way(sizes: SizeModel, way: Way) -> None:
+        _measure(workload, sizes, max_seconds=max_seconds / 2 / len(others), way=way)
+
+    ways, of_ways = _ways(workload, found, workload.device, measure_way)
+    return _assembled(found, workload.device, MEASURE, [*notes, *of_ways], dataset_size, ways)
+
+
+def _ways(
+    workload: Workload, found: SizeModel, target: torch.device, run: Callable[[SizeModel, Way], None]
+) -> tuple[tuple[FittingWay, ...], list[str]]:
+    """The ways that fit; no others than micro-batches are looked at where the batch fits in one piece."""
+    if found.memory is None or found.largest() == found.rows:
+        return (), []
+    return explored(workload, found, ways_besides(workload, target), run)
+
+
+def first_that_fits(workload: Workload) -> str:
+    """The first way in which a single sample should fit into what the device has left; empty where none is found.
+
+    It is estimated, since memory has run out already.
+    """
+    device = workload.device
+    left = available_bytes(device)
+    if left is None or not can_be_faked(device):
+        return ""
+    memory = left + _bytes_in_use(workload)
+    for way in ways_besides(workload, device):
+        try:
+            sizes = _size_model(workload, device, [1], memory=None, looks_between=False)
+            estimate(workload, sizes, target=device, way=way)
+        except Exception as error:  # noqa: BLE001  # the error that memory ran out is the one to be told
+            logger.info("%s: not estimated: %s", way.words, error)
+            continue
+        peak = sizes.curve().at(1)
+        if peak <= memory:
+            return (
+                f"By an estimate the first way in which one sample fits is {way.words}, with {in_words(peak)} of "
+                f"{in_words(memory)}: {way.line(1, has_batch_loss=workload.loss_fn is None)}."
+            )
+    return ""
 
 
 def default_sizes(rows: int) -> list[int]:
@@ -199,15 +250,15 @@ def _elsewhere(workload: Workload, device: torch.device | None) -> tuple[Workloa
     return replace(workload, device=torch.device("cpu")), target, [note]
 
 
-def _measure(workload: Workload, found: SizeModel, *, max_seconds: float) -> None:
+def _measure(workload: Workload, found: SizeModel, *, max_seconds: float, way: Way = _ALONE) -> None:
     if found.memory is None and (left := available_bytes(workload.device)) is not None:
         found.memory = left + _bytes_in_use(workload)
     guess = copy.deepcopy(found)
-    measure(workload, found, max_seconds=max_seconds)
+    measure(workload, found, max_seconds=max_seconds, way=way)
     if len(found.peaks) < 2:  # a size or two do not fit: how much they would take can still be estimated
         smallest, guess.memory = min(found.failed), None
         try:
-            estimate(workload, guess, target=workload.device)
+            estimate(workload, guess, target=workload.device, way=way)
         except Exception as error:
             raise UnsupportedError(
                 f"Micro-batches of {smallest} ran out of memory on {workload.device}, so there is nothing to plan "
@@ -254,13 +305,15 @@ def _bytes_in_use(workload: Workload) -> int:
 
 
 def _assembled(
-    found: SizeModel, device: torch.device, method: str, notes: Sequence[str], dataset_size: int | None
+    found: SizeModel,
+    device: torch.device,
+    method: str,
+    notes: Sequence[str],
+    dataset_size: int | None,
+    ways: tuple[FittingWay, ...],
 ) -> Plan:
-    curve, rows, memory = found.curve(), found.rows, found.memory
-    limit = min(found.failed, default=rows + 1)  # from here on nothing fits, whatever is predicted
-    largest = rows if memory is None else curve.largest(memory, rows)
-    if largest is not None:
-        largest = min(largest, limit - 1) or None
+    curve, rows, memory, largest = found.curve(), found.rows, found.memory, found.largest()
+    limit = min(found.failed, default=rows + 1)
     sizes = {*found.sizes, *([largest] if found.looks_between and largest and method == ESTIMATE else [])}
     seconds = found.times.seconds()
     table = tuple(
@@ -296,6 +349,7 @@ def _assembled(
             activations_per_sample=round(curve.bytes_per_sample),
             temporaries=max(0, round(curve.fixed_bytes - found.resident_bytes - found.gradient_bytes)),
         ),
+        ways=ways,
         notes=(*notes, *found.notes),
         _curve=curve,
     )

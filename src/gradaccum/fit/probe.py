@@ -43,7 +43,7 @@ class Probe:
         """Runs once, for gradients and what is made only once; returns the sizes to accumulate with, at least two."""
         found = self.found
         sizes = sizes_to_accumulate(found.sizes, found.rows)
-        sizes, note = first_that_runs(sizes, lambda size: self._prepared(size, is_whole=False)())
+        sizes, note = first_that_runs(sizes, self.run)
         if note:
             found.notes.append(note)
             found.sizes = [size for size in found.sizes if size > 1] or found.sizes
@@ -70,6 +70,10 @@ class Probe:
             self.found.whole = peak
         else:
             self.found.peaks[size] = peak
+
+    def run(self, size: int) -> None:
+        """Runs a size, of which nothing is noted."""
+        self._prepared(size, is_whole=False)()
 
     def take_times(self, size: int, *, is_whole: bool, at_most: float) -> None:
         """Times forward and backward: a few runs, or a single one that takes long."""

@@ -127,12 +127,19 @@ class SizeModel:
     ran: set[int] = field(default_factory=set)  # sizes that were run with real data
     failed: set[int] = field(default_factory=set)  # sizes that ran out of memory
     times: Times = field(default_factory=Times)
+    work: float | None = None  # floating-point operations of products for one sample, where they were counted
     notes: list[str] = field(default_factory=list)  # what the user should know of how this came about
 
     @property
     def resident_bytes(self) -> int:
         """What is there all the time besides gradients."""
         return self.parameters + self.buffers + self.optimizer_state
+
+    def largest(self) -> int | None:
+        """The largest size that fits; None where no size does."""
+        largest = self.rows if self.memory is None else self.curve().largest(self.memory, self.rows)
+        # From a size that ran out of memory on nothing fits, whatever is predicted.
+        return None if largest is None else min(largest, min(self.failed, default=self.rows + 1) - 1) or None
 
     def curve(self) -> Curve:
         """Peak over size, with what is resident.

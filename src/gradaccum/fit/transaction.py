@@ -53,14 +53,14 @@ class Fitting:
     """Runs one batch after another in micro-batches of the fastest size that fits; of the largest without ``by_time``.
 
     Sizes are compared by time only where batches are cut by samples: another split has a budget that the user has
-    chosen, which is kept unless memory runs out. ``advice`` is what else can help where a single sample does not fit.
+    chosen, which is kept unless memory runs out. ``advise`` says what else can help where a single sample does not fit.
     Where there are several processes, ``agree`` tells from whether this one ran out of memory whether any has.
     """
 
     split: Split
     accumulation: Accumulation
     by_time: bool = True
-    advice: str = ""
+    advise: Callable[[Any], str] = lambda batch: ""
     agree: Callable[[bool], bool] = bool
     _has_told: bool = False
     _buffers: ChangingBuffers = field(default_factory=ChangingBuffers)
@@ -223,13 +223,13 @@ class Fitting:
         states = tensors_in([dict(optimizer.state) for optimizer in self.accumulation.optimizers])
         held, trained, state = (in_words(num_bytes(tensors)) for tensors in (parameters, gradients, states))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tree.tensors(batch))
-        what = "a single sample"
+        advice, what = self.advise(batch), "a single sample"
         if failed_rows > 1:
             what = f"{failed_rows} samples, which are one group or piece of the split and stay together,"
         return (
             f"A micro-batch of {what} runs out of memory, so smaller ones cannot help. The batch's tensors are of "
             f"shape {shapes}; parameters {held}, gradients {trained}, optimizer state {state}; the rest are "
-            f"activations and temporaries. {self.advice}{' Otherwise' if self.advice else 'What can help'}: gradient "
+            f"activations and temporaries. {advice}{' Otherwise' if advice else 'What can help'}: gradient "
             "checkpointing (activations), bf16 autocast (activations and temporaries), LoRA or freezing (gradients and "
             "optimizer state), offloading the optimizer state, shorter samples. No update was made, and gradients, "
             f"buffers and random state are as they were. The error was: {message}"

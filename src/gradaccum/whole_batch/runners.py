@@ -135,14 +135,14 @@ class RunnerOptions:
             )
         if self.activations not in get_args(Activations):
             raise WindowError(
-                f"activations={self.activations!r}: in lockstep, what the backward needs waits for it on the device "
+                f"activations={self.activations!r}: what the backward needs waits for it on the device "
                 '("device"), in host memory ("host"), or is computed again ("recompute"). The gradient is the same.'
             )
-        if self.activations != "device" and not self.is_lockstep:
+        if self.activations == "recompute" and isinstance(self.batch_norm, GhostBatch):
             raise WindowError(
-                f"activations={self.activations!r} says where the activations of all micro-batches wait in lockstep, "
-                f"and with batch_norm={self.batch_norm!r} one micro-batch runs after another. Leave it out, or pass "
-                'batch_norm="exact" or lockstep=True.'
+                f'activations="recompute" with batch_norm={self.batch_norm!r}: blocks are run again in the backward, '
+                "where nobody cuts their BatchNorm's samples into groups. Use "
+                'batch_norm="exact", or activations="host".'
             )
 
     def _check_loss_of_micro_batches(self) -> None:
@@ -233,7 +233,8 @@ def choose_runner(
 
         run_one = summable(run_one)
     if not options.is_lockstep:
-        return _scoped(_one_after_another(options, run_one, models, split, ranks), scope)
+        runner = _one_after_another(options, run_one, models, split, ranks)
+        return _scoped(_scoped(runner, _waiting(options, models)), scope)
     # A batch that is not cut needs no lockstep; over processes it runs in lockstep all the same.
     from gradaccum.whole_batch.batch_norm.exact import Whole
     from gradaccum.whole_batch.lockstep.lockstep import Lockstep
@@ -241,7 +242,7 @@ def choose_runner(
     is_exact = options.batch_norm == "exact"
     whole = Whole(models)
     uncut = _one_after_another(options, whole.forward(run_one) if is_exact else run_one, models, split, ranks=None)
-    runner = Lockstep(
+    in_lockstep = Lockstep(
         models=models,
         run_one=run_one,
         batch_loss=options.batch_loss,
@@ -253,7 +254,17 @@ def choose_runner(
         activations=options.activations,
         others=others,
     )
-    return _scoped(runner, scope)
+    return _scoped(in_lockstep, scope)
+
+
+def _waiting(options: RunnerOptions, models: Sequence[nn.Module]) -> Callable[[], AbstractContextManager[None]] | None:
+    if options.activations == "device":
+        return None
+    from gradaccum.whole_batch.activations import find_blocks, waiting
+
+    if options.activations == "recompute":
+        find_blocks(models)  # an error at construction
+    return lambda: waiting(models, options.activations, next(p for model in models for p in model.parameters()).device)
 
 
 def _combination(combine: Combine) -> Combination:

@@ -103,15 +103,17 @@ def _foreign_batch_norms(models: Sequence[nn.Module], roots: Sequence[Tensor]) -
     names = {id(parameter): name for model in models for name, parameter in model.named_parameters()}
     graph = read_graph(roots)
     for node in graph.readers:
+        node: Any
         if node.name() not in _BATCH_NORMS or not getattr(node, "_saved_training", True):
             continue
-        saved: Any = node._saved_input
-        if saved.shape[0] == 1:  # what instance normalisation is computed as
+        # Of its output, which is its input's. What is saved may not be there: a checkpoint would run for it.
+        shape = node._input_metadata[0].shape
+        if shape[0] == 1:  # what instance normalisation is computed as
             continue
         leaf = graph.leaves.get(node.next_functions[1][0]) if len(node.next_functions) > 1 else None
         if (leaf is None and has_bare) or id(leaf) in known:
             continue
-        features = f"a BatchNorm of {saved.shape[1]} features"
+        features = f"a BatchNorm of {shape[1]} features"
         yield f"{features} ({names[id(leaf)]})" if id(leaf) in names else f"{features} that is not among the models"
 
 

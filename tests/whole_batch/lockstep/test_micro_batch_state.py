@@ -2,6 +2,8 @@
 
 import contextvars
 import copy
+import ctypes
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +64,18 @@ def test_all_of_it(is_cached: bool) -> None:
         }
     finally:
         VARIABLE.reset(token)
+
+
+def test_the_number_of_threads_that_libraries_beside_torch_start() -> None:
+    openmp = getattr(ctypes.CDLL(None), "omp_get_max_threads", None)
+    if openmp is None:
+        pytest.skip("this torch has no OpenMP")
+    before, wanted = torch.get_num_threads(), 1 + (os.cpu_count() or 1)  # a new thread has as many as there are cores
+    torch.set_num_threads(wanted)
+    try:
+        assert in_another_thread(openmp) == wanted
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_modes_see_the_other_threads_operations() -> None:

@@ -12,20 +12,18 @@ of all others at every layer. What can be chosen is where they live, or that the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gradaccum import tree
 from gradaccum.errors import BatchError, UnsupportedError
 from gradaccum.types import Activations, Rows, Split, num_rows
+from gradaccum.whole_batch.activations import host_memory, recomputed
 from gradaccum.whole_batch.batch_norm.exact import Exact
-from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from gradaccum.whole_batch.lockstep.conductor import Conductor, Member
 from gradaccum.whole_batch.lockstep.gather import Gathers
 from gradaccum.whole_batch.lockstep.micro_batch_state import (
@@ -41,8 +39,6 @@ from gradaccum.window.over_ranks import OverRanks
 from gradaccum.window.prefetch import on_device
 from gradaccum.window.runner import Ran, Runner
 from gradaccum.window.weights import WeightsFunction, weights_by_name
-
-logger = logging.getLogger("gradaccum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +67,11 @@ class Lockstep:
         ranks = accumulation.ranks
         if ranks is not None:
             self._refuse_over_ranks(ranks, pieces)
-        memory = _host_memory(self.models, device) if self.activations == "host" else None
+        memory = host_memory(self.models, device) if self.activations == "host" else None
         saved = nullcontext if memory is None else memory.held  # around what a thread saves for the backward
         with ExitStack() as held:
             if self.activations == "recompute":
-                held.enter_context(recomputed(find_blocks(self.models)))
+                held.enter_context(recomputed(self.models, is_exact=self.is_exact))
             if len(pieces) == 1 and ranks is None:
                 held.enter_context(saved())
                 self.uncut.run(accumulation, batch, pieces, ran=ran)
@@ -139,10 +135,3 @@ class Lockstep:
             checked.put(piece, samples, result)  # what is wrong with them is found here
         columns = zip(*(tree.tensors(result) for result in results), strict=True)
         return rebuilt(results[0], [self.combination.join(pieces, column) for column in columns])
-
-
-def _host_memory(models: Sequence[nn.Module], device: torch.device) -> HostMemory | None:
-    if device.type == "cuda":
-        return HostMemory(models, CudaTransfer(device))
-    logger.info('activations="host" changes nothing here: the model is on the %s already', device.type)
-    return None

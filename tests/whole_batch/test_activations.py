@@ -1,4 +1,4 @@
-"""Where activations wait in lockstep, counted in live bytes; what is copied to the host, and which blocks are found."""
+"""Where activations wait, counted in live bytes; what is copied to the host, and which blocks are found."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradaccum as ga
 from gradaccum.memory.live_bytes import LiveBytes
-from gradaccum.whole_batch.lockstep.activations import CudaTransfer, HostMemory, find_blocks, recomputed
+from gradaccum.whole_batch.activations import CudaTransfer, HostMemory, find_blocks, recomputed
 from normed import ResNet, assert_like_whole, classes_loss, make_batches, make_network, sgd, trained
 
 # What is left on the device, as a part of what the whole batch takes there; the last two are the issue's.
@@ -48,11 +48,12 @@ class NumpyTransfer:
 def on_other_machine(transfer: NumpyTransfer, *, min_bytes: int, ahead_bytes: int = 0) -> Iterator[None]:
     """``activations="host"`` copies by this, and not by CUDA."""
 
-    def host_memory(models: Sequence[nn.Module], device: torch.device) -> HostMemory:
+    def host_memory(models: Sequence[nn.Module], *_: Any) -> HostMemory:
         return HostMemory(models, transfer, min_bytes=min_bytes, ahead_bytes=ahead_bytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradaccum.whole_batch.lockstep.lockstep._host_memory", host_memory)
+        patch.setattr("gradaccum.whole_batch.lockstep.lockstep.host_memory", host_memory)
+        patch.setattr("gradaccum.whole_batch.activations.host_memory", host_memory)
         yield
 
 
@@ -206,8 +207,115 @@ def test_no_blocks_are_an_error() -> None:
 def test_blocks_are_as_they_were() -> None:
     model = ResNet()
     model.blocks[0].forward = own = model.blocks[0].forward  # type: ignore[method-assign]
-    with recomputed(find_blocks([model])):
+    with recomputed([model]):
         assert model.blocks[0].forward is not own
         assert "forward" in model.blocks[1].__dict__
     assert model.blocks[0].forward is own
     assert "forward" not in model.blocks[1].__dict__
+
+
+# ------------------------------------------------------------------------------------- one after another
+class Stateful(nn.Module):
+    """Blocks whose forward writes buffers, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = [nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)) for _ in range(3)]
+        self.blocks = nn.ModuleList(nn.Sequential(one, nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3)) for one in wide)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def updated(model: nn.Module, batch: Any, **options: Any) -> dict[str, Tensor]:
+    """State after two updates, with random draws from the same seed."""
+    torch.manual_seed(0)
+    step = ga.TrainStep(model, sgd(model), options.pop("loss_fn", classes_loss), **options)
+    for _ in range(2):
+        step(batch)
+    return model.state_dict()
+
+
+FORWARD: dict[str, Any] = {
+    "loss_fn": None,
+    "forward": lambda model, batch: model(batch[0]),
+    "batch_loss": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::gradaccum.GradAccumWarning")  # of spectral norm
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "frozen"}, {"randomness": "sample"}, {"fused": True}, FORWARD])
+def test_blocks_run_again_find_what_the_first_run_found(options: dict[str, Any]) -> None:
+    batch = torch.randn(13, 6, dtype=torch.float64), torch.randint(4, (13,))
+    states: dict[str, dict[str, Tensor]] = {}
+    for activations in ("device", "recompute"):
+        torch.manual_seed(1)
+        model = Stateful().double()
+        states[activations] = updated(model, batch, micro_batch_size=4, activations=activations, check="off", **options)
+    for name, expected in states["device"].items():
+        torch.testing.assert_close(states["recompute"][name], expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::gradaccum.BatchNormWarning")
+def test_peaks_of_one_micro_batch() -> None:
+    transfer = NumpyTransfer()
+    with on_other_machine(transfer, min_bytes=1 << 10):
+        peaks = {kind: peak_of(ROWS, activations=kind, blocks=8) for kind in ("device", "recompute", "host")}
+    device, expected = peaks["device"]
+    assert peaks["recompute"][0] <= 0.5 * device
+    assert peaks["host"][0] <= ON_HOST * device
+    for kind in ("recompute", "host"):
+        for name, parameter in peaks[kind][1].items():
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+def test_models_of_transformers_leave_their_caches_out(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    small: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **small)
+        make = transformers.GPT2LMHeadModel
+    elif kind == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(**sizes, **small)
+        make = transformers.LlamaForCausalLM
+    else:
+        config = transformers.T5Config(
+            d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, **small
+        )
+        make = transformers.T5ForConditionalGeneration
+    batch = {"input_ids": torch.randint(50, (5, 12)), "labels": torch.randint(50, (5, 12))}
+
+    def loss_fn(model: Any, micro_batch: Any) -> ga.Loss:
+        loss = model(**micro_batch, use_cache=True).loss
+        return ga.Loss.mean(loss, over=len(micro_batch["labels"]))
+
+    states: dict[str, dict[str, Tensor]] = {}
+    for activations in ("device", "recompute"):
+        torch.manual_seed(1)
+        model = make(config).double()
+        options: dict[str, Any] = {"loss_fn": loss_fn, "micro_batch_size": 2, "check": "off"}
+        states[activations] = updated(model, batch, activations=activations, **options)
+        assert not any("forward" in vars(module) for module in model.modules())
+    for name, expected in states["device"].items():
+        torch.testing.assert_close(states["recompute"][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_cache_that_is_not_empty_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    ids = torch.randint(50, (2, 5))
+    cache = model(ids).past_key_values
+    with recomputed([model]), pytest.raises(ga.UnsupportedError, match="cache has 5 tokens before its own"):
+        model(ids, past_key_values=cache)
+
+
+def test_no_blocks_are_an_error_at_construction() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ga.UnsupportedError, match="found none"):
+        ga.TrainStep(model, sgd(model), classes_loss, activations="recompute")

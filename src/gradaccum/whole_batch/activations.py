@@ -1,4 +1,6 @@
-"""Where the activations of a batch in lockstep wait for the backward: in the host's memory, or not at all.
+"""Where activations wait for the backward: in the host's memory, or not at all.
+
+One after another, they are one micro-batch's; in lockstep, the whole batch's.
 
 Host (`HostMemory`). Tensors that autograd saves are copied out as they are saved and copied back when the backward
 wants them. On CUDA the copies go to and from pinned memory on a stream of their own: out while the forward goes on, and
@@ -19,26 +21,37 @@ transformer layer. Where blocks nest, that level is taken with the least, counte
     blocks + layers outside of blocks + layers of the largest block
 
 Layers over the batch meet nobody while they are run again: they take what their forward had got (`batch_norm.exact`).
+Other state is the same in both runs: random draws by torch, and buffers here. The second run gets copies of what the
+first one found, so spectral norm computes the same weight again and running statistics advance once. Buffers of more
+than `ALWAYS_COPIED` elements are taken to stay as they are. Layers of Transformers get no key-value cache, which a
+second run would append to.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaccum.errors import UnsupportedError
+from gradaccum.types import Activations
+from gradaccum.window.snapshot import ALWAYS_COPIED
+
+logger = logging.getLogger("gradaccum")
 
 MIN_BYTES = 1 << 16
 AHEAD_BYTES = 1 << 28  # on their way back before they are wanted: a few layers' worth
 _MAX_LOOKED_AT = 64
+_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})  # parameters of Transformers' layers
 
 
 class Transfer(Protocol):
@@ -73,17 +86,20 @@ class HostMemory:
         *,
         min_bytes: int = MIN_BYTES,
         ahead_bytes: int = AHEAD_BYTES,
+        types: Sequence[type[Tensor]] = (Tensor, nn.Parameter),
     ) -> None:
         self._transfer = transfer
+        self._types = types
         self._min_bytes = min_bytes
         self._ahead_bytes = ahead_bytes
-        self._stay = {
-            tensor.untyped_storage().data_ptr()  # of memory that stays taken, so that its address says what it is
+        stay = [
+            tensor.untyped_storage()
             for model in models
             for tensors in (model.parameters(), model.buffers())
             for tensor in tensors
             if tensor.layout is torch.strided
-        }
+        ]
+        self._stay = {id(storage): storage for storage in stay}  # alive, so that no id is used twice
         self._copied: WeakKeyDictionary[UntypedStorage, WeakValueDictionary[Any, Kept]] = WeakKeyDictionary()
         self._order: list[weakref.ref[Kept]] = []
 
@@ -93,11 +109,11 @@ class HostMemory:
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What is kept for a saved tensor."""
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        if tensor.layout is not torch.strided or type(tensor) not in self._types:
             return tensor
         storage = tensor.untyped_storage()
         # An expanded tensor is larger than its memory: a copy would be, too.
-        if not self._min_bytes <= tensor.nbytes <= storage.nbytes() or storage.data_ptr() in self._stay:
+        if not self._min_bytes <= tensor.nbytes <= storage.nbytes() or id(storage) in self._stay:
             return tensor
         copies = self._copied.setdefault(storage, WeakValueDictionary())
         key = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -184,22 +200,120 @@ def find_blocks(models: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Context manager in which these modules keep only their inputs, and run again in the backward."""
-    from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+def recomputed(models: Sequence[nn.Module], *, is_exact: bool = False) -> Iterator[None]:
+    """Context manager in which the blocks of the models keep only their inputs, and run again in the backward.
 
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        # On the instance, past hooks, which stay outside. Not noted as the micro-batch's: set before any runs.
-        block.__dict__["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    With ``is_exact`` BatchNorm layers are `batch_norm.exact`'s, which knows them by their buffers.
+
+    Raises:
+        UnsupportedError: there are no blocks.
+    """
+    with ExitStack() as undone:
+        for block in find_blocks(models):
+            # On the instance, past hooks, which stay outside.
+            undone.enter_context(_set(block, forward=_Again(block, is_exact)))
+        yield
+
+
+@contextmanager
+def waiting(
+    models: Sequence[nn.Module], activations: Activations, device: torch.device, *, memory: HostMemory | None = None
+) -> Iterator[None]:
+    """Context manager in which micro-batches run forward and backward with their activations where they are to wait.
+
+    The host is that of the device, or ``memory``.
+
+    Raises:
+        UnsupportedError: they are to be recomputed, and the models have no blocks.
+    """
+    with ExitStack() as held:
+        if activations == "recompute":
+            held.enter_context(recomputed(models))
+        elif activations == "host":
+            memory = host_memory(models, device) if memory is None else memory
+            held.enter_context(nullcontext() if memory is None else memory.held())
+        yield
+
+
+def host_memory(models: Sequence[nn.Module], device: torch.device) -> HostMemory | None:
+    """The host as a place for what is saved on a device; None where it is the device."""
+    if device.type == "cuda":
+        return HostMemory(models, CudaTransfer(device))
+    logger.info('activations="host" changes nothing here: the model is on the %s already', device.type)
+    return None
+
+
+@contextmanager
+def _set(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of an instance for a while; not by ``setattr``, which lockstep takes for a micro-batch's own."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.__dict__["forward"]
-            else:
-                block.__dict__["forward"] = forward
+        for name in attributes:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+
+
+class _Again:
+    """The forward of a block, of which only the inputs are kept."""
+
+    def __init__(self, block: nn.Module, is_exact: bool) -> None:
+        self._block, self._forward, self._is_exact = block, block.forward, is_exact
+        names = enumerate(inspect.signature(block.forward).parameters)
+        self._caches = {key for at, name in names if name in _CACHES for key in (at, name)}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint  # only here: training without it does not wait for the import
+
+        given = {at: value for at, value in (*enumerate(args), *kwargs.items()) if at in (self._caches | _CACHES)}
+        for at, value in given.items():
+            if hasattr(value, "get_seq_length"):
+                given[at] = self._without(value)
+        args = tuple(given.get(at, value) for at, value in enumerate(args))
+        kwargs = {name: given.get(name, value) for name, value in kwargs.items()}
+        again = _BuffersOfBefore(self._block, self._is_exact)
+        return checkpoint(
+            self._forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs
+        )
+
+    def _without(self, cache: Any) -> None:
+        length = cache.get_seq_length()
+        if length:
+            raise UnsupportedError(
+                f'activations="recompute" runs a {type(self._block).__name__} again in the backward, and its key-value '
+                f"cache has {length} tokens before its own: the second run would append to it once more, and without "
+                'it the model is another one. Use activations="host", or leave the cache out.'
+            )
+
+
+class _BuffersOfBefore:
+    """Context manager in which a block has copies of the buffers that it had when this was made.
+
+    Copies take their places: written back instead, what autograd has saved of the buffers would have changed. It may be
+    entered more than once, as a graph may be read before its backward.
+    """
+
+    def __init__(self, block: nn.Module, is_exact: bool) -> None:
+        self._before = [
+            (module, name, buffer.detach().clone())
+            for module in block.modules()
+            if not (is_exact and isinstance(module, _BatchNorm))
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() <= ALWAYS_COPIED
+        ]
+        self._own: list[Tensor | None] = []
+
+    def __enter__(self) -> None:
+        self._own = [module._buffers[name] for module, name, _ in self._before]
+        for module, name, before in self._before:
+            module._buffers[name] = before.clone()
+
+    def __exit__(self, *raised: object) -> None:
+        for (module, name, _), buffer in zip(self._before, self._own, strict=True):
+            module._buffers[name] = buffer
+        self._own = []
 
 
 def _outermost(module: nn.Module) -> list[nn.Module]:
