@@ -76,13 +76,14 @@ def check_steps(rank: int, world_size: int, how: str) -> list[Any]:
 @pytest.mark.parametrize("how", ["plain", "DDP"])
 def test_all_processes_agree_on_what_was_found(how: str) -> None:
     first, second = results_of(check_steps, 2, how)
-    assert first == second
-    evidence = [one for one in first if isinstance(one, tuple)]
+    evidence, told = ([one for one in found if isinstance(one, tuple)] for found in (first, second))
+    assert evidence == told
     assert {samples for _, samples in evidence} == {13}
     assert all(text.startswith("exact (checked on ") for text, _ in evidence)
-    warned = [one for one in first if isinstance(one, list)]
+    warned, repeated = ([one for one in found if isinstance(one, list)] for found in (first, second))
     assert warned[:2] == [["What Centred (Centred) returns"]] * 2
     assert warned[2:] == [[]]  # with no rows on rank 0 there is nothing to see
+    assert repeated == [[]] * 3  # the first process speaks for all
 
 
 def test_sharded_models_are_not_looked_at_and_it_is_said() -> None:
