@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradaccum.conformance.scenarios import BATCH, MICRO_BATCH, MICRO_BATCHES, Scenario, Trained
+from gradaccum.conformance.scenarios import BATCH, MICRO_BATCH, Scenario, Trained, flat
 
 EXACT = 1e-6
 """Up to this the error is rounding: float32 has 6e-8 of each number, and no mistake of accumulation is so small."""
@@ -34,6 +34,10 @@ _TEXTS = {
     "carry": "the incomplete last window is carried into the next epoch, and what is left at the end is lost",
     "leak": "the gradient of an epoch's incomplete last window stays, and is added to the next epoch's first window",
 }
+_SHARES = {
+    "number": "each process's loss is right for its own share, and the processes' losses are averaged",
+    "none": "each process's loss is right for its own share, and the processes' losses are added up",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +49,10 @@ class Rule:
     schedule: Literal["update", "micro-batch", "window"] = "update"  # window: also where the update was skipped
     loses_gradient: bool = False  # when it is stopped inside of a window
     counts_updates: bool = False  # trains until it has made as many as the whole batch
+    by_share: bool = False  # what is divided is not each micro-batch's loss, but that of a process's whole share
 
     def __str__(self) -> str:
-        texts = [_TEXTS[self.divisor], _TEXTS[self.tail]]
+        texts = [(_SHARES if self.by_share else _TEXTS)[self.divisor], _TEXTS[self.tail]]
         if self.schedule == "micro-batch":
             texts.append("the schedule advances with each micro-batch")
         if self.schedule == "window":
@@ -64,7 +69,7 @@ def whole_batch(scenario: Scenario, dtype: torch.dtype = torch.float64) -> Train
     model, optimizer, scheduler = scenario.start(dtype)
     losses: list[float] = []
     for _ in range(scenario.epochs):
-        for batch in scenario.loader(BATCH, dtype):
+        for batch in scenario.loader(scenario.batch, dtype):
             loss = scenario.loss(model, batch)
             loss.backward()
             limit = math.inf if scenario.clip_norm is None else scenario.clip_norm
@@ -75,7 +80,7 @@ def whole_batch(scenario: Scenario, dtype: torch.dtype = torch.float64) -> Train
                     scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    return Trained(parameters=flat(model), losses=tuple(losses))
+    return Trained(parameters=flat(model.parameters()), losses=tuple(losses))
 
 
 def error_of(scenario: Scenario, made: Trained, right: Trained | None = None) -> float:
@@ -87,7 +92,8 @@ def error_of(scenario: Scenario, made: Trained, right: Trained | None = None) ->
     right = whole_batch(scenario) if right is None else right
     if scenario.compares == "losses":
         return _loss_error(made.losses, right.losses)
-    return float((made.parameters - right.parameters).norm() / (right.parameters - flat(scenario.model)).norm())
+    way = (right.parameters - flat(scenario.model.parameters())).norm()
+    return float((made.parameters - right.parameters).norm() / way)
 
 
 def reason(scenario: Scenario, made: Trained) -> str | None:
@@ -96,7 +102,7 @@ def reason(scenario: Scenario, made: Trained) -> str | None:
         return _reason_of_losses(scenario, made)
     if not torch.isfinite(made.parameters).all():
         return "a gradient that is not finite was applied"
-    start = flat(scenario.model)
+    start = flat(scenario.model.parameters())
     if torch.equal(made.parameters, start):
         return "no update was made"
     way = (made.parameters - start).norm()
@@ -109,15 +115,16 @@ def reason(scenario: Scenario, made: Trained) -> str | None:
 def by_rule(scenario: Scenario, rule: Rule) -> Trained:
     """Trained by a loop over micro-batches with the mistakes of a rule."""
     model, optimizer, scheduler = scenario.start()
-    batches = list(scenario.loader(MICRO_BATCH))
-    missing = scenario.epochs * math.ceil(len(batches) / MICRO_BATCHES)
+    size = BATCH if rule.by_share else MICRO_BATCH
+    batches, in_full = list(scenario.loader(size)), scenario.batch // size
+    missing = scenario.epochs * math.ceil(len(batches) / in_full)
     in_window = seen = epoch = 0  # seen: over all epochs
     while missing > 0 if rule.counts_updates else epoch < scenario.epochs:
         epoch += 1
         for index, batch in enumerate(batches):
-            length = min(MICRO_BATCHES, len(batches) - index // MICRO_BATCHES * MICRO_BATCHES)
+            length = min(in_full, len(batches) - index // in_full * in_full)
             loss = scenario.loss(model, batch)
-            (loss / {"number": MICRO_BATCHES, "seen": length, "none": 1}[rule.divisor]).backward()
+            (loss / {"number": in_full, "seen": length, "none": 1}[rule.divisor]).backward()
             in_window += 1
             seen += 1
             if seen == scenario.stop_after and rule.loses_gradient:
@@ -125,7 +132,7 @@ def by_rule(scenario: Scenario, rule: Rule) -> Trained:
             if scheduler is not None and rule.schedule == "micro-batch":
                 scheduler.step()
             is_last = index + 1 == len(batches)
-            if in_window % MICRO_BATCHES and not (is_last and rule.tail == "step"):
+            if in_window % in_full and not (is_last and rule.tail == "step"):
                 continue
             missing -= 1
             if missing < 0 and rule.counts_updates:
@@ -142,18 +149,13 @@ def by_rule(scenario: Scenario, rule: Rule) -> Trained:
             optimizer.zero_grad()
         if rule.tail in ("drop", "leak"):
             in_window = 0
-    return Trained(parameters=flat(model), losses=None)
-
-
-def flat(model: nn.Module) -> Tensor:
-    """All parameters in one vector, in float64."""
-    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+    return Trained(parameters=flat(model.parameters()), losses=None)
 
 
 def _rules(scenario: Scenario) -> Iterator[Rule]:
     """The simplest first; only those that can make a difference here."""
     rows = len(scenario.data[0])
-    tails: tuple[Tail, ...] = ("step",) if rows % BATCH == 0 else ("step", "drop", "carry", "leak")
+    tails: tuple[Tail, ...] = ("step",) if rows % scenario.batch == 0 else ("step", "drop", "carry", "leak")
     schedules = ("update", "window", "micro-batch") if scenario.decay is not None else ("update",)
     losing = (False, True) if scenario.stop_after is not None else (False,)
     counting = (False, True) if scenario.is_stream else (False,)
@@ -161,20 +163,23 @@ def _rules(scenario: Scenario) -> Iterator[Rule]:
         counting, losing, schedules, tails, ("number", "seen", "none")
     ):
         yield Rule(divisor=divisor, tail=tail, schedule=schedule, loses_gradient=loses, counts_updates=counts)  # type: ignore[arg-type]
+    if scenario.processes > 1:
+        yield from (Rule(divisor="number", by_share=True), Rule(divisor="none", by_share=True))
 
 
 def _reason_of_losses(scenario: Scenario, made: Trained) -> str | None:
     assert made.losses is not None
     windows: list[list[float]] = []  # nothing moves here, so these are each update's
     model, *_ = scenario.start()
+    in_full = scenario.batch // MICRO_BATCH
     for _ in range(scenario.epochs):
         each = [scenario.loss(model, batch).item() for batch in scenario.loader(MICRO_BATCH)]
-        windows += [each[first : first + MICRO_BATCHES] for first in range(0, len(each), MICRO_BATCHES)]
+        windows += [each[first : first + in_full] for first in range(0, len(each), in_full)]
     known = {
         "it is the last micro-batch's loss": [each[-1] for each in windows],
         "it is the mean of the micro-batches' losses": [sum(each) / len(each) for each in windows],
         "it is the sum of the micro-batches' losses, divided by their number in a full window": [
-            sum(each) / MICRO_BATCHES for each in windows
+            sum(each) / in_full for each in windows
         ],
     }
     for text, losses in known.items():

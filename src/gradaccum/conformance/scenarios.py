@@ -20,10 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from gradaccum.conformance.processes import SECONDS, Place, place_of, run_processes
 from gradaccum.errors import GradAccumError
 
 MICRO_BATCH, MICRO_BATCHES = 10, 4
@@ -40,8 +42,13 @@ OPTIONS = {
     "forward": "with batch_loss and combine, for losses over the batch, as gradaccum.TrainStep takes them; or None",
     "batch_loss": "batch_loss(outputs, batch)",
     "combine": '"concat" or "sum"',
+    "processes": "so many processes run the adapter, each with its own share of each batch, in a gloo process group "
+    "that is initialised; the adapter wraps the model itself, e.g. in DistributedDataParallel",
 }
 """What an adapter may have parameters for, besides ``micro_batches`` and ``epochs``."""
+
+SAME_PARAMETERS = 1e-6
+"""Processes that differ by more than this, of the way that parameters went, do not train one model."""
 
 Batch = tuple[Tensor, ...]
 Adapter = Callable[..., "tuple[Iterable[Tensor], Sequence[float] | None]"]
@@ -49,6 +56,10 @@ Adapter = Callable[..., "tuple[Iterable[Tensor], Sequence[float] | None]"]
 
 class AdapterError(GradAccumError, TypeError):
     """An adapter cannot be called, or returned something else than parameters and losses."""
+
+
+class DifferentParametersError(GradAccumError, RuntimeError):
+    """Processes that should have trained one model have trained one each."""
 
 
 class NotOffered(GradAccumError, NotImplementedError):
@@ -79,6 +90,9 @@ class Scenario:
         compares: whether trained parameters are held against the whole batch's, or the losses that are reported.
         has_batch_norm: whether layers couple samples.
         stop_after: micro-batches after which a new process goes on.
+        processes: how many train it. A whole batch has ``processes`` times `BATCH` samples; each process has the
+            micro-batches of its own share of them, and is given the option of that name if there are several.
+        seconds: the deadline of these processes.
         bound: what this library promises in float32; for benchmarks/scenarios.py.
     """
 
@@ -98,11 +112,24 @@ class Scenario:
     compares: Literal["parameters", "losses"] = "parameters"
     has_batch_norm: bool = False
     stop_after: int | None = None
+    processes: int = 1
+    seconds: float = SECONDS
     bound: float = 1e-6
 
-    def loader(self, batch_size: int, dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
-        """The data in order, in batches; a stream has no length."""
-        data = TensorDataset(*(part.to(dtype) if part.is_floating_point() else part for part in self.data))
+    @property
+    def batch(self) -> int:
+        """Samples of a whole batch, of all processes."""
+        return BATCH * self.processes
+
+    def loader(
+        self, batch_size: int, dtype: torch.dtype = torch.float64, *, rank: int | None = None
+    ) -> DataLoader[Any]:
+        """The data in order, or one process's share of them, in batches; a stream has no length."""
+        parts = self.data
+        if rank is not None:
+            own = torch.arange(len(parts[0])) // BATCH % self.processes == rank
+            parts = tuple(part[own] for part in parts)
+        data = TensorDataset(*(part.to(dtype) if part.is_floating_point() else part for part in parts))
         return DataLoader(_Stream(data) if self.is_stream else data, batch_size=batch_size)
 
     def start(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.optim.Optimizer, LambdaLR | None]:
@@ -129,28 +156,64 @@ class Scenario:
         if missing:
             raise NotOffered(f"the adapter has no parameter {', '.join(missing)}")
         with TemporaryDirectory() as folder:
+            call = self._call if self.processes == 1 else self._call_in_processes
             if self.stop_after is not None:
-                self._call(adapter, takes, dtype, {"folder": folder, "stop_after": self.stop_after})
-            made = self._call(adapter, takes, dtype, {} if self.stop_after is None else {"folder": folder})
+                call(adapter, takes, dtype, {"folder": folder, "stop_after": self.stop_after})
+            made = call(adapter, takes, dtype, {} if self.stop_after is None else {"folder": folder})
         if self.compares == "losses" and made.losses is None:
             raise NotOffered("it reports no loss")
         return made
 
+    def _call_in_processes(
+        self, adapter: Adapter, _: frozenset[str] | None, dtype: torch.dtype, more: Mapping[str, Any]
+    ) -> Trained:
+        place = place_of(adapter)
+        if place is None:
+            raise NotOffered(
+                f"{getattr(adapter, '__name__', adapter)} cannot be imported by another process; write it at the top "
+                "of a file: def train(...)"
+            )
+        if not dist.is_available():
+            raise NotOffered("this torch is built without torch.distributed")
+        if dist.is_initialized():  # also where the adapter's own file runs this again when it is imported
+            raise NotOffered(
+                "a process group is initialised here, and the processes are started where there is none. The part of a "
+                'script that trains belongs under if __name__ == "__main__": each process imports the adapter\'s file'
+            )
+        more = {**more, "processes": self.processes}
+        made = run_processes(_share, self, place, dtype, more, processes=self.processes, seconds=self.seconds)
+        first = made[0]
+        way = (first.parameters - flat(self.model.parameters())).norm()
+        for rank, other in enumerate(made[1:], 1):
+            apart = (other.parameters - first.parameters).norm()
+            if apart > SAME_PARAMETERS * way:  # not where both are NaN
+                raise DifferentParametersError(
+                    f"Process {rank} has other parameters than process 0, {float(apart / way):.0e} of the way that "
+                    "these went, so each process trains a model of its own. The adapter has to wrap it, e.g. model = "
+                    "DistributedDataParallel(model)"
+                )
+        return first
+
     def _call(
-        self, adapter: Adapter, takes: frozenset[str] | None, dtype: torch.dtype, more: Mapping[str, Any]
+        self,
+        adapter: Adapter,
+        takes: frozenset[str] | None,
+        dtype: torch.dtype,
+        more: Mapping[str, Any],
+        rank: int | None = None,
     ) -> Trained:
         model, optimizer, scheduler = self.start(dtype)
         options = {"clip_norm": self.clip_norm, "scheduler": scheduler, "scaler": self.scaler(), **self.offers, **more}
         if takes is not None:
             options = {name: value for name, value in options.items() if name in takes}
-        batches = self.loader(MICRO_BATCH, dtype)
+        batches = self.loader(MICRO_BATCH, dtype, rank=rank)
         with _as_before(dtype):
             returned = adapter(
                 model, optimizer, self.loss, batches, micro_batches=MICRO_BATCHES, epochs=self.epochs, **options
             )
         try:
             parameters, losses = returned
-            flat = torch.cat([one.detach().double().flatten() for one in parameters])
+            trained = flat(parameters)
             reported = None if losses is None else tuple(float(loss) for loss in losses)
         except (TypeError, ValueError, AttributeError) as error:
             raise AdapterError(
@@ -158,11 +221,22 @@ class Scenario:
                 "pair: the trained parameters, and the loss of each update as a list of numbers or None. Write: return "
                 "model.parameters(), None"
             ) from error
-        return Trained(parameters=flat, losses=reported)
+        return Trained(parameters=trained, losses=reported)
 
     def with_rows(self, rows: int, name: str, **changes: Any) -> Scenario:
         """The same on the first samples only."""
         return replace(self, name=name, data=tuple(part[:rows] for part in self.data), **changes)
+
+
+def flat(parameters: Iterable[Tensor]) -> Tensor:
+    """All parameters in one vector, in float64."""
+    return torch.cat([parameter.detach().double().flatten() for parameter in parameters])
+
+
+def _share(rank: int, scenario: Scenario, place: Place, dtype: torch.dtype, more: Mapping[str, Any]) -> Trained:
+    """One process's part in a training."""
+    adapter = place.load()
+    return scenario._call(adapter, _parameters(adapter), dtype, more, rank)
 
 
 @contextmanager

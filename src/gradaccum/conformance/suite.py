@@ -113,6 +113,8 @@ def _made() -> tuple[Scenario, ...]:
     gate = (torch.rand(num_full, 1) < torch.linspace(0.3, 1.0, num_full)[:, None]).float()
     poisoned = x.clone()
     poisoned[BATCH + 3, 2] = torch.inf  # one sample of the second batch
+    is_second = torch.arange(num_full)[:, None] // BATCH % 2 == 1
+    shared = masked.where((torch.arange(LENGTH) < 3) | ~is_second, IGNORED)  # the second process's texts are short
     silent = masked.clone()
     silent[2 * MICRO_BATCH : 3 * MICRO_BATCH] = IGNORED
     return (
@@ -151,6 +153,11 @@ def _made() -> tuple[Scenario, ...]:
             full, name="skipped update", data=(poisoned, y), epochs=1, decay=0.5,
             needs=frozenset({"scaler", "scheduler"}),
             why="one sample overflows, so its batch makes no update, and the schedule is to wait as well",
+        ),
+        replace(
+            tokens, name="two processes, uneven shares", data=(sequences, shared), processes=2,
+            needs=frozenset({"processes"}),
+            why="the processes have unequal numbers of tokens, and a mean of their means counts short texts' more",
         ),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import gradaccum as ga
 from gradaccum.conformance.adapters.loops import accelerate_loop
@@ -21,10 +22,12 @@ def accumulator(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, scaler: Any = None, weight: Any = ga.weight_of,
     terms: Any = None, batch_loss: Any = None, folder: str | None = None, stop_after: int | None = None,
+    processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """The loop of the README. What a loss is a mean over is said, or read off its graph where it is not."""
     if batch_loss is not None or _has_batch_norm(model):
         raise NotOffered(_FOR_WHOLE_BATCHES)
+    model = model if processes == 1 else DistributedDataParallel(model)
     weights = None if terms is None else lambda batch: {name: over for name, (_, over) in terms(model, batch).items()}
     accumulator = ga.Accumulator(
         model, optimizer, micro_batches=micro_batches, clip_norm=clip_norm, scheduler=scheduler, scaler=scaler,
@@ -50,13 +53,14 @@ def accumulator(
 def train_step(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, scaler: Any = None, weight: Any = ga.weight_of,
-    terms: Any = None, forward: Any = None, batch_loss: Any = None, combine: Any = "concat",
+    terms: Any = None, forward: Any = None, batch_loss: Any = None, combine: Any = "concat", processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """Whole batches in hand: the loader's micro-batches joined, and cut again by the step."""
 
     def loss_fn(model: nn.Module, batch: Any) -> Any:
         return _declared(loss, model, batch, weight, terms)
 
+    model = model if processes == 1 else DistributedDataParallel(model)
     size = batches.batch_size
     options: dict[str, Any] = {"loss_fn": loss_fn}
     if batch_loss is not None:
@@ -74,39 +78,40 @@ def train_step(
 def exact_accelerate(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, folder: str | None = None, stop_after: int | None = None,
+    processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float] | None]:  # fmt: skip
     """Accelerate's documented loop after ``exact(accelerator)``."""
     from gradaccum.integrations import exact
 
     return accelerate_loop(
         exact, model, optimizer, loss, batches, micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm,
-        scheduler=scheduler, folder=folder, stop_after=stop_after,
+        scheduler=scheduler, folder=folder, stop_after=stop_after, processes=processes,
     )  # fmt: skip
 
 
 def exact_lightning(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """Lightning's trainer with one callback more, and the loss that it logs."""
     from gradaccum.integrations.lightning import ExactAccumulation
 
     return lightning_trainer(
         [ExactAccumulation(log="batch_loss")], "batch_loss", model, optimizer, loss, batches,
-        micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm, scheduler=scheduler,
+        micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm, scheduler=scheduler, processes=processes,
     )  # fmt: skip
 
 
 def exact_transformers(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """Transformers' trainer as `ExactTrainer`."""
     from gradaccum.integrations.transformers import ExactTrainer
 
     return transformers_trainer(
         ExactTrainer, model, optimizer, loss, batches, micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm,
-        scheduler=scheduler,
+        scheduler=scheduler, processes=processes,
     )  # fmt: skip
 
 

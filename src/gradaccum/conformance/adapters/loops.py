@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def textbook(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None, scaler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, scaler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """The loop of https://docs.pytorch.org/docs/stable/notes/amp_examples.html#gradient-accumulation.
 
     A loop over a loader of known length takes its last micro-batch for a window's last; a stream's len() raises.
+    In several processes the model is DDP's, which averages gradients at every micro-batch; `no_sync` would give the
+    same sums.
     """
+    model = model if processes == 1 else DistributedDataParallel(model)
     last = len(batches) if hasattr(batches.dataset, "__len__") else None
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     losses: list[float] = []
@@ -44,6 +48,7 @@ def textbook(
 def accelerate(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
     clip_norm: float | None = None, scheduler: Any = None, folder: str | None = None, stop_after: int | None = None,
+    processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float] | None]:  # fmt: skip
     """The loop of https://huggingface.co/docs/accelerate/usage_guides/gradient_accumulation.
 
@@ -52,23 +57,28 @@ def accelerate(
     """
     return accelerate_loop(
         lambda accelerator: accelerator, model, optimizer, loss, batches, micro_batches=micro_batches, epochs=epochs,
-        clip_norm=clip_norm, scheduler=scheduler, folder=folder, stop_after=stop_after,
+        clip_norm=clip_norm, scheduler=scheduler, folder=folder, stop_after=stop_after, processes=processes,
     )  # fmt: skip
 
 
 def accelerate_loop(
     prepared: Callable[[Any], Any], model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *,
     micro_batches: int, epochs: int, clip_norm: float | None, scheduler: Any, folder: str | None,
-    stop_after: int | None,
+    stop_after: int | None, processes: int,
 ) -> tuple[Iterable[Tensor], list[float] | None]:  # fmt: skip
-    """The loop with an accelerator that ``prepared`` may have changed; made exact, it has each window's loss."""
+    """The loop with an accelerator that ``prepared`` may have changed; made exact, it has each window's loss.
+
+    A loader that `prepare` is given is shared out between processes; this one has a process's own share already.
+    """
     from accelerate import Accelerator
+    from accelerate.data_loader import prepare_data_loader
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many trainings
     GradientState._reset_state()
     accelerator = prepared(Accelerator(cpu=True, gradient_accumulation_steps=micro_batches))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, batches)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loader: Any = accelerator.prepare(batches) if processes == 1 else prepare_data_loader(batches, num_processes=1)
     scheduler = None if scheduler is None else accelerator.prepare(scheduler)
     losses: list[float] | None = [] if hasattr(accelerator, "exact") else None
     if losses is not None:
@@ -101,7 +111,7 @@ def accelerate_loop(
 
 def fabric(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], None]:  # fmt: skip
     """The loop of https://lightning.ai/docs/fabric/stable/advanced/gradient_accumulation.html, mended.
 
@@ -112,7 +122,11 @@ def fabric(
 
     plain = model
     is_double = next(model.parameters()).dtype is torch.float64
-    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true" if is_double else "32-true")
+    fabric = Fabric(
+        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp",
+        precision="64-true" if is_double else "32-true",
+    )  # fmt: skip
+    fabric.launch()
     wrapped: Any = None
     wrapped, optimizer = fabric.setup(model, optimizer)
     for _ in range(epochs):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 def lightning(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """As in https://lightning.ai/docs/pytorch/stable/advanced/training_tricks.html#accumulate-gradients.
 
@@ -23,13 +23,13 @@ def lightning(
     """
     return lightning_trainer(
         [], "loss", model, optimizer, loss, batches, micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm,
-        scheduler=scheduler,
+        scheduler=scheduler, processes=processes,
     )  # fmt: skip
 
 
 def lightning_trainer(
     callbacks: list[Any], reported: str, model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *,
-    micro_batches: int, epochs: int, clip_norm: float | None, scheduler: Any,
+    micro_batches: int, epochs: int, clip_norm: float | None, scheduler: Any, processes: int,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """The trainer with callbacks; ``reported`` is the name of a logged loss."""
     import lightning as L
@@ -68,7 +68,9 @@ def lightning_trainer(
         precision="64-true" if is_double else "32-true",
         callbacks=[*callbacks, Reports()],
         accelerator="cpu",
-        devices=1,
+        devices=processes,
+        strategy="auto" if processes == 1 else "ddp",
+        use_distributed_sampler=False,  # the loader has a process's own share already
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -80,7 +82,7 @@ def lightning_trainer(
 
 def transformers(
     model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
-    clip_norm: float | None = None, scheduler: Any = None,
+    clip_norm: float | None = None, scheduler: Any = None, processes: int = 1,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """https://huggingface.co/docs/transformers/trainer: ``compute_loss`` of a subclass, as for any loss of one's own.
 
@@ -90,16 +92,17 @@ def transformers(
 
     return transformers_trainer(
         Trainer, model, optimizer, loss, batches, micro_batches=micro_batches, epochs=epochs, clip_norm=clip_norm,
-        scheduler=scheduler,
+        scheduler=scheduler, processes=processes,
     )  # fmt: skip
 
 
 def transformers_trainer(
     base: Any, model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int,
-    epochs: int, clip_norm: float | None, scheduler: Any,
+    epochs: int, clip_norm: float | None, scheduler: Any, processes: int,
 ) -> tuple[Iterable[Tensor], list[float]]:  # fmt: skip
     """A ``Trainer`` class that trains."""
     import transformers
+    from accelerate.data_loader import prepare_data_loader
 
     transformers.logging.set_verbosity_error()
 
@@ -109,6 +112,8 @@ def transformers_trainer(
     class WithLoss(base):
         def get_train_dataloader(self) -> Any:
             loader = DataLoader(batches.dataset, batches.batch_size, collate_fn=collate)  # the same order, as dicts
+            if processes > 1:  # the loader has a process's own share already, which `prepare` would cut again
+                return prepare_data_loader(loader, num_processes=1)
             return self.accelerator.prepare(loader)
 
         def compute_loss(
