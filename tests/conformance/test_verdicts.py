@@ -37,8 +37,9 @@ def _states_put_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("adapter", [library.accumulator, library.train_step])
-def test_the_library_is_exact_and_warns_of_nothing(adapter: Any, name: str) -> None:
+def test_the_library_is_exact_and_warns_of_nothing(adapter: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = scenario(name)
+    monkeypatch.setenv("PYTHONWARNINGS", "error::UserWarning")  # in processes of their own
     with warnings.catch_warnings():
         if case.stop_after is not None:  # a window is left open there
             warnings.simplefilter("ignore", ga.DiscardedWindowWarning)
