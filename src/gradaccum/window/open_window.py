@@ -289,7 +289,8 @@ class OpenWindow:
         if rescale is not None:
             self._gradients.multiply(rescale)
         try:
-            self._gradients.add(roots, seeds, also=also, only=only)
+            with stage("backward"):
+                self._gradients.add(roots, seeds, also=also, only=only)
         except MisuseError as error:
             guards.add_user_line(error)
             raise
