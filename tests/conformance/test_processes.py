@@ -168,6 +168,9 @@ def test_a_place_leads_to_the_function() -> None:
     assert place is not None
     assert place.load() is loops.textbook
     assert place_of(MADE) == Place(module=__name__, file=__file__, name="MADE")
+    again = runpy.run_path(loops.__file__, run_name=loops.__name__)["textbook"]  # the same lines, run twice
+    assert again is not loops.textbook
+    assert place_of(again) == place
     assert place_of(made()) is None
     assert place_of(lambda: None) is None
     assert place_of(3) is None
