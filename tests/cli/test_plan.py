@@ -21,12 +21,13 @@ def test_a_plan(plan: Command) -> None:
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
     assert max(map(len, lines)) <= 80
-    table = [line.split()[:2] for line in lines if " yes " in line]
+    table = [line.split()[:2] for line in lines if " yes" in line]
     assert table == [[str(size), str(32 // size)] for size in (1, 2, 4, 8, 16, 32)]
     assert "A batch of 32 samples, measured on cpu, budget 1 GiB." in done.text
     assert "Accumulation is not needed: the whole batch of 32 fits" in done.text
     assert "The job's own micro_batch_size=16 takes" in done.text
-    assert done.text.count("take this") == 1
+    assert done.text.count("yes, take this") == 1
+    assert "micro-batch pieces peak fits seconds samples/s" in done.text
 
 
 def test_an_estimate(plan: Command) -> None:
