@@ -19,7 +19,9 @@ def test_exact(audit: Command) -> None:
     done = audit("exact")
     assert (done.status, done.err) == (0, "")
     assert "Exact: the accumulated gradient is the whole batch's" in done.text
-    assert "against micro-batches of 8, 6; in float64." in done.text  # 8 by default
+    assert (
+        "against micro-batches of 8, 6 (uneven, since equal ones hide errors); in float64." in done.text
+    )  # 8 by default
 
 
 def test_inexact(audit: Command) -> None:

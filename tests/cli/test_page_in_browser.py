@@ -49,8 +49,14 @@ def exact():
 def plan():
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))
     return ga.Job(model, loss_fn, batch(32), torch.optim.AdamW(model.parameters()), 16)
+
+def ways():
+    blocks = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(8)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32 * 500, 10))
+    x = torch.randn(4, 500, 32), torch.randint(0, 10, (4,))
+    return ga.Job(model, loss_fn, x, torch.optim.SGD(model.parameters(), lr=0.1))
 """
-PAGES = ("culprits", "exact", "plan", "nothing_fits", "conformance")
+PAGES = ("culprits", "exact", "plan", "ways", "nothing_fits", "conformance")
 FRAMES = tuple(
     f"{page} {width} {scheme}" for page, width, scheme in itertools.product(PAGES, (PHONE, DESKTOP), ("light", "dark"))
 )
@@ -93,10 +99,13 @@ def looked_at(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
             run_audit(f"{source}:{name}", micro_batch_size=None, html=page)
             pages[name] = page.read_text(encoding="utf-8")
         patch.setattr("gradaccum.fit.probe._SECONDS_PER_SIZE", 0.0)
-        run_plan(f"{source}:plan", memory="1GiB", estimate=False, device=None, html=page)
-        pages["plan"] = page.read_text(encoding="utf-8")
-        run_plan(f"{source}:plan", memory="28KiB", estimate=True, device=None, html=page)
-        pages["nothing_fits"] = page.read_text(encoding="utf-8")
+        for name, job, memory in (
+            ("plan", "plan", "1GiB"),
+            ("ways", "ways", "5MiB"),
+            ("nothing_fits", "plan", "1KiB"),
+        ):
+            run_plan(f"{source}:{job}", memory=memory, estimate=name != "plan", device=None, html=page)
+            pages[name] = page.read_text(encoding="utf-8")
     pages["conformance"] = of_conformance()
     for name, (old, new) in BROKEN.items():
         base = pages["conformance" if name in ("not held", "no scrolling") else "culprits"]
@@ -155,5 +164,10 @@ def test_what_is_spoilt_is_seen(looked_at: dict[str, dict[str, Any]], frame: str
 
 def test_only_a_wide_table_is_scrolled(looked_at: dict[str, dict[str, Any]]) -> None:
     wide = {frame for frame in FRAMES for table in looked_at[frame]["tables"] if table["wide"]}
-    assert {frame.split()[0] for frame in wide if f" {PHONE} " in frame} <= {"plan", "nothing_fits", "conformance"}
+    assert {frame.split()[0] for frame in wide if f" {PHONE} " in frame} <= {
+        "plan",
+        "ways",
+        "nothing_fits",
+        "conformance",
+    }
     assert not [frame for frame in wide if f" {DESKTOP} " in frame]

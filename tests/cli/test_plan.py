@@ -35,6 +35,8 @@ def test_an_estimate(plan: Command) -> None:
     assert done.status == 0
     assert "estimated for cpu, budget 28 KiB" in done.text
     assert "is the largest that fits" in done.text
+    assert "micro-batch pieces peak fits" in done.text
+    assert "seconds" not in done.text, "nothing was timed"
     assert "The job's own micro_batch_size=16 takes 32.4 KiB and does not fit." in done.text
 
 
@@ -60,3 +62,12 @@ def test_the_page(plan: Command, tmp_path: Path) -> None:
     for expected in ("What fits: ", "budget 1 GiB", "samples/s", "Accumulation is not needed", "take this"):
         assert expected in text
     assert text.count('<span class="bar plain"') == 2 * 6, "peak and speed of six sizes"
+
+
+def test_other_ways_that_fit(plan: Command, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    done = plan("deep", "--memory", "5MiB", "--estimate", "--html", page)
+    assert "Ways that fit, the cheapest first: recomputed blocks: " in done.text
+    text = page.read_text(encoding="utf-8")
+    assert '<h2 class="plain">Ways that fit, the cheapest first:</h2>' in text
+    assert '<p class="plain"><code>ga.TrainStep(model, optimizer, loss_fn, micro_batch_size=' in text

@@ -44,6 +44,8 @@ def run_plan(target: str, *, memory: str | None, estimate: bool, device: str | N
 def _table(plan: ga.Plan) -> Table:
     most_bytes = max(max(row.peak_bytes for row in plan.rows), plan.memory or 0)
     fastest = max((row.samples_per_second or 0.0 for row in plan.rows), default=0.0)
+    is_timed = any(row.seconds is not None for row in plan.rows)
+    shown = None if is_timed else -2  # without empty columns of seconds and rates
     rows: list[Row] = []
     for row in plan.rows:
         tone, speed = Tone.PLAIN if row.fits else Tone.BAD, row.samples_per_second
@@ -56,9 +58,10 @@ def _table(plan: ga.Plan) -> Table:
             Cell(text=seconds),
             Cell(text=rate, fraction=None if speed is None else speed / fastest),
         )
-        rows.append(Row(label=size, cells=cells))
+        rows.append(Row(label=size, cells=cells[:shown]))
     head, *columns = words.HEADS
-    return Table(title=_TITLE, text=f"{words.title(plan)}.", head=head, columns=tuple(columns), rows=tuple(rows))
+    text = f"{words.title(plan)}."
+    return Table(title=_TITLE, text=text, head=head, columns=tuple(columns[:shown]), rows=tuple(rows))
 
 
 def _ways(plan: ga.Plan) -> Iterator[Section]:
