@@ -33,11 +33,16 @@ def test_exact() -> None:
     assert str(EXACT).splitlines() == [
         "Exact: the accumulated gradient is the whole batch's, to 1.0e-16.",
         "",
-        "13 samples at once, against micro-batches of 5, 4, 4; in float64.",
+        "13 samples at once, against micro-batches of 5, 4, 4 (uneven, since equal ones",
+        "hide errors); in float64.",
         "",
         "gradient  parameters  worst error  ratio  the worst of them",
         "rounding           1      1.0e-16      1  weight",
     ]
+
+
+def test_of_equal_sizes_nothing_is_said() -> None:
+    assert "of 5, 5; in float64." in str(replace(EXACT, micro_batch_sizes=(5, 5)))
 
 
 def test_like_culprits_stand_together() -> None:

@@ -67,6 +67,12 @@ def inexact():
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
     return ga.Job(model, loss_fn, job(14).batch, micro_batch_size=4)
 
+def deep():
+    blocks = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(8)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32 * 500, 10))
+    batch = torch.randn(4, 500, 32), torch.randint(0, 10, (4,))
+    return ga.Job(model, loss_fn, batch, torch.optim.SGD(model.parameters(), lr=0.1))
+
 def coupled():
     return ga.Job(
         nn.Linear(8, 4), None, torch.randn(14, 8), forward=lambda model, x: model(x),

@@ -71,7 +71,12 @@ def test_all_of_them_and_the_page(
     assert "runpy" not in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     text = page.read_text(encoding="utf-8")
-    assert text.count("<pre>from gradaccum import conformance\nfrom gradaccum.conformance.adapters.loops import") == 3
+    assert (
+        text.count(
+            '<pre tabindex="0">from gradaccum import conformance\nfrom gradaccum.conformance.adapters.loops import'
+        )
+        == 3
+    )
     assert "torch " in text
 
 

@@ -14,7 +14,7 @@ import torch
 import gradaccum as ga
 from gradaccum.conformance import AdapterError, NotOffered, Trainer, error_of, judge, scenario, scenarios
 from gradaccum.conformance.adapters import library, loops
-from gradaccum.conformance.verdicts import KNOWN, figure, installed, is_installed, known, versions
+from gradaccum.conformance.verdicts import KNOWN, figure, installed, is_installed, known, package_versions
 
 NAMES = [case.name for case in scenarios()]
 ROUNDING = 1e-12  # of the way that parameters go, in float64
@@ -199,7 +199,7 @@ def test_no_such_scenario() -> None:
 def test_known_trainers() -> None:
     assert {one.title for one in installed()} >= {"textbook", "Accumulator", "TrainStep"}
     assert not {"Accelerate, exact"} & {one.title for one in installed()}
-    assert {"python", "torch", "gradaccum"} <= versions().keys()
+    assert {"python", "torch", "gradaccum"} <= package_versions().keys()
     assert known("textbook").function is loops.textbook
 
 

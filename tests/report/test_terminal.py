@@ -9,6 +9,7 @@ from gradaccum.report.terminal import Cell, Row, Table, Tone, console, print_tab
 TABLE = Table(
     title="A title",
     text="What is compared, in so many words that they do not fit into a single line of eighty columns or fewer.",
+    head="figure",
     columns=("whole batch", "gradaccum"),
     rows=(
         Row(label="loss", cells=(Cell(text="1.0000000000"), Cell(text="1.0000000001")), ends_section=True),
@@ -34,7 +35,7 @@ def test_results_go_to_stdout_and_numbers_get_no_colour(capsys: pytest.CaptureFi
 def test_everything_is_said_under_its_head_in_80_columns_without_colours() -> None:
     text = printed(TABLE)
     lines, words = text.splitlines(), text.split()
-    for word in ("title", "compared,", "gradaccum", "1.0000000001", "verdict", "exact"):
+    for word in ("title", "compared,", "figure", "gradaccum", "1.0000000001", "verdict", "exact"):
         assert word in words
     assert max(map(len, lines)) <= 80
     head, cells = (next(line.rstrip() for line in lines if word in line) for word in ("whole batch", "1.0000000001"))
@@ -69,9 +70,10 @@ def test_brackets_are_text_not_markup() -> None:
 def test_a_table_that_is_too_wide_comes_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
     heads = tuple(f"column {number:02}" for number in range(12))
     row = Row(label="a long label of a row", cells=tuple(Cell(text=f"cell{number:02}") for number in range(12)))
-    print_table(console(), Table(title="Wide", text="", columns=heads, rows=(row,)))
+    print_table(console(), Table(title="Wide", text="", head="what", columns=heads, rows=(row,)))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert out.count("a long label of a row") > 1
+    assert out.count("what") > 1, "the labels have their head in every part"
     for number in range(12):
         assert out.count(f"column {number:02}") == out.count(f"cell{number:02}") == 1

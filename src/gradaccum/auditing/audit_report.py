@@ -90,7 +90,8 @@ def setting(report: Report) -> str:
     count = len(report.micro_batch_sizes)
     shown = ", ".join(map(str, report.micro_batch_sizes[:_MOST_SIZES]))
     more = f", ... ({count} in all)" if count > _MOST_SIZES else ""
-    return f"{report.samples} samples at once, against micro-batches of {shown}{more}; in {report.dtype}."
+    why = " (uneven, since equal ones hide errors)" if len(set(report.micro_batch_sizes)) > 1 else ""
+    return f"{report.samples} samples at once, against micro-batches of {shown}{more}{why}; in {report.dtype}."
 
 
 def parameter_cells(report: Report) -> list[tuple[str, ...]]:

@@ -8,8 +8,6 @@ that a machine that is busy for a while disturbs both alike.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaccum as ga
+from gradaccum.report.machine import machine, versions
 from gradaccum.report.terminal import Cell, Row, Table, Tone, console, print_table, print_text
 
 _MICRO_BATCHES = 8
@@ -52,13 +51,8 @@ def run_bench(*, json_path: Path | None, cases: tuple[Case, ...] = CASES) -> Non
     print_text(terminal, f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU.", Tone.QUIET)
     if json_path is not None:
         figures = {
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "torch_threads": torch.get_num_threads(),
-                "system": f"{platform.system()} {platform.machine()}",
-            },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "gradaccum": ga.__version__},
+            "machine": machine(),
+            "versions": versions(),
             "jobs": results,
         }
         json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -131,6 +125,7 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
         title="This machine",
         text="Microseconds a micro-batch: the textbook loop, and gradaccum with its default options. A ratio below 1 "
         "is time saved. Run it on an idle machine.",
+        head="job",
         columns=("textbook loop", "gradaccum", "ratio"),
         rows=tuple(rows),
     )

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradaccum.cli.page import Page, show_page
+from gradaccum.cli.page import Page, Section, show_page
 from gradaccum.cli.target import load_function
-from gradaccum.conformance.verdicts import KNOWN, Trainer, Verdict, figure, installed, judge_all, known, versions
+from gradaccum.conformance.verdicts import (
+    KNOWN,
+    Trainer,
+    Verdict,
+    figure,
+    installed,
+    judge_all,
+    known,
+    package_versions,
+)
 from gradaccum.report import extra_needed
+from gradaccum.report.code_words import code_in
 from gradaccum.report.terminal import Cell, Row, Table, Tone
 
 _TITLE = "Does it train as the whole batch does?"
@@ -19,7 +29,7 @@ def run_conformance(adapter: str | None, *, html: Path | None) -> bool:
     """Runs one adapter, or all that are installed, and shows the verdicts; whether the one is exact."""
     trainers = installed() if adapter is None else [trainer_of(adapter)]
     verdicts = list(judge_all(trainers))
-    show_page(_page(trainers, verdicts, is_one=adapter is not None), html)
+    show_page(_page(trainers, verdicts, is_one=adapter is not None, has_file=html is not None), html)
     return adapter is None or not _bad(verdicts)
 
 
@@ -46,7 +56,7 @@ def _bad(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.outcome in ("off", "error")]
 
 
-def _page(trainers: Sequence[Trainer], verdicts: Sequence[Verdict], *, is_one: bool) -> Page:
+def _page(trainers: Sequence[Trainer], verdicts: Sequence[Verdict], *, is_one: bool, has_file: bool) -> Page:
     by_scenario: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_scenario.setdefault(verdict.scenario, []).append(verdict)
@@ -58,33 +68,40 @@ def _page(trainers: Sequence[Trainer], verdicts: Sequence[Verdict], *, is_one: b
         title=_TITLE,
         text="How far trained parameters are from those of the whole batch in float64, relative to the way that these "
         "go; up to 1e-6 is rounding. '-': not offered; 'error': it raised one.",
+        head="scenario",
         columns=tuple(trainer.title for trainer in trainers),
         rows=rows,
     )
-    sections = tuple(_section(verdict, has_code=is_one) for verdict in _bad(verdicts))
+    errors = tuple(_section(verdict) for verdict in _bad(verdicts))
+    shown = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    installed_versions = Section(paragraphs=(Cell(text=f"Versions: {shown}.", tone=Tone.QUIET),))
     return Page(
-        title=_TITLE,
+        title=Cell(text=_TITLE),
         table=table,
-        lead=_lead(trainers, verdicts),
-        sections=sections if is_one else (),
-        details=() if is_one else tuple(_section(verdict, has_code=True) for verdict in _bad(verdicts)),
+        lead=_lead(trainers, verdicts, has_details=is_one or has_file),
+        sections=(*(errors if is_one else ()), installed_versions),
+        details=() if is_one else errors,
     )
 
 
-def _section(verdict: Verdict, *, has_code: bool) -> tuple[Cell, ...]:
-    heading = Cell(text=f"{verdict.trainer}: {verdict.scenario}", tone=Tone.BAD)
-    text = Cell(text=str(verdict).removeprefix(f"{verdict.scenario}: "))
-    return (heading, text, Cell(text="\n".join(verdict.reproduction), tone=Tone.CODE)) if has_code else (heading, text)
+def _section(verdict: Verdict) -> Section:
+    text = str(verdict).removeprefix(f"{verdict.scenario}: ")
+    return Section(
+        heading=Cell(text=f"{verdict.trainer}: {verdict.scenario}", tone=Tone.BAD),
+        paragraphs=(
+            Cell(text=text, code=code_in(text)),
+            Cell(text="\n".join(verdict.reproduction), tone=Tone.CODE),
+        ),
+    )
 
 
-def _lead(trainers: Sequence[Trainer], verdicts: Sequence[Verdict]) -> Cell:
+def _lead(trainers: Sequence[Trainer], verdicts: Sequence[Verdict], *, has_details: bool) -> Cell:
     counts: list[str] = []
     for trainer in trainers:
         own = [verdict for verdict in verdicts if verdict.trainer == trainer.title]
         tried = [verdict for verdict in own if verdict.outcome != "not offered"]
         exact = sum(verdict.outcome == "exact" for verdict in own)
         counts.append(f"{trainer.title} is exact in {exact} of {len(tried)}")
-    more = "" if len(trainers) == 1 else " Each error and its reproduction: --html FILE, or name one adapter."
-    installed_versions = ", ".join(f"{name} {version}" for name, version in versions().items())
+    more = "" if has_details else " Each error and its reproduction: --html FILE, or name one adapter."
     tone = Tone.PLAIN if len(trainers) > 1 else Tone.BAD if _bad(verdicts) else Tone.GOOD
-    return Cell(text=f"{'; '.join(counts)}.{more} Versions: {installed_versions}.", tone=tone)
+    return Cell(text=f"{'; '.join(counts)}.{more}", tone=tone)

@@ -222,7 +222,7 @@ def table(comparison: Comparison) -> Table:
         Cell(text="exact" if is_exact else "NOT EXACT", tone=Tone.GOOD if is_exact else Tone.BAD),
     )
     rows.append(Row(label="verdict", cells=judged))
-    return Table(title=comparison.task.title, text=comparison.task.text, columns=tuple(WAYS), rows=tuple(rows))
+    return Table(title=comparison.task.title, text=comparison.task.text, head="", columns=tuple(WAYS), rows=tuple(rows))
 
 
 def verdict(comparisons: Sequence[Comparison]) -> tuple[bool, str]:

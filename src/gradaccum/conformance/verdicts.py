@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import math
-import platform
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Literal
 from gradaccum.conformance import oracle
 from gradaccum.conformance.scenarios import Adapter, AdapterError, Scenario, Trained
 from gradaccum.conformance.suite import scenarios
+from gradaccum.report.machine import versions
 
 Outcome = Literal["exact", "off", "error", "not offered"]
 
@@ -180,20 +179,9 @@ def is_installed(name: str) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Python's, torch's and those of the packages of known adapters."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "gradaccum", *dict.fromkeys(one.package for one in KNOWN.values() if one.package)):
-        if importlib.util.find_spec(package) is not None:
-            found[package] = _version(package)
-    return found
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return str(getattr(importlib.import_module(package), "__version__", "unknown"))
+    return versions(*dict.fromkeys(one.package for one in KNOWN.values() if one.package))
 
 
 def figure(verdict: Verdict) -> str:

@@ -7,6 +7,8 @@ or a `Panel` of plain words and numbers.
 | --- | --- |
 | `terminal.py` | tables and paragraphs in at most 80 columns |
 | `plots.py` | curves and points in a picture |
+| `code_words.py` | which parts of a sentence are Python |
+| `machine.py` | versions and machine, for footers and figures |
 """
 
 from __future__ import annotations

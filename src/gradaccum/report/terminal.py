@@ -31,11 +31,16 @@ class Tone(enum.Enum):
 class Cell:
     """Text with a tone: an entry of a table, or a paragraph.
 
-    A ``fraction`` from 0 to 1 is drawn as a bar of that length on a page, and is not shown in the terminal.
+    Attributes:
+        head: a word in front of a paragraph that says what it is about.
+        code: what in the text is code, in the order of the text; a page sets it as code.
+        fraction: from 0 to 1, drawn on a page as a bar of that length.
     """
 
     text: str
     tone: Tone = Tone.PLAIN
+    head: str = ""
+    code: tuple[str, ...] = ()
     fraction: float | None = None
 
 
@@ -54,7 +59,8 @@ class Table:
 
     title: str
     text: str  # what is being compared, in a sentence or two
-    columns: tuple[str, ...]  # heads of the cells' columns; the labels' column has none
+    head: str  # of the labels' column; "" where the labels say themselves what they are
+    columns: tuple[str, ...]  # heads of the cells' columns
     rows: tuple[Row, ...]
 
 
@@ -82,7 +88,7 @@ def print_table(console: Console, table: Table) -> None:
     console.print()
     for part in _parts(table, width - _INDENT):
         body = RichTable(box=shape, header_style="bold", show_edge=False, pad_edge=False)
-        body.add_column("")
+        body.add_column(table.head)
         for column in table.columns[part]:
             body.add_column(column, justify="right", no_wrap=True)
         for row in table.rows:
@@ -94,7 +100,7 @@ def print_table(console: Console, table: Table) -> None:
 
 def _parts(table: Table, width: int) -> list[slice]:
     """Columns that fit beside the labels, which may be broken into lines of half of the width."""
-    left = width - min(max((len(row.label) for row in table.rows), default=0), width // 2)
+    left = width - min(max(len(table.head), *(len(row.label) for row in table.rows), 0), width // 2)
     parts, start, used = list[slice](), 0, 0
     for index, head in enumerate(table.columns):
         needed = 3 + max(len(head), *(len(row.cells[index].text) for row in table.rows), 0)
