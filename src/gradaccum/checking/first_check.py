@@ -35,6 +35,7 @@ from gradaccum.checking.side_difference import (
     state_difference,
 )
 from gradaccum.checking.step_to_check import StepToCheck
+from gradaccum.errors import LossError
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.asked import joins_rows, part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows
@@ -90,6 +91,8 @@ def _look(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Finding:
             return _look_at(step, batch, planned, rows)
         except CannotLook as why:
             return Finding(evidence=f"{NOT_CHECKED}: {why}")
+        except LossError:  # what the loss is a mean over cannot be found: training might not look as closely
+            raise
         except Exception as error:  # noqa: BLE001  # whatever it is, training itself shows it
             if not is_out_of_memory(error):
                 reason = reason or f"{rows} samples at once raise {_in_short(error)}"
