@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-PACKAGES = ("torch", "accelerate", "lightning", "transformers", "sentence-transformers")
+PACKAGES = ("torch", "accelerate", "lightning", "transformers", "pytorch-ignite", "sentence-transformers")
 
 
 def machine() -> dict[str, Any]:

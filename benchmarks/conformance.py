@@ -35,7 +35,7 @@ def markdown(verdicts: list[dict[str, Any]], found: dict[str, str]) -> str:
     for case in scenarios():
         own = {one["trainer"]: one for one in verdicts if one["scenario"] == case.name}
         lines.append(f"| {case.name} | " + " | ".join(_cell(own[title]) for title in titles) + " |")
-    packages = ("python", "torch", "accelerate", "lightning", "transformers")
+    packages = ("python", "torch", "accelerate", "lightning", "transformers", "pytorch-ignite")
     lines += ["", "With " + ", ".join(f"{name} {found[name]}" for name in packages if name in found) + "."]
     lines += ["", "| trainer | what it does, found out by a loop that gives the same result | scenarios |"]
     lines += ["| --- | --- | ---: |"]

@@ -148,6 +148,7 @@ KNOWN = {
     "fabric": _Known(title="Fabric", file="loops", package="lightning"),
     "lightning": _Known(title="Lightning", file="trainers", package="lightning"),
     "transformers": _Known(title="Transformers", file="trainers", package="transformers"),
+    "ignite": _Known(title="Ignite", file="trainers", package="ignite"),
     "accumulator": _Known(title="Accumulator", file="library"),
     "train_step": _Known(title="TrainStep", file="library"),
     "exact_accelerate": _Known(title="Accelerate, exact", file="library", package="accelerate", by_default=False),

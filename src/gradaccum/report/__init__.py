@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 from gradaccum.errors import MissingExtraError
 
+_DISTRIBUTIONS = {"ignite": "pytorch-ignite"}  # where a package to install has another name than the module
+
 
 @contextmanager
 def extra_needed(extra: str, purpose: str) -> Iterator[None]:
@@ -38,7 +40,8 @@ def extra_needed(extra: str, purpose: str) -> Iterator[None]:
             raise MissingExtraError(f"{purpose} cannot be had: {error}") from error
         if error.name.partition(".")[0] == "gradaccum":
             raise  # a mistake in this package, which installing an extra would not mend
+        name = _DISTRIBUTIONS.get(error.name, error.name)
         raise MissingExtraError(
-            f"{purpose} needs {error.name!r}, which is not installed. Type: pip install {error.name}; it is in the "
-            f"extra {extra!r} of this package."
+            f"{purpose} needs {name!r}, which is not installed. Type: pip install {name}; it is in the extra {extra!r} "
+            "of this package."
         ) from error

@@ -3,6 +3,6 @@
 | file | idea |
 | --- | --- |
 | `loops.py` | loops that the user writes: the textbook's, Accelerate's, Fabric's |
-| `trainers.py` | Lightning's and Transformers' |
+| `trainers.py` | Lightning's, Transformers' and Ignite's |
 | `library.py` | this library, and the same trainers made exact |
 """

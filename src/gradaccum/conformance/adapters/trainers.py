@@ -1,4 +1,4 @@
-"""Trainers that run the loop themselves: Lightning's and Transformers'."""
+"""Trainers that run the loop themselves: Lightning's, Transformers' and Ignite's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
 
@@ -138,3 +139,25 @@ def transformers_trainer(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return model.parameters(), [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def ignite(
+    model: nn.Module, optimizer: Any, loss: Callable[..., Tensor], batches: Any, *, micro_batches: int, epochs: int,
+    processes: int = 1,
+) -> tuple[Iterable[Tensor], None]:  # fmt: skip
+    """Ignite's own step, as https://docs.pytorch.org/ignite/engine.html has it; it reports no update's loss.
+
+    An engine counts iterations through all epochs, so that a window goes on into the next one.
+    """
+    from ignite.engine import Engine, supervised_training_step
+
+    step = supervised_training_step(
+        model if processes == 1 else DistributedDataParallel(model),
+        optimizer,
+        loss_fn=lambda value, _: value,
+        prepare_batch=lambda batch, device, non_blocking: (batch, None),
+        model_fn=loss,
+        gradient_accumulation_steps=micro_batches,
+    )
+    Engine(step).run(batches, max_epochs=epochs)
+    return model.parameters(), None
