@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -149,9 +150,8 @@ def ignite(
 
     An engine counts iterations through all epochs, so that a window goes on into the next one.
     """
-    from ignite.engine import Engine, supervised_training_step
-
-    step = supervised_training_step(
+    engine: Any = importlib.import_module("ignite.engine")
+    step = engine.supervised_training_step(
         model if processes == 1 else DistributedDataParallel(model),
         optimizer,
         loss_fn=lambda value, _: value,
@@ -159,5 +159,5 @@ def ignite(
         model_fn=loss,
         gradient_accumulation_steps=micro_batches,
     )
-    Engine(step).run(batches, max_epochs=epochs)
+    engine.Engine(step).run(batches, max_epochs=epochs)
     return model.parameters(), None
