@@ -20,6 +20,7 @@ from torch import nn
 
 from gradaccum import tree
 from gradaccum.checking.findings import Difference, Finding, blame
+from gradaccum.checking.held_state import NoMean
 from gradaccum.checking.look_run import CannotLook, Draw, Look, Side
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.pieces import copied
@@ -35,7 +36,6 @@ from gradaccum.checking.side_difference import (
     state_difference,
 )
 from gradaccum.checking.step_to_check import StepToCheck
-from gradaccum.errors import LossError
 from gradaccum.memory.out_of_memory import free_memory, is_out_of_memory, let_go_of
 from gradaccum.split.asked import joins_rows, part_to_check, rows_in, smallest_pieces
 from gradaccum.types import Rows, num_rows
@@ -91,7 +91,7 @@ def _look(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Finding:
             return _look_at(step, batch, planned, rows)
         except CannotLook as why:
             return Finding(evidence=f"{NOT_CHECKED}: {why}")
-        except LossError:  # what the loss is a mean over cannot be found: training might not look as closely
+        except NoMean:
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is, training itself shows it
             if not is_out_of_memory(error):
