@@ -16,8 +16,10 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 """Floating-point types of 16 bits."""
 
 Activations = Literal["device", "host", "recompute"]
-Randomness = Literal["torch", "sample"]
 """Where activations wait for the backward."""
+
+Randomness = Literal["torch", "sample"]
+"""Whether draws are torch's next numbers, or belong to samples."""
 
 Rows = slice | Tensor
 """Which rows of a batch a micro-batch takes: a slice, or a 1-d tensor of indices."""
