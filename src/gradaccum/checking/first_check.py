@@ -20,7 +20,6 @@ from torch import nn
 
 from gradaccum import tree
 from gradaccum.checking.findings import Difference, Finding, blame
-from gradaccum.checking.held_state import NoMean
 from gradaccum.checking.look_run import CannotLook, Draw, Look, Side
 from gradaccum.checking.module_outputs import Recording
 from gradaccum.checking.pieces import copied
@@ -91,8 +90,6 @@ def _look(step: StepToCheck, batch: Any, planned: Sequence[Rows]) -> Finding:
             return _look_at(step, batch, planned, rows)
         except CannotLook as why:
             return Finding(evidence=f"{NOT_CHECKED}: {why}")
-        except NoMean:
-            raise
         except Exception as error:  # noqa: BLE001  # whatever it is, training itself shows it
             if not is_out_of_memory(error):
                 reason = reason or f"{rows} samples at once raise {_in_short(error)}"

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradaccum.errors import LossError
 from gradaccum.fit.borrowed_model import is_namespace, remember
 
 _MOST_COPIED_BYTES = 16 * 2**20  # of an array
@@ -39,10 +38,6 @@ _HELD = (nn.Module, Tensor, torch.Generator, random.Random, functools.partial, *
 _ITERATORS = (itertools.count, type(iter(range(0))), type(iter([])), type(iter(())))  # that can be copied
 _LIBRARIES = ("torch", "numpy", "gradaccum")
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-
-
-class NoMean(LossError):
-    """A loss function has measured that its loss is no mean; it may look less closely when it is called again."""
 
 
 class CannotLook(Exception):

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradaccum.checking.held_state import NoMean
 from gradaccum.errors import LossError
 
 _IGNORED = -100
@@ -86,7 +85,7 @@ class MeanByNumbers:
         self._possible = possible or before
         if not possible:
             values = ", ".join(f"{value:.6g}" for value in halves)
-            raise NoMean(
+            raise LossError(
                 f"The loss of a micro-batch of {number} rows is {whole:.6g}, and of its two halves {values}. It is the "
                 f"mean of these over none of the counts that can be taken of a batch ({', '.join(names)}), so it is "
                 "no mean over samples: it couples them (a contrastive loss, a ranking), or is a mean over something "

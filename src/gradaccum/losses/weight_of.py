@@ -48,7 +48,9 @@ def weight_of(loss: Tensor) -> Loss:
             "micro-batch's gradient would be too small by the number of them. Say what it is: ga.Loss.sum(loss), or "
             "ga.Loss.sum(loss, over=n) for a sum that is to be divided by n."
         )
-    if not means or len(means) < len(terms):
+    # A sum of products beside another term: what multiplies may be of the whole micro-batch (experts' balance).
+    may_couple = len(terms) > 1 and any(term.kind == "sum" and not term.is_sure for term in terms)
+    if not means or len(means) < len(terms) or may_couple:
         nodes = ", ".join(dict.fromkeys(name_of(term) for term in terms if term.kind != "mean"))
         raise LossError(
             f"What this mean is over cannot be seen: its graph ends in {nodes}, which does not say what it divided by. "

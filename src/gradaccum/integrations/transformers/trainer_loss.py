@@ -134,7 +134,7 @@ class TrainerLoss:
                     self._numbers.measure(inputs, lambda rows: self._measured(model, rows))
                 return self._numbers.count(inputs)
             except LossError as error:
-                raise type(error)(f"{error} What its graph says: {unread}") from unread
+                raise LossError(f"{error} What its graph says: {unread}") from unread
 
     def _halves(self, inputs: Any) -> list[Any] | None:
         """A micro-batch in two; None where it cannot be cut, or where every forward waits for other processes."""
